@@ -1,0 +1,33 @@
+# Everything runs from nothing: each target makes the environment it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax-cache
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: test test-slow lint format environment clean
+
+test: environment lint  ## the fast suite (under 15 minutes on two cores)
+	$(BIN)/python -m pytest
+
+test-slow: environment  ## full-size models and long runs (13 GB of memory)
+	$(BIN)/python -m pytest -m slow
+
+lint: environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: environment
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+environment: .venv/ready
+
+.venv/ready: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv

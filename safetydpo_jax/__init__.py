@@ -1,0 +1,1 @@
+"""SafetyDPO in JAX."""

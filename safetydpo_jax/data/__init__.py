@@ -1,0 +1,1 @@
+"""Preference pairs: source layouts, pair records on disk, the Grain pipeline."""

@@ -1,0 +1,1 @@
+"""What is read and written: diffusers directories, LoRA files, experts, manifests."""

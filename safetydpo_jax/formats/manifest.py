@@ -1,0 +1,45 @@
+"""Manifests: the JSON file in every directory we write, and how it is written.
+
+A manifest says what made a directory, from what, with which versions, seeds and
+fingerprints. It is written last and by rename, so a directory with a manifest is
+complete, and one without is not.
+"""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetydpo_jax.errors import InputError
+
+_PACKAGES = ("safetydpo-jax", "jax", "flax", "optax", "orbax-checkpoint")
+
+
+def versions() -> dict[str, str]:
+  """Versions of the packages that decide a result's digits."""
+  return {package: version(package) for package in _PACKAGES}
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+  """Writes `content` as JSON through a temporary name, so never half of it."""
+  path = Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+  except OSError as error:
+    raise InputError(
+      f"cannot write {path}: {error.strerror}; choose a folder you can write to"
+    ) from error
+
+
+def read_json(path: str | os.PathLike, what: str) -> Any:
+  """Reads a JSON file; `what` names it in the error, for example "pair cache"."""
+  path = Path(path)
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise InputError(f"{path.parent} is no {what}: it has no {path.name}") from None
+  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise InputError(f"{path} is no readable {what} JSON: {error}") from error

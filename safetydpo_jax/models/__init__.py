@@ -1,0 +1,1 @@
+"""Flax Linen models of Stable Diffusion, parametrised by a checkpoint's config.json."""
