@@ -1,0 +1,254 @@
+"""The diffusion process: noise schedule, training targets, deterministic sampling.
+
+With ᾱ_t the cumulative product of 1 − β_t over the checkpoint's schedule:
+
+  (1)  x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε                       forward process
+  (2)  y = ε                          (epsilon prediction)     training target
+       y = √ᾱ_t · ε − √(1 − ᾱ_t) · x_0       (v prediction)
+  (3)  x_0 = s · (μ + exp(½ logvar) · η)               a VAE posterior sample
+  (4)  x_s = √ᾱ_s · x̂_0 + √(1 − ᾱ_s) · ε̂            one DDIM step from t to s < t
+  (5)  ŷ = ŷ_∅ + g · (ŷ_c − ŷ_∅)                    classifier-free guidance
+
+Sources: Ho et al. 2020 (1, 2), Salimans & Ho 2022 (v), Song et al. 2021 (4, η = 0),
+Ho & Salimans 2022 (5). Constants follow the checkpoint's scheduler_config.json, read
+as diffusers reads it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from safetydpo_jax.errors import InputError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def _betas(kind: str, start: float, end: float, steps: int) -> np.ndarray:
+  """β_t in float32, as torch computes it."""
+  if kind == "linear":
+    return np.linspace(start, end, steps, dtype=np.float32)
+  if kind == "scaled_linear":
+    return np.linspace(start**0.5, end**0.5, steps, dtype=np.float32) ** 2
+  raise InputError(
+    f"scheduler_config.json: beta_schedule {kind!r} is not supported; "
+    "expected 'linear' or 'scaled_linear'"
+  )
+
+
+@struct.dataclass
+class Schedule:
+  """A checkpoint's noise schedule.
+
+  Attributes:
+    alphas_cumprod: ᾱ_t, (T,) float32.
+    final_alpha_cumprod: ᾱ of the step after the last one, () float32.
+    prediction_type: what the UNet predicts, 'epsilon' or 'v_prediction'.
+    timestep_spacing: 'leading', 'trailing' or 'linspace', as diffusers names them.
+    steps_offset: added to 'leading' timesteps.
+  """
+
+  alphas_cumprod: jax.Array
+  final_alpha_cumprod: jax.Array
+  prediction_type: str = struct.field(pytree_node=False, default="epsilon")
+  timestep_spacing: str = struct.field(pytree_node=False, default="leading")
+  steps_offset: int = struct.field(pytree_node=False, default=0)
+
+  @classmethod
+  def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
+    """Reads the fields of a diffusers scheduler_config.json.
+
+    Raises:
+      InputError: for a beta schedule or prediction type that is not supported.
+    """
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+      raise InputError(
+        f"scheduler_config.json: prediction_type {prediction_type!r} is not "
+        f"supported; expected one of {', '.join(PREDICTION_TYPES)}"
+      )
+    if config.get("rescale_betas_zero_snr"):
+      raise InputError("scheduler_config.json: rescale_betas_zero_snr is not supported")
+    if config.get("trained_betas") is not None:
+      betas = np.asarray(config["trained_betas"], np.float32)
+    else:
+      betas = _betas(
+        config.get("beta_schedule", "linear"),
+        config.get("beta_start", 0.0001),
+        config.get("beta_end", 0.02),
+        config.get("num_train_timesteps", 1000),
+      )
+    alphas_cumprod = np.cumprod(1.0 - betas, dtype=np.float32)
+    final = 1.0 if config.get("set_alpha_to_one", True) else alphas_cumprod[0]
+    return cls(
+      alphas_cumprod=alphas_cumprod,
+      final_alpha_cumprod=np.float32(final),
+      prediction_type=prediction_type,
+      timestep_spacing=config.get("timestep_spacing", "leading"),
+      steps_offset=config.get("steps_offset", 0),
+    )
+
+  @property
+  def num_timesteps(self) -> int:
+    """T: training draws timesteps from 0 to T − 1."""
+    return self.alphas_cumprod.shape[0]
+
+
+def _signal_and_noise(
+  schedule: Schedule, timesteps: jax.Array, ndim: int
+) -> tuple[jax.Array, jax.Array]:
+  """√ᾱ_t and √(1 − ᾱ_t), shaped (n, 1, …, 1) to stand beside rank-`ndim` arrays."""
+  alphas = jnp.asarray(schedule.alphas_cumprod)[timesteps]
+  alphas = alphas.reshape(alphas.shape + (1,) * (ndim - 1))
+  return jnp.sqrt(alphas), jnp.sqrt(1.0 - alphas)
+
+
+def add_noise(
+  schedule: Schedule, latents: jax.Array, noise: jax.Array, timesteps: jax.Array
+) -> jax.Array:
+  """Equation (1): latents and noise (n, …), timesteps (n,) → noisy latents (n, …)."""
+  chex.assert_equal_shape([latents, noise])
+  chex.assert_shape(timesteps, latents.shape[:1])
+  signal, noise_level = _signal_and_noise(schedule, timesteps, latents.ndim)
+  return signal * latents + noise_level * noise
+
+
+def target(
+  schedule: Schedule, latents: jax.Array, noise: jax.Array, timesteps: jax.Array
+) -> jax.Array:
+  """Equation (2): what the UNet should predict, shaped like `latents` (n, …)."""
+  chex.assert_equal_shape([latents, noise])
+  if schedule.prediction_type == "epsilon":
+    return noise
+  signal, noise_level = _signal_and_noise(schedule, timesteps, latents.ndim)
+  return signal * noise - noise_level * latents
+
+
+def posterior_sample(
+  moments: jax.Array, noise: jax.Array, scaling_factor: float
+) -> jax.Array:
+  """Equation (3).
+
+  Args:
+    moments: (…, 2c), mean and log variance side by side, as the VAE encoder gives.
+    noise: η, (…, c), standard normal.
+    scaling_factor: s of the VAE's config.json, 0.18215 for SD1.5.
+
+  Returns:
+    Clean latents (…, c) float32. The log variance is clipped to [−30, 20] as in
+    diffusers.
+  """
+  mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+  chex.assert_equal_shape([mean, noise])
+  deviation = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
+  return scaling_factor * (mean + deviation * noise)
+
+
+def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
+  """The (steps,) descending timesteps that diffusers' DDIM scheduler visits.
+
+  Raises:
+    InputError: for a step count or spacing the schedule cannot serve.
+  """
+  total = schedule.num_timesteps
+  if not 1 <= steps <= total:
+    raise InputError(f"steps is {steps}; expected 1 to {total}")
+  if schedule.timestep_spacing == "leading":
+    ascending = np.arange(steps) * (total // steps) + schedule.steps_offset
+    return ascending[::-1].astype(np.int32)
+  if schedule.timestep_spacing == "trailing":
+    return (np.round(np.arange(total, 0, -total / steps)) - 1).astype(np.int32)
+  if schedule.timestep_spacing == "linspace":
+    return np.linspace(0, total - 1, steps).round()[::-1].astype(np.int32)
+  raise InputError(
+    f"scheduler_config.json: timestep_spacing {schedule.timestep_spacing!r} is not "
+    "supported; expected leading, trailing or linspace"
+  )
+
+
+def ddim_step(
+  schedule: Schedule,
+  prediction: jax.Array,
+  latents: jax.Array,
+  timestep: jax.Array,
+  previous_timestep: jax.Array,
+) -> jax.Array:
+  """Equation (4): latents at `timestep` → latents at `previous_timestep`.
+
+  `prediction` and `latents` are (n, h, w, c) float32; a negative
+  `previous_timestep` means the end of the schedule.
+  """
+  alphas = jnp.asarray(schedule.alphas_cumprod)
+  alpha = alphas[timestep]
+  previous_alpha = jnp.where(
+    previous_timestep >= 0,
+    alphas[jnp.maximum(previous_timestep, 0)],
+    schedule.final_alpha_cumprod,
+  )
+  signal, noise_level = jnp.sqrt(alpha), jnp.sqrt(1.0 - alpha)
+  if schedule.prediction_type == "epsilon":
+    clean, noise = (latents - noise_level * prediction) / signal, prediction
+  else:
+    clean = signal * latents - noise_level * prediction
+    noise = signal * prediction + noise_level * latents
+  return jnp.sqrt(previous_alpha) * clean + jnp.sqrt(1.0 - previous_alpha) * noise
+
+
+def sample_ddim(
+  predict: Callable[[jax.Array, jax.Array], jax.Array],
+  schedule: Schedule,
+  latents: jax.Array,
+  steps: int,
+) -> jax.Array:
+  """Denoises `latents` (n, h, w, c) with `steps` DDIM steps under one `lax.scan`.
+
+  Args:
+    predict: (latents (n, h, w, c), timestep ()) → prediction, guidance included.
+    schedule: the checkpoint's noise schedule.
+    latents: initial standard normal noise, float32.
+    steps: number of UNet evaluations.
+  """
+  timesteps = sampling_timesteps(schedule, steps)
+  previous = timesteps - schedule.num_timesteps // steps
+
+  def step(latents, times):
+    timestep, previous_timestep = times
+    prediction = predict(latents, timestep).astype(jnp.float32)
+    return (
+      ddim_step(schedule, prediction, latents, timestep, previous_timestep),
+      None,
+    )
+
+  latents, _ = jax.lax.scan(step, latents, (timesteps, previous))
+  return latents
+
+
+def guided(
+  prediction: Callable[..., jax.Array],
+  context: jax.Array,
+  null_context: jax.Array,
+  guidance_scale: float | jax.Array,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """Equation (5) as one doubled batch.
+
+  Args:
+    prediction: (latents (m, h, w, c), timesteps (m,), context (m, l, d)) → (m, h, w, c).
+    context, null_context: (n, l, d), of the prompts and of the empty prompt.
+    guidance_scale: g, a scalar or (n,).
+  """
+  both = jnp.concatenate([null_context, context])
+  scale = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), context.shape[:1])
+  scale = scale[:, None, None, None]
+
+  def predict(latents, timestep):
+    doubled = jnp.concatenate([latents, latents])
+    timesteps = jnp.full((doubled.shape[0],), timestep)
+    out = prediction(doubled, timesteps, both).astype(jnp.float32)
+    unconditional, conditional = jnp.split(out, 2)
+    return unconditional + scale * (conditional - unconditional)
+
+  return predict
