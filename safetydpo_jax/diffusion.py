@@ -236,7 +236,8 @@ def guided(
   """Equation (5) as one doubled batch.
 
   Args:
-    prediction: (latents (m, h, w, c), timesteps (m,), context (m, l, d)) → (m, h, w, c).
+    prediction: (latents (m, h, w, c), timesteps (m,), context (m, l, d)) → latents'
+      shape.
     context, null_context: (n, l, d), of the prompts and of the empty prompt.
     guidance_scale: g, a scalar or (n,).
   """

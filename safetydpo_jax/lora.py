@@ -11,6 +11,7 @@ folded into b. The DPO reference is the same UNet without that collection.
 Source: Hu et al. 2021; initialisation as PEFT's "gaussian": a ~ N(0, (1/r)²), b = 0.
 """
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,9 +40,7 @@ def target_paths(params: Tree, targets: Sequence[str]) -> list[Path]:
   Raises:
     InputError: if a target matches no dense layer.
   """
-  suffixes = {
-    target: tuple(target.replace(".0", "_0").split(".")) for target in targets
-  }
+  suffixes = {t: tuple(re.sub(r"\.(\d+)", r"_\1", t).split(".")) for t in targets}
   dense = [
     path[:-1]
     for path, leaf in flatten_dict(params).items()
@@ -90,6 +89,21 @@ def scale(lora: Tree, factor: float) -> dict:
   )
 
 
+def check_shapes(params: Tree, lora: Tree) -> None:
+  """Raises `InputError` unless every layer of `lora` fits its kernel in `params`."""
+  kernels, factors = flatten_dict(params), flatten_dict(lora)
+  for path in sorted({path[:-1] for path in factors}):
+    name, kernel = "/".join(path), kernels.get((*path, "kernel"))
+    if kernel is None:
+      raise InputError(f"the LoRA adapts {name}, which this model does not have")
+    a, b = factors[(*path, "a")].shape, factors[(*path, "b")].shape
+    if a[1] != b[0] or (a[0], b[1]) != kernel.shape:
+      raise InputError(
+        f"the LoRA's {name} is {a} · {b}, the model's {kernel.shape}: it was made for "
+        "another model"
+      )
+
+
 def fuse(params: Tree, lora: Tree) -> dict:
   """Base weights with the LoRA added in, W + a b, each in the dtype it had.
 
@@ -98,21 +112,13 @@ def fuse(params: Tree, lora: Tree) -> dict:
   Raises:
     InputError: if `lora` adapts a layer that `params` does not have, or another shape.
   """
+  check_shapes(params, lora)
   weights, factors = flatten_dict(params), flatten_dict(lora)
   for path in {path[:-1] for path in factors}:
-    name, kernel = "/".join(path), weights.get((*path, "kernel"))
-    if kernel is None:
-      raise InputError(f"the LoRA adapts {name}, which this model does not have")
+    kernel = weights[(*path, "kernel")]
     a, b = factors[(*path, "a")], factors[(*path, "b")]
-    if (a.shape[0], b.shape[1]) != kernel.shape:
-      raise InputError(
-        f"the LoRA's {name} is {a.shape[0]} × {b.shape[1]}, the model's "
-        f"{kernel.shape[0]} × {kernel.shape[1]}: it was made for another model"
-      )
-    product = jnp.matmul(a, b, precision="highest")
-    weights[(*path, "kernel")] = (kernel.astype(jnp.float32) + product).astype(
-      kernel.dtype
-    )
+    fused = kernel.astype(jnp.float32) + jnp.matmul(a, b, precision="highest")
+    weights[(*path, "kernel")] = fused.astype(kernel.dtype)
   return unflatten_dict(weights)
 
 

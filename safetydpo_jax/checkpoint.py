@@ -1,0 +1,76 @@
+"""Orbax checkpoints of a run, and resuming from them.
+
+RUN/checkpoints/<step>/ holds the `TrainState` (LoRA, optimizer state, step) and the
+data position. The position is the step: batches are a pure function of it
+(`data/batches.py`), so it is stored to be checked and not to be replayed. Base weights
+are never written. Orbax writes to a temporary name and renames, so a kill leaves the
+last complete checkpoint.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from safetydpo_jax.errors import InputError
+
+
+def open_checkpoints(workdir: Path, keep: int = 2) -> ocp.CheckpointManager:
+  """The run's checkpoint manager; the newest `keep` checkpoints stay on disk.
+
+  Raises:
+    InputError: if the folder cannot be written.
+  """
+  folder = Path(workdir).absolute() / "checkpoints"
+  try:
+    return ocp.CheckpointManager(
+      folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    )
+  except OSError as error:
+    raise InputError(
+      f"cannot write checkpoints to {folder}: {error.strerror}; choose a --workdir "
+      "you can write to"
+    ) from error
+
+
+def save(
+  manager: ocp.CheckpointManager, step: int, state: Any, data: dict[str, Any]
+) -> None:
+  """Saves in the background; a step that is there already is left alone."""
+  if step not in manager.all_steps():
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
+      ),
+    )
+
+
+def restore(manager: ocp.CheckpointManager, like: Any, data: dict[str, Any]) -> Any:
+  """The newest checkpoint's state, on the devices and in the shapes of `like`.
+
+  The number of devices and hosts may differ from the run that saved it.
+
+  Args:
+    manager: the run's checkpoint manager, with at least one checkpoint.
+    like: a state of the same structure, on this run's devices.
+    data: this run's data settings; they must be those the checkpoint was made with.
+
+  Raises:
+    InputError: if the checkpoint belongs to a run with other settings.
+  """
+  step = manager.latest_step()
+  saved = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
+  for name, value in data.items():
+    if name in saved.data and saved.data[name] != value:
+      raise InputError(
+        f"{manager.directory}: step {step} was trained with {name}={saved.data[name]}, "
+        f"this run says {value}; use the old value or another --workdir"
+      )
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+  )
+  return manager.restore(
+    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+  ).state

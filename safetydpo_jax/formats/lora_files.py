@@ -1,0 +1,111 @@
+"""LoRA files that PyTorch users exchange: safetensors in diffusers and PEFT naming.
+
+diffusers (`pytorch_lora_weights.safetensors`), what we write:
+  unet.<module>.lora.down.weight   (r, in)  = aᵀ
+  unet.<module>.lora.up.weight     (out, r) = bᵀ, the scale folded in
+  header: format = pt, and lora_adapter_metadata = JSON of unet.r, unet.lora_alpha,
+  unet.target_modules and nothing more (diffusers refuses unknown keys). With
+  alpha = r the file needs no `.alpha` tensors.
+
+PEFT, also read: <module>.lora_A.weight and .lora_B.weight. A prefix `unet.` or
+`base_model.model.` may be present or not. A scale in the header or in `.alpha`
+tensors is folded into b.
+
+<module> is the PyTorch name, down_blocks.0.attentions.0.….attn1.to_out.0.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.weights import torch_name, tree_path
+from safetydpo_jax.lora import rank_of
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+
+# Ending of a tensor's name → its part of the layer.
+_PARTS = {
+  ".lora.down.weight": "a",
+  ".lora_A.weight": "a",
+  ".lora_A.default.weight": "a",
+  ".lora.up.weight": "b",
+  ".lora_B.weight": "b",
+  ".lora_B.default.weight": "b",
+  ".alpha": "alpha",
+}
+_PREFIX = re.compile(r"^(unet\.|base_model\.model\.)+")
+
+
+def write_diffusers(folder: Path, lora: Any, targets: tuple[str, ...]) -> Path:
+  """Writes `lora` (scale folded in) so that `load_lora_weights(folder)` reads it.
+
+  Returns:
+    The file, written through a temporary name.
+  """
+  tensors = {}
+  for path, leaf in flatten_dict(lora).items():
+    part = {"a": "down", "b": "up"}[path[-1]]
+    # A transposed view would be written in its old order: safetensors ignores strides.
+    tensors[f"unet.{torch_name(path[:-1])}.lora.{part}.weight"] = np.ascontiguousarray(
+      np.asarray(leaf, np.float32).T
+    )
+  rank = rank_of(lora)
+  about = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": targets}
+  header = {"format": "pt", "lora_adapter_metadata": json.dumps(about)}
+  file = Path(folder) / FILE_NAME
+  temporary = file.with_name(f".{file.name}.{os.getpid()}")
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, temporary, metadata=header)
+    os.replace(temporary, file)
+  except (OSError, SafetensorError) as error:
+    raise InputError(
+      f"cannot write {file}: {error}; choose an --out you can write to"
+    ) from error
+  return file
+
+
+def read_lora_file(file: Path) -> dict:
+  """Reads a LoRA file in diffusers or PEFT naming → LoRA tree, float32 numpy.
+
+  Raises:
+    InputError: for an unreadable file, a tensor that is no part of a UNet LoRA, or a
+      layer with one factor missing.
+  """
+  layers: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
+  try:
+    with safe_open(file, framework="numpy") as tensors:
+      metadata = json.loads(
+        (tensors.metadata() or {}).get("lora_adapter_metadata", "{}")
+      )
+      for name in tensors.keys():  # noqa: SIM118, no iterator
+        ending = next((end for end in _PARTS if name.endswith(end)), None)
+        if ending is None:
+          raise InputError(
+            f"{file}: {name!r} is no UNet LoRA tensor in diffusers or PEFT naming"
+          )
+        module = _PREFIX.sub("", name.removesuffix(ending))
+        part = np.asarray(tensors.get_tensor(name), np.float32)
+        layers.setdefault(tree_path(module), {})[_PARTS[ending]] = part
+  except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    raise InputError(f"{file} is no readable LoRA file: {error}") from error
+
+  lora = {}
+  for path, parts in layers.items():
+    if not {"a", "b"} <= parts.keys():
+      raise InputError(f"{file}: {'.'.join(path)} has only one of its two factors")
+    a, b = parts["a"].T, parts["b"].T
+    alpha = parts.get("alpha", metadata.get("unet.lora_alpha", a.shape[1]))
+    lora[(*path, "a")] = np.ascontiguousarray(a)
+    lora[(*path, "b")] = np.ascontiguousarray(b * (np.float32(alpha) / a.shape[1]))
+  if not lora:
+    raise InputError(f"{file} holds no tensors")
+  return unflatten_dict(lora)

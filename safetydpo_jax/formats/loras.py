@@ -1,0 +1,51 @@
+"""Reading a LoRA named on the command line: `L` or `L:scale`."""
+
+from pathlib import Path
+from typing import Any
+
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats import expert, lora_files
+
+
+def split_scale(text: str) -> tuple[str, float]:
+  """`merged:0.7` → ('merged', 0.7); without a number the scale is 1."""
+  name, colon, number = text.rpartition(":")
+  if colon:
+    try:
+      return name, float(number)
+    except ValueError:
+      pass
+  return text, 1.0
+
+
+def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
+  """The LoRA tree (scale folded in) and what is known about it.
+
+  Args:
+    name: a run or merged directory of ours, a LoRA file, or a folder that holds
+      pytorch_lora_weights.safetensors.
+
+  Returns:
+    The tree, numpy float32, and expert.json's content; {} for a foreign file, which
+    does not say which model it was made for.
+  """
+  path = Path(name)
+  if path.is_file():
+    return lora_files.read_lora_file(path), {}
+  if (path / lora_files.FILE_NAME).is_file():
+    return lora_files.read_lora_file(path / lora_files.FILE_NAME), {}
+  if path.is_dir():
+    return expert.read_expert(path)
+  raise InputError(
+    f"there is no LoRA at {name}; give a run directory or a .safetensors file"
+  )
+
+
+def check_fits(name: str, about: dict[str, Any], fingerprint: str) -> None:
+  """Raises `InputError` if LoRA `name` says it was trained on another base model."""
+  base = about.get("base")
+  if base and base["fingerprint"] != fingerprint:
+    raise InputError(
+      f"{name} was trained on {base['name']} (fingerprint {base['fingerprint']}), this "
+      f"model has fingerprint {fingerprint}; give the model it was trained on"
+    )

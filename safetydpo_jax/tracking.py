@@ -1,0 +1,97 @@
+"""Where a run's numbers go: RUN/metrics.jsonl, TensorBoard events and a progress line.
+
+Only process 0 writes. A resumed run drops the lines after the step it resumes from,
+so metrics.jsonl reads as one uninterrupted run.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from safetydpo_jax.errors import InputError
+
+
+def to_scalars(metrics: dict[str, Any]) -> dict[str, float]:
+  """Device metrics → plain floats; accuracy by timestep becomes one entry per bin."""
+  metrics = {name: np.asarray(value) for name, value in metrics.items()}
+  scalars = {name: float(value) for name, value in metrics.items() if not value.ndim}
+  if "share_by_timestep" in metrics:
+    shares, correct = metrics["share_by_timestep"], metrics["correct_by_timestep"]
+    for index, (share, right) in enumerate(zip(shares, correct)):
+      if share > 0:
+        name = f"accuracy_timestep_quarter_{index + 1}"
+        scalars[name] = float(right / share)
+  return scalars
+
+
+def _keep_until(path: Path, step: int) -> None:
+  """Drops the lines of `path` after `step`, and a last line cut short by a kill."""
+  lines = []
+  for line in path.read_text().splitlines():
+    try:
+      if json.loads(line)["step"] > step:
+        break
+    except (json.JSONDecodeError, KeyError):
+      break
+    lines.append(line + "\n")
+  temporary = path.with_name(f".{path.name}")
+  temporary.write_text("".join(lines))
+  os.replace(temporary, path)
+
+
+class Tracker:
+  """Writes metrics of one run; on other processes than 0 every call does nothing."""
+
+  def __init__(self, workdir: Path, start_step: int, steps: int, batch_size: int):
+    """Opens the files; `batch_size` in pairs turns step rates into pairs/s."""
+    self.active = jax.process_index() == 0
+    self.batch_size = batch_size
+    if not self.active:
+      return
+    path = Path(workdir) / "metrics.jsonl"
+    try:
+      if path.exists():
+        _keep_until(path, start_step)
+      self.lines = path.open("a", buffering=1)
+    except OSError as error:
+      raise InputError(f"cannot write {path}: {error.strerror}") from error
+    self.events = SummaryWriter(
+      str(Path(workdir) / "tensorboard"), purge_step=start_step + 1
+    )
+    self.bar = tqdm(
+      initial=start_step, total=steps, unit="step", mininterval=1.0, dynamic_ncols=True
+    )
+
+  def log(self, step: int, scalars: dict[str, float]) -> None:
+    """Records the metrics of `step`."""
+    if not self.active:
+      return
+    self.lines.write(json.dumps({"step": step, **scalars}) + "\n")
+    for name, value in scalars.items():
+      self.events.add_scalar(name, value, step)
+
+  def advance(self, scalars: dict[str, float]) -> None:
+    """Moves the progress line one step on and shows its rate."""
+    if not self.active:
+      return
+    self.bar.update()
+    rate = self.bar.format_dict["rate"]
+    shown = {
+      "loss": f"{scalars['loss']:.4f}",
+      "acc": f"{scalars.get('accuracy', float('nan')):.2f}",
+      "pairs/s": f"{rate * self.batch_size:.1f}" if rate else "?",
+    }
+    self.bar.set_postfix(shown, refresh=False)
+
+  def close(self) -> None:
+    """Flushes everything."""
+    if self.active:
+      self.bar.close()
+      self.lines.close()
+      self.events.close()

@@ -1,0 +1,261 @@
+"""Trains one safety expert: `python -m safetydpo_jax.train --config … --workdir RUN`.
+
+In: a config, a pair cache of `encode`, a Stable Diffusion checkpoint. Out, in RUN:
+  lora/, expert.json    the expert (`formats/expert.py`), when the last step is done
+  checkpoints/          LoRA, optimizer and data position (`checkpoint.py`)
+  metrics.jsonl, tensorboard/
+A run that was stopped goes on where its last checkpoint is when the same command is
+given again, bit for bit as if it had not been stopped.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.sharding import NamedSharding
+from ml_collections import config_flags
+
+from safetydpo_jax import checkpoint, dpo, lora, optimizer, sharding, tracking
+from safetydpo_jax.data import batches, records
+from safetydpo_jax.errors import InputError, run_command
+from safetydpo_jax.formats import expert
+from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.models import clip
+
+EXAMPLE = """example:
+  python -m safetydpo_jax.train --config configs/hate.py:sd15 --workdir runs/hate \\
+    --config.cache=cache/hate --config.steps=2000
+"""
+
+# What ml_collections raises for an unknown name, a value of the wrong type or a config
+# file that is not there.
+_CONFIG_ERRORS = (
+  flags.Error,
+  LookupError,
+  AttributeError,
+  TypeError,
+  ValueError,
+  OSError,
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
+  """The config with its overrides, and the run's directory."""
+  parser = argparse.ArgumentParser(
+    prog="python -m safetydpo_jax.train",
+    description="Trains one LoRA safety expert with Direct Preference Optimization.",
+    epilog=EXAMPLE,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE[:VARIANT]",
+    help="a config of configs/; any value is overridden by --config.NAME=VALUE",
+  )
+  parser.add_argument("--workdir", required=True, type=Path, help="the run's directory")
+  known, overrides = parser.parse_known_args(arguments)
+  for override in overrides:
+    if not override.startswith("--config."):
+      parser.error(
+        f"unrecognized argument {override}; overrides are --config.NAME=VALUE"
+      )
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values)
+  try:
+    values(["train", f"--config={known.config}", *overrides])
+    return values.config, known.workdir
+  except (
+    flags.Error,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    OSError,
+  ) as error:
+    raise InputError(f"--config {known.config}: {error}") from error
+
+
+def check_config(config: Any) -> None:
+  """Raises `InputError` for values that cannot work together."""
+  devices = jax.device_count()
+  wrong = {
+    "config.cache is empty; give the folder that `encode` wrote": not config.cache,
+    f"config.dpo.loss is {config.dpo.loss!r}; expected {' or '.join(dpo.LOSSES)}": (
+      config.dpo.loss not in dpo.LOSSES
+    ),
+    f"config.batch_size is {config.batch_size} pairs; expected a multiple of "
+    f"accumulation × devices = {config.accumulation} × {devices}": (
+      config.batch_size % (config.accumulation * devices) or config.batch_size < 1
+    ),
+    f"config.steps is {config.steps}; expected 1 or more": config.steps < 1,
+    f"config.dtype is {config.dtype!r}; expected 'bfloat16' or 'float32'": (
+      config.dtype not in ("bfloat16", "float32")
+    ),
+  }
+  for message, is_wrong in wrong.items():
+    if is_wrong:
+      raise InputError(message)
+
+
+def print_plan(config: Any, pipeline: Pipeline, cache: Any, mesh: Any, state: Any):
+  """What this run will do, with the numbers that decide whether it learns."""
+  pairs, examples = cache.count(config.category, config.mixture)
+  rate = optimizer.effective_learning_rate(config)
+  device = jax.devices()[0].device_kind
+  rows = {
+    "model": f"{config.model} (fingerprint {pipeline.fingerprint}), {config.dtype}",
+    "pairs": f"{config.category}: {pairs:,} pairs, {examples:,} examples "
+    f"({config.mixture}), {config.steps * config.batch_size / examples:.1f} epochs",
+    "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, "
+    f"{len(jax.tree.leaves(state.lora)) // 2} layers, "
+    f"{lora.num_parameters(state.lora):,} parameters, seed {config.lora.seed}",
+    "loss": f"{config.dpo.loss}, β {config.dpo.beta:g} in σ(−½β·gap)",
+    "batch": f"{config.batch_size} pairs = {config.accumulation} × "
+    f"{config.batch_size // config.accumulation}, {jax.process_count()} process(es) × "
+    f"{jax.local_device_count()} {device}, mesh {dict(mesh.shape)}",
+    "rate": f"{config.optimizer} {rate:.3g}"
+    + (f" = {config.learning_rate:g} × {config.batch_size}" if config.scale_lr else "")
+    + f", {config.warmup_steps} warm-up steps, {config.steps} steps",
+  }
+  print("\n".join(f"{name:6} {row}" for name, row in rows.items()), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+  """Reads, prepares, trains, writes: in the order things happen."""
+  config, workdir = parse_arguments(arguments)
+  sharding.initialize_hosts()
+  check_config(config)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  replicated = NamedSharding(mesh, sharding.REPLICATED)
+
+  # The data and the model must have been made for each other.
+  cache = records.open_cache(Path(config.cache))
+  pipeline = load_pipeline(
+    config.model,
+    components=("unet", "text_encoder", "text_encoder_2"),
+    dtype=config.dtype,
+    attention=config.attention,
+    remat=config.remat,
+  )
+  records.check_cache_fits(cache, pipeline)
+
+  # State is born on the devices; base weights are placed once.
+  tx = optimizer.make_optimizer(config)
+  unet_shapes = jax.eval_shape(lambda: pipeline.params["unet"])
+
+  def init_state():
+    key = jax.random.key(config.lora.seed)
+    tree = lora.init_lora(key, unet_shapes, config.lora.rank, config.lora.targets)
+    return dpo.init_state(tree, tx)
+
+  state = jax.jit(init_state, out_shardings=replicated)()
+  base_shardings = sharding.base_shardings(mesh, pipeline.params)
+  params = sharding.place(pipeline.params, base_shardings)
+  pipeline.params.clear()
+
+  # A stopped run goes on from its newest checkpoint.
+  settings = {
+    "dataset": cache.fingerprint,
+    "base": pipeline.fingerprint,
+    **{name: config[name] for name in ("category", "mixture", "batch_size", "seed")},
+  }
+  checkpoints = checkpoint.open_checkpoints(workdir)
+  if checkpoints.latest_step() is not None:
+    if not config.resume:
+      raise InputError(
+        f"{workdir} holds a run already and config.resume is off; choose another "
+        "--workdir"
+      )
+    state = checkpoint.restore(checkpoints, state, settings)
+  start = int(state.step)
+  if jax.process_index() == 0:
+    print_plan(config, pipeline, cache, mesh, state)
+    if start:
+      print(f"resume from step {start}", flush=True)
+
+  def encode_text(params, token_ids):
+    context, _ = clip.encode_text(pipeline.text_encoders, params, token_ids)
+    return context, None
+
+  lora_scale = config.lora.alpha / config.lora.rank
+  train_step = jax.jit(
+    dpo.make_train_step(
+      unet=pipeline.unet,
+      schedule=pipeline.schedule,
+      encode_text=encode_text,
+      optimizer=tx,
+      loss=config.dpo.loss,
+      beta=config.dpo.beta,
+      lora_scale=lora_scale,
+      scaling_factor=pipeline.scaling_factor,
+      accumulation=config.accumulation,
+      seed=config.seed,
+    ),
+    in_shardings=(replicated, base_shardings, NamedSharding(mesh, sharding.BATCH)),
+    out_shardings=replicated,
+    donate_argnums=0,
+  )
+  feed = batches.train_batches(
+    cache,
+    category=config.category,
+    mixture=config.mixture,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    start_step=start,
+    steps=config.steps,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    caption_dropout=config.caption_dropout,
+    flip=config.flip,
+  )
+  tracker = tracking.Tracker(workdir, start, config.steps, config.batch_size)
+
+  def report(step, metrics):
+    scalars = tracking.to_scalars(metrics)
+    if not math.isfinite(scalars["loss"]):
+      tracker.close()
+      raise InputError(
+        f"the loss is {scalars['loss']} at step {step}; the last checkpoint is step "
+        f"{checkpoints.latest_step()}; lower config.learning_rate, or check the cache"
+      )
+    if step % config.log_every == 0 or step in (1, config.steps):
+      tracker.log(step, scalars)
+    tracker.advance(scalars)
+
+  # Metrics are read while the next step runs, so the host never waits for a step.
+  pending = None
+  for step, batch in enumerate(feed, start=start + 1):
+    state, metrics = train_step(state, params, sharding.place_batch(mesh, batch))
+    if pending:
+      report(*pending)
+    pending = step, metrics
+    if step % config.checkpoint_every == 0 or step == config.steps:
+      report(*pending)  # before saving: a checkpoint with NaN would be resumed from
+      pending = None
+      checkpoint.save(checkpoints, step, state, settings)
+  checkpoints.wait_until_finished()
+  tracker.close()
+
+  about = {
+    "category": config.category,
+    "rank": config.lora.rank,
+    "alpha": config.lora.alpha,
+    "targets": list(config.lora.targets),
+    "base": {"name": config.model, "fingerprint": pipeline.fingerprint},
+    "step": config.steps,
+    "seed": config.seed,
+    "dataset": cache.fingerprint,
+    "config": config.to_dict(),
+  }
+  expert.write_expert(workdir, lora.scale(state.lora, lora_scale), about)
+  checkpoints.close()
+  if jax.process_index() == 0:
+    print(f"expert written to {workdir}", flush=True)
+
+
+if __name__ == "__main__":
+  run_command(main)
