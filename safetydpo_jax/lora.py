@@ -89,6 +89,23 @@ def scale(lora: Tree, factor: float) -> dict:
   )
 
 
+def add(loras: Sequence[Tree]) -> dict:
+  """One LoRA whose product in each layer is the sum of the products of `loras`.
+
+  Exact: [a_1 a_2] [b_1; b_2] = a_1 b_1 + a_2 b_2. Ranks add up; layers may differ.
+  """
+  factors: dict[Path, list] = {}
+  for lora in loras:
+    for path, leaf in flatten_dict(lora).items():
+      factors.setdefault(path, []).append(jnp.asarray(leaf))
+  return unflatten_dict(
+    {
+      path: jnp.concatenate(leaves, axis=1 if path[-1] == "a" else 0)
+      for path, leaves in factors.items()
+    }
+  )
+
+
 def check_shapes(params: Tree, lora: Tree) -> None:
   """Raises `InputError` unless every layer of `lora` fits its kernel in `params`."""
   kernels, factors = flatten_dict(params), flatten_dict(lora)

@@ -43,21 +43,25 @@ def initialize_hosts() -> None:
     )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-  """A mesh over all devices of all hosts; `data` −1 takes what `fsdp` leaves.
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
+  """A mesh over `devices`, by default all of all hosts; `data` −1 takes the rest.
 
   Raises:
     InputError: if the axes do not multiply to the number of devices.
   """
-  devices = jax.device_count()
-  if fsdp >= 1 and data == -1 and devices % fsdp == 0:
-    data = devices // fsdp
-  if data * fsdp != devices:
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  if fsdp >= 1 and data == -1 and count % fsdp == 0:
+    data = count // fsdp
+  if data * fsdp != count:
     raise InputError(
-      f"mesh.data × mesh.fsdp is {data} × {fsdp}, but there are {devices} devices; "
+      f"mesh.data × mesh.fsdp is {data} × {fsdp}, but there are {count} devices; "
       "set mesh.data=-1 to use what mesh.fsdp leaves"
     )
-  return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+  axis_types = (AxisType.Auto,) * 2
+  return jax.make_mesh(
+    (data, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=devices
+  )
 
 
 def _spec(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
