@@ -1,0 +1,264 @@
+"""The UNet of Stable Diffusion 1.x, 2.x and XL, one module read from `config.json`.
+
+    e    = time_embedding(sinusoid(t)) [+ add_embedding(pooled text, sinusoid(sizes))]
+    h    = conv_in(latents);  keep h
+    down : levels × (resnet(h, e), transformer(h, context); keep h; halve; keep h)
+    mid  : resnet, transformer, resnet
+    up   : levels × (resnet([h, kept], e), transformer(h, context); double)
+    out  = conv_out(silu(norm(h)))
+
+The bracket is SDXL's (`addition_embed_type` "text_time"). In the config the field
+`attention_head_dim` means the *number* of heads, for diffusers' historical reasons.
+"""
+
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.models import config as config_lib
+from safetydpo_jax.models.blocks import (
+  BlockSettings,
+  DownBlock,
+  Level,
+  MidBlock,
+  UpBlock,
+)
+from safetydpo_jax.models.layers import (
+  Conv,
+  Dtype,
+  GroupNorm,
+  TimestepEmbedding,
+  timestep_embedding,
+)
+
+# diffusers' defaults of the fields we read.
+DEFAULTS = {
+  "in_channels": 4,
+  "out_channels": 4,
+  "flip_sin_to_cos": True,
+  "freq_shift": 0,
+  "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+  "mid_block_type": "UNetMidBlock2DCrossAttn",
+  "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+  "block_out_channels": (320, 640, 1280, 1280),
+  "layers_per_block": 2,
+  "norm_num_groups": 32,
+  "norm_eps": 1e-5,
+  "cross_attention_dim": 1280,
+  "transformer_layers_per_block": 1,
+  "attention_head_dim": 8,
+  "use_linear_projection": False,
+  "addition_embed_type": None,
+  "addition_time_embed_dim": None,
+  "projection_class_embeddings_input_dim": None,
+  "time_embedding_dim": None,
+  "conv_in_kernel": 3,
+  "conv_out_kernel": 3,
+}
+# Fields we do not read, with the values under which that changes nothing. Fields in
+# neither table are accepted as null or false.
+ACCEPTED = {
+  "act_fn": ("silu", "swish"),
+  "attention_type": ("default",),
+  "downsample_padding": (1,),
+  "dropout": (0.0,),
+  "mid_block_scale_factor": (1,),
+  "resnet_out_scale_factor": (1,),
+  "resnet_time_scale_shift": ("default",),
+  "time_embedding_type": ("positional",),
+  "upcast_attention": (None, False, True),
+}
+IGNORED = ("sample_size", "addition_embed_type_num_heads")
+
+# Whether a block of this type attends to the context.
+DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+MID_BLOCKS = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False, None: None}
+
+
+class UNet2DCondition(nn.Module):
+  """Predicts noise (or velocity) from noisy latents, timestep and text.
+
+  Attributes:
+    config: the checkpoint's `config.json`, frozen (`config.freeze`).
+    dtype: the compute type; norms, softmax and the sinusoid stay in float32.
+    remat: what the backward pass recomputes, a key of `blocks.REMAT`.
+    attention: the kernel, see `attention.attend`.
+  """
+
+  config: FrozenDict[str, Any]
+  dtype: Dtype = jnp.float32
+  remat: str = "none"
+  attention: str = "auto"
+
+  @nn.compact
+  def __call__(
+    self,
+    latents: jax.Array,
+    timesteps: jax.Array,
+    context: jax.Array,
+    added_cond: dict[str, jax.Array] | None = None,
+  ) -> jax.Array:
+    """Returns the prediction.
+
+    Args:
+      latents: (n, h, w, in_channels), any h and w.
+      timesteps: (n,).
+      context: (n, l, cross_attention_dim), the text encoder's states.
+      added_cond: None, or for SDXL {'text_embeds': (n, e), 'time_ids': (n, 6)}.
+
+    Returns:
+      (n, h, w, out_channels) in `dtype`.
+
+    Raises:
+      InputError: the config asks for something not implemented, or `added_cond` does
+        not fit it.
+    """
+    chex.assert_rank([latents, timesteps, context], [4, 1, 3])
+    c, down, middle, up = read_levels(self.config)
+    for what, array, size in (
+      ("latents", latents, c.in_channels),
+      ("context", context, c.cross_attention_dim),
+    ):
+      if array.shape[-1] != size:
+        raise InputError(
+          f"{what} have {array.shape[-1]} channels, this UNet expects {size}; "
+          "use the VAE and text encoder of the same checkpoint"
+        )
+    settings = BlockSettings(
+      c.norm_num_groups,
+      c.norm_eps,
+      c.use_linear_projection,
+      self.dtype,
+      self.remat,
+      self.attention,
+    )
+    time = self._embed_time(c, timesteps, added_cond)
+    context = context.astype(self.dtype)
+    features = c.block_out_channels[0]
+    x = Conv(features, c.conv_in_kernel, dtype=self.dtype, name="conv_in")(latents)
+    kept = [x]
+    for i, level in enumerate(down):
+      block = DownBlock(level, settings, i < len(down) - 1, name=f"down_blocks_{i}")
+      x, more = block(x, time, context)
+      kept += more
+    if middle is not None:
+      x = MidBlock(middle, settings, name="mid_block")(x, time, context)
+    for i, level in enumerate(up):
+      kept, own = kept[: -level.resnets], kept[-level.resnets :]
+      size = kept[-1].shape[1:3] if i < len(up) - 1 else None
+      block = UpBlock(level, settings, name=f"up_blocks_{i}")
+      x = block(x, own, time, context, size)
+    norm = GroupNorm(c.norm_num_groups, c.norm_eps, self.dtype, name="conv_norm_out")
+    x = jax.nn.silu(norm(x))
+    return Conv(c.out_channels, c.conv_out_kernel, dtype=self.dtype, name="conv_out")(x)
+
+  def _embed_time(self, c, timesteps, added_cond) -> jax.Array:
+    """The embedding e of the module's docstring, (n, time features)."""
+    sinusoid = {"flip_sin_to_cos": c.flip_sin_to_cos, "freq_shift": c.freq_shift}
+    features = c.time_embedding_dim or 4 * c.block_out_channels[0]
+    time = TimestepEmbedding(features, self.dtype, name="time_embedding")(
+      timestep_embedding(timesteps, c.block_out_channels[0], **sinusoid)
+    )
+    if c.addition_embed_type is None:
+      return time
+    if added_cond is None or not {"text_embeds", "time_ids"} <= set(added_cond):
+      raise InputError(
+        "this UNet (addition_embed_type 'text_time', as in SDXL) needs added_cond with "
+        "'text_embeds' and 'time_ids'"
+      )
+    pooled, ids = added_cond["text_embeds"], added_cond["time_ids"]
+    chex.assert_rank([pooled, ids], 2)
+    sizes = timestep_embedding(ids.reshape(-1), c.addition_time_embed_dim, **sinusoid)
+    joined = [pooled.astype(jnp.float32), sizes.reshape(ids.shape[0], -1)]
+    added = jnp.concatenate(joined, axis=-1)
+    if added.shape[-1] != c.projection_class_embeddings_input_dim:
+      raise InputError(
+        f"added_cond gives {added.shape[-1]} numbers (text_embeds {pooled.shape[-1]}, "
+        f"time_ids {ids.shape[-1]} × {c.addition_time_embed_dim}), the UNet expects "
+        f"{c.projection_class_embeddings_input_dim}"
+      )
+    return time + TimestepEmbedding(features, self.dtype, name="add_embedding")(added)
+
+
+def read_levels(config):
+  """Reads and checks a UNet's config.
+
+  Returns:
+    (c, down, middle, up): the fields as attributes, and the `Level` of every block in
+    the order of computation; `middle` is None for a UNet without a mid block.
+  """
+  c = config_lib.settle(config, "UNet", DEFAULTS, ACCEPTED, IGNORED)
+  if c.addition_embed_type not in (None, "text_time"):
+    raise InputError(
+      f"UNet config: addition_embed_type = {c.addition_embed_type!r} is not supported, "
+      "only None or 'text_time'"
+    )
+  levels = len(c.block_out_channels)
+  fields = (
+    "layers_per_block",
+    "attention_head_dim",
+    "transformer_layers_per_block",
+    "cross_attention_dim",
+    "down_block_types",
+    "up_block_types",
+  )
+  spread = {f: config_lib.per_level(getattr(c, f), levels, f) for f in fields}
+  for field, values in spread.items():
+    if "types" not in field and not all(isinstance(v, int) and v > 0 for v in values):
+      raise InputError(
+        f"UNet config: {field} = {getattr(c, field)!r} is not supported, expected one "
+        "positive integer, or one for each level"
+      )
+  if len(set(spread["cross_attention_dim"])) > 1:
+    raise InputError(
+      f"UNet config: cross_attention_dim = {c.cross_attention_dim!r} is not supported: "
+      "all levels see one context, so all entries must be equal"
+    )
+  c.cross_attention_dim = spread["cross_attention_dim"][0]
+  if not isinstance(c.norm_num_groups, int):
+    raise InputError(
+      f"UNet config: norm_num_groups = {c.norm_num_groups!r} is not supported, "
+      "expected an integer"
+    )
+
+  def level(i: int, attends: bool, more: int) -> Level:
+    features, heads = c.block_out_channels[i], spread["attention_head_dim"][i]
+    if attends and features % heads:
+      raise InputError(
+        f"UNet config: {features} channels at level {i} cannot be split over "
+        f"attention_head_dim = {heads} heads"
+      )
+    layers = spread["transformer_layers_per_block"][i] if attends else 0
+    return Level(features, spread["layers_per_block"][i] + more, heads, layers)
+
+  def attends(table, value, field):
+    return config_lib.choose(table, value, "UNet", field)
+
+  down = [
+    level(i, attends(DOWN_BLOCKS, kind, "down_block_types"), 0)
+    for i, kind in enumerate(spread["down_block_types"])
+  ]
+  up = [
+    level(levels - 1 - i, attends(UP_BLOCKS, kind, "up_block_types"), 1)
+    for i, kind in enumerate(spread["up_block_types"])
+  ]
+  mid = attends(MID_BLOCKS, c.mid_block_type, "mid_block_type")
+  return c, down, None if mid is None else level(levels - 1, mid, 0), up
+
+
+def example_inputs(config) -> tuple:
+  """The smallest inputs `UNet2DCondition` takes, zeros, to initialise it with."""
+  c, *_ = read_levels(config)
+  latents = jnp.zeros((1, 1, 1, c.in_channels))
+  context = jnp.zeros((1, 1, c.cross_attention_dim))
+  added = None
+  if c.addition_embed_type is not None:
+    pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+    added = {"text_embeds": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
+  return latents, jnp.zeros((1,), jnp.int32), context, added
