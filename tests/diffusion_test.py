@@ -1,0 +1,118 @@
+"""Noise schedule, targets and DDIM equal diffusers'."""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from safetydpo_jax import diffusion
+from safetydpo_jax.errors import InputError
+from tests.checkpoints import SCHEDULER
+
+CONFIGS = {
+  "sd15": SCHEDULER,
+  "v": {**SCHEDULER, "prediction_type": "v_prediction", "steps_offset": 0},
+  "linear": {"beta_schedule": "linear", "beta_end": 0.006, "clip_sample": False},
+}
+
+
+@pytest.fixture
+def draws():
+  rng = np.random.default_rng(0)
+  latents, noise = rng.standard_normal((2, 5, 4, 6, 3)).astype(np.float32)
+  return latents, noise, np.array([0, 1, 500, 998, 999])
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_noisy_latents_and_targets_equal_diffusers(config, draws):
+  latents, noise, timesteps = draws
+  reference = diffusers.DDPMScheduler.from_config(config)
+  schedule = diffusion.Schedule.from_config(config)
+  theirs = [torch.from_numpy(array) for array in (latents, noise, timesteps)]
+  np.testing.assert_allclose(
+    diffusion.add_noise(schedule, latents, noise, timesteps),
+    reference.add_noise(*theirs),
+    atol=1e-5,
+  )
+  velocity = reference.get_velocity(*theirs)
+  expected = velocity if schedule.prediction_type == "v_prediction" else noise
+  np.testing.assert_allclose(
+    diffusion.target(schedule, latents, noise, timesteps), expected, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_ddim_equals_diffusers(config, spacing, draws):
+  latents = draws[0]
+  config = {**config, "timestep_spacing": spacing}
+  schedule = diffusion.Schedule.from_config(config)
+  reference = diffusers.DDIMScheduler.from_config(config)
+  reference.set_timesteps(20)
+  timesteps = diffusion.sampling_timesteps(schedule, 20)
+  np.testing.assert_array_equal(timesteps, reference.timesteps)
+
+  weight = np.float32(0.3)
+  sample = torch.from_numpy(latents)
+  for timestep in reference.timesteps:
+    prediction = torch.sin(weight * sample) * torch.cos(timestep / 300)
+    sample = reference.step(prediction, timestep, sample).prev_sample
+
+  def predict(latents, timestep):
+    return jnp.sin(weight * latents) * jnp.cos(timestep / 300)
+
+  ours = diffusion.sample_ddim(predict, schedule, jnp.asarray(latents), 20)
+  np.testing.assert_allclose(ours, sample, atol=1e-4)
+
+
+def test_posterior_sample_equals_diffusers():
+  moments = np.random.default_rng(0).standard_normal((2, 3, 3, 8)).astype(np.float32)
+  moments[0, 0, 0, 4:] = [-40.0, 30.0, 0.0, 1.0]  # beyond the clip on both sides
+  theirs = DiagonalGaussianDistribution(
+    torch.from_numpy(moments.transpose(0, 3, 1, 2).copy())
+  )
+  noise = np.random.default_rng(1).standard_normal((2, 3, 3, 4)).astype(np.float32)
+  expected = theirs.mean + theirs.std * torch.from_numpy(noise.transpose(0, 3, 1, 2))
+  np.testing.assert_allclose(
+    diffusion.posterior_sample(moments, noise, 0.18215),
+    0.18215 * expected.numpy().transpose(0, 2, 3, 1),
+    rtol=1e-5,
+  )
+
+
+def test_guidance_mixes_the_two_predictions_per_image():
+  def prediction(latents, timesteps, context):
+    return latents * 0 + context[:, :1, :1, None]
+
+  context = jnp.full((2, 5, 3), 2.0)
+  guided = diffusion.guided(prediction, context, context * 0 + 1, jnp.array([0.0, 3.0]))
+  out = guided(jnp.ones((2, 4, 4, 4)), jnp.array(7))
+  np.testing.assert_allclose(out[:, 0, 0, 0], [1.0, 4.0])
+
+
+def test_the_schedule_is_a_pytree_of_numbers():
+  schedule = diffusion.Schedule.from_config(SCHEDULER)
+  assert len(jax.tree.leaves(schedule)) == 2
+  assert schedule.num_timesteps == 1000
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("prediction_type", "sample"),
+    ("beta_schedule", "squaredcos_cap_v2"),
+    ("rescale_betas_zero_snr", True),
+  ],
+)
+def test_a_schedule_we_do_not_have_is_named(field, value):
+  with pytest.raises(InputError, match=field):
+    diffusion.Schedule.from_config({**SCHEDULER, field: value})
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_a_step_count_outside_the_schedule_is_refused(steps):
+  with pytest.raises(InputError, match="expected 1 to 1000"):
+    diffusion.sampling_timesteps(diffusion.Schedule.from_config(SCHEDULER), steps)

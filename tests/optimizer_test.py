@@ -1,0 +1,84 @@
+"""AdamW and Adafactor step as PyTorch's and transformers' do, warm-up included."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+from diffusers.optimization import get_scheduler
+
+from configs import base
+from safetydpo_jax import optimizer
+from safetydpo_jax.errors import InputError
+
+STEPS = 6
+
+
+def gradients():
+  rng = np.random.default_rng(0)
+  return rng.standard_normal((STEPS, 7, 5)).astype(np.float32) * 3
+
+
+def run_optax(config):
+  tx = optimizer.make_optimizer(config)
+  weights = {"a": jnp.ones((7, 5))}
+  state = tx.init(weights)
+  for gradient in gradients():
+    updates, state = tx.update({"a": jnp.asarray(gradient)}, state, weights)
+    weights = optax.apply_updates(weights, updates)
+  return weights["a"]
+
+
+def run_torch(make, clip, warmup_steps):
+  weights = torch.nn.Parameter(torch.ones(7, 5))
+  tx = make([weights])
+  schedule = get_scheduler("constant_with_warmup", tx, num_warmup_steps=warmup_steps)
+  for gradient in gradients():
+    weights.grad = torch.from_numpy(gradient.copy())
+    if clip:
+      torch.nn.utils.clip_grad_norm_([weights], clip)
+    tx.step()
+    schedule.step()
+  return weights.detach().numpy()
+
+
+@pytest.fixture
+def config():
+  config = base.get_config()
+  config.learning_rate, config.scale_lr, config.warmup_steps = 0.01, False, 3
+  config.weight_decay = 0.1  # large enough to be seen in six steps
+  return config
+
+
+def test_adamw_with_clipping_and_warmup_equals_pytorch(config):
+  def make(weights):
+    return torch.optim.AdamW(weights, lr=0.01, weight_decay=0.1)
+
+  expected = run_torch(make, config.clip_norm, 3)
+  np.testing.assert_allclose(run_optax(config), expected, atol=1e-6)
+  assert not np.allclose(expected, run_torch(make, config.clip_norm, 2), atol=1e-4)
+
+
+def test_adafactor_equals_transformers(config):
+  config.optimizer, config.warmup_steps = "adafactor", 0
+
+  def make(weights):
+    return transformers.optimization.Adafactor(
+      weights, lr=0.01, scale_parameter=False, relative_step=False, weight_decay=0.1
+    )
+
+  np.testing.assert_allclose(run_optax(config), run_torch(make, None, 0), atol=1e-6)
+
+
+def test_the_scaled_rate_is_that_of_the_released_launcher():
+  config = base.get_config()
+  assert optimizer.effective_learning_rate(config) == pytest.approx(1.6e-4)
+  config.scale_lr = False
+  assert optimizer.effective_learning_rate(config) == pytest.approx(1e-5)
+
+
+def test_an_unknown_optimizer_is_named(config):
+  config.optimizer = "sgd"
+  with pytest.raises(InputError, match="'sgd'; expected 'adamw' or 'adafactor'"):
+    optimizer.make_optimizer(config)
