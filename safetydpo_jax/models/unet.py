@@ -127,7 +127,7 @@ class UNet2DCondition(nn.Module):
     ):
       if array.shape[-1] != size:
         raise InputError(
-          f"{what} have {array.shape[-1]} channels, this UNet expects {size}; "
+          f"{what} with {array.shape[-1]} channels, this UNet expects {size}; "
           "use the VAE and text encoder of the same checkpoint"
         )
     settings = BlockSettings(
