@@ -215,9 +215,11 @@ def locate(
   except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
     at = f" at revision {revision}" if revision else ""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    what = f"preset {model!r}" if model in PRESETS else f"model {model!r}"
     raise InputError(
-      f"model {model!r} is neither a directory nor one of {', '.join(PRESETS)}, and "
-      f"could not be had from the Hugging Face hub as {repository}{at}: {reason}"
+      f"{what} is no directory here, and could not be had from the Hugging Face hub as "
+      f"{repository}{at} ({reason}); give a diffusers directory, a hub id or one of "
+      f"{', '.join(PRESETS)}"
     ) from error
 
 
