@@ -39,3 +39,8 @@ def normalise(name: str) -> str:
     raise InputError(
       f"unknown category {name!r}; expected one of {', '.join(CATEGORIES)}"
     ) from None
+
+
+def selection(name: str | None) -> str | None:
+  """Our name of a category to select; None for None, "" and "all": every pair."""
+  return None if name in (None, "", "all") else normalise(name)

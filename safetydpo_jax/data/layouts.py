@@ -22,12 +22,14 @@ Every row ends as a caption, a tie or a repeat: rows = captions + ties + repeate
 
 import csv
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetydpo_jax.data import categories
 from safetydpo_jax.errors import InputError
@@ -55,6 +57,11 @@ class SourcePair:
   dispreferred: Path
   captions: tuple[str | None, str | None]
   categories: tuple[str, ...]
+
+  def about(self) -> dict[str, Any]:
+    """Id, categories, and {slot: caption} of the captions that are there."""
+    texts = {slot: text for slot, text in zip(SLOTS, self.captions) if text is not None}
+    return {"id": self.id, "categories": list(self.categories), "captions": texts}
 
 
 class Counts(NamedTuple):
@@ -105,6 +112,16 @@ def read_pairs(dataset: str | os.PathLike) -> tuple[list[SourcePair], Counts]:
   if not pairs:
     raise InputError(f"{file} holds no pairs: {counts.rows} rows, {ties} of them ties")
   return pairs, counts
+
+
+def fingerprint(pairs: Iterable[SourcePair]) -> str:
+  """16 hexadecimal digits over ids, captions, categories and sizes of image files."""
+  digest = hashlib.sha256()
+  for pair in pairs:
+    sizes = [file.stat().st_size for file in (pair.preferred, pair.dispreferred)]
+    row = [pair.id, pair.captions, pair.categories, sizes]
+    digest.update(json.dumps(row).encode())
+  return digest.hexdigest()[:16]
 
 
 def _find_table(dataset: Path) -> Path:
@@ -215,6 +232,10 @@ def _inside(where: str, name: object) -> str:
 def _text(where: str, what: str, value: object) -> str:
   if not isinstance(value, str):
     raise InputError(f"{where}: {what} is {value!r}, expected text")
+  try:
+    value.encode()
+  except UnicodeEncodeError as error:  # half a surrogate pair, which JSON allows
+    raise InputError(f"{where}: {what} is no valid Unicode: {error}") from None
   return value
 
 
@@ -265,11 +286,7 @@ def _merge(root, rows, same_pair) -> tuple[list[SourcePair], int]:
 
 def _numbered(id: str) -> Iterator[str]:
   """ID, ID#2, ID#3, …"""
-  yield id
-  number = 2
-  while True:
-    yield f"{id}#{number}"
-    number += 1
+  return itertools.chain([id], (f"{id}#{number}" for number in itertools.count(2)))
 
 
 def _category(row: _Row) -> str:

@@ -1,0 +1,48 @@
+"""Image files → square RGB pixels, as torchvision prepares them for Stable Diffusion.
+
+Resize the shorter side to the resolution (bilinear with antialiasing, the longer side
+rounded down), then crop the centre. What is not RGB with 8 bits becomes it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from safetydpo_jax.errors import InputError
+
+
+def load_image(file: Path, resolution: int) -> np.ndarray:
+  """Reads an image file of any format, orientation and colour mode PIL knows.
+
+  Returns:
+    (resolution, resolution, 3) uint8.
+
+  Raises:
+    InputError: the file is truncated, corrupt, or no image.
+  """
+  try:
+    with Image.open(file) as image:
+      image = to_rgb(ImageOps.exif_transpose(image))
+  except Exception as error:  # PIL's decoders raise anything for a corrupt file
+    reason = str(error) or type(error).__name__
+    raise InputError(f"image {file} cannot be read: {reason}; replace it") from error
+  return np.asarray(crop_square(image, resolution))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+  """8 bits a channel, RGB; an alpha channel is dropped, as everyone's loaders do."""
+  if image.mode.startswith("I"):  # 16 bits: PIL would clip them to 255
+    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+  return image.convert("RGB")
+
+
+def crop_square(image: Image.Image, resolution: int) -> Image.Image:
+  """torchvision's Resize(resolution, bilinear) and CenterCrop(resolution)."""
+  width, height = image.size
+  short = min(width, height)
+  size = tuple(resolution * side // short for side in (width, height))
+  if image.size != size:
+    image = image.resize(size, Image.Resampling.BILINEAR)
+  left, top = (round((side - resolution) / 2.0) for side in size)
+  return image.crop((left, top, left + resolution, top + resolution))
