@@ -1,6 +1,7 @@
 """The published sizes: parameter counts, and parity with random weights in float32.
 
-Peak memory is about 11 GB (SD 1.5's UNet in PyTorch and in JAX).
+Peak memory is 10 GB. Seen on two CPU cores: UNet 3e-6, VAE encoder 4e-6 and decoder
+2e-5, text encoders 6e-6, on outputs of order one.
 """
 
 import diffusers

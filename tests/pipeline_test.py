@@ -1,6 +1,5 @@
 """A diffusers directory becomes modules, weights, tokenizers and a schedule."""
 
-import fnmatch
 import json
 import shutil
 import subprocess
@@ -223,74 +222,6 @@ def test_an_incomplete_checkpoint_is_refused(tiny_checkpoint, tmp_path, gone, me
     (copy / gone).unlink()
   with pytest.raises(InputError, match=message):
     load_pipeline(copy)
-
-
-@pytest.mark.parametrize("model", ["sd15", "nobody/nothing", "no such/id at all"])
-def test_an_unknown_name_or_a_missing_network_is_one_clear_line(model):
-  with pytest.raises(InputError, match=r"could not be had from the Hugging Face hub"):
-    load_pipeline(model)
-
-
-def test_a_single_file_checkpoint_says_how_to_convert(tmp_path):
-  file = tmp_path / "v1-5.safetensors"
-  file.write_bytes(b"x")
-  with pytest.raises(InputError, match="from_single_file"):
-    load_pipeline(file)
-
-
-def test_a_path_that_exists_wins_over_a_preset(tiny_checkpoint, tmp_path, monkeypatch):
-  shutil.copytree(tiny_checkpoint, tmp_path / "sd15")
-  monkeypatch.chdir(tmp_path)
-  assert load_pipeline("sd15", components=()).resolution == 16
-
-
-# A hub repository with everything people store there.
-REPOSITORY = [
-  "model_index.json",
-  "scheduler/scheduler_config.json",
-  "tokenizer/vocab.json",
-  "tokenizer_2/merges.txt",
-  "text_encoder/config.json",
-  "text_encoder/model.safetensors",
-  "text_encoder/model.fp16.safetensors",
-  "text_encoder/flax_model.msgpack",
-  "text_encoder/pytorch_model.bin",
-  "unet/config.json",
-  "unet/diffusion_pytorch_model.safetensors",
-  "unet/diffusion_pytorch_model.fp16.safetensors",
-  "unet/diffusion_pytorch_model.non_ema.safetensors",
-  "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
-  "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
-  "unet/diffusion_pytorch_model.safetensors.index.json",
-  "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
-  "unet/diffusion_pytorch_model.bin",
-  "unet/model.onnx",
-  "vae/config.json",
-  "vae/diffusion_pytorch_model.safetensors",
-  "vae/diffusion_flax_model.msgpack",
-  "v1-5-pruned.ckpt",
-  "v1-5-pruned.safetensors",
-  "safety_checker/model.safetensors",
-]
-
-
-def test_one_variant_of_the_components_is_downloaded_and_no_more():
-  def fetched(components, variant):
-    patterns = pipelines.download_patterns(components, variant)
-    return {f for f in REPOSITORY if any(fnmatch.fnmatch(f, p) for p in patterns)}
-
-  small = {f for f in REPOSITORY if f.endswith(("config.json", ".txt", "vocab.json"))}
-  small |= {"model_index.json"}
-  unet = {f for f in REPOSITORY if "unet/diffusion" in f and f[-4:] != ".bin"}
-  half = {f for f in unet if "fp16" in f}
-  plain = {f for f in unet - half if "non_ema" not in f}
-  assert fetched((), None) == small | plain
-  assert fetched(("unet",), "fp16") == small | half
-  everything = fetched(pipelines.COMPONENTS, None)
-  assert everything - small - plain == {
-    "text_encoder/model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-  }
 
 
 def test_runs_without_pytorch(tiny_checkpoint):

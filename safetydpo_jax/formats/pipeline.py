@@ -21,6 +21,7 @@ import numpy as np
 from safetydpo_jax.diffusion import Schedule
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import weights
+from safetydpo_jax.formats.hub import locate
 from safetydpo_jax.formats.manifest import read_json
 from safetydpo_jax.models import clip, vae
 from safetydpo_jax.models.clip import CLIPText
@@ -28,11 +29,6 @@ from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.unet import UNet2DCondition, example_inputs
 from safetydpo_jax.models.vae import AutoencoderKL
 
-PRESETS = {
-  "sd15": "sd-legacy/stable-diffusion-v1-5",
-  "sd21": "stabilityai/stable-diffusion-2-1",
-  "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # The classes of model_index.json that we read.
 CLASSES = {
@@ -113,7 +109,7 @@ def load_pipeline(
   """Reads a checkpoint.
 
   Args:
-    model: a diffusers directory, a name in `PRESETS`, or a Hugging Face hub id. A path
+    model: a diffusers directory, a name in `hub.PRESETS`, or a Hugging Face hub id. A path
       that exists wins.
     components: whose weights to read, of `COMPONENTS`; default all. The modules are
       always there.
@@ -185,61 +181,6 @@ def parameter_shapes(module: UNet2DCondition | AutoencoderKL | CLIPText) -> dict
   else:
     inputs = (jnp.zeros((1, 2), jnp.int32),)
   return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-
-
-def locate(
-  model: str, components: Iterable[str], variant: str | None, revision: str | None
-) -> Path:
-  """The local directory of a model, downloaded if it is a hub id."""
-  path = Path(model)
-  if path.is_dir():
-    return path
-  if path.exists():
-    raise InputError(
-      f"{model} is a file, expected a diffusers directory; convert it once with "
-      "diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
-    )
-  repository = PRESETS.get(model, model)
-  # Imported here: it takes a second, and local directories do without.
-  from huggingface_hub import snapshot_download
-  from huggingface_hub.errors import HfHubHTTPError
-
-  try:
-    return Path(
-      snapshot_download(
-        repository,
-        revision=revision,
-        allow_patterns=download_patterns(components, variant),
-      )
-    )
-  except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-    at = f" at revision {revision}" if revision else ""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    what = f"preset {model!r}" if model in PRESETS else f"model {model!r}"
-    raise InputError(
-      f"{what} is no directory here, and could not be had from the Hugging Face hub as "
-      f"{repository}{at} ({reason}); give a diffusers directory, a hub id or one of "
-      f"{', '.join(PRESETS)}"
-    ) from error
-
-
-def download_patterns(components: Iterable[str], variant: str | None) -> list[str]:
-  """What to fetch: configs, tokenizers, and one variant's safetensors.
-
-  The UNet always comes along, for its fingerprint.
-  """
-  dot = f".{variant}" if variant else ""
-  patterns = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*"]
-  for name in sorted({"unet", *components}):
-    for stem in weights.STEMS:
-      patterns += [
-        f"{name}/{stem}{dot}.safetensors",
-        f"{name}/{stem}{dot}-?????-of-?????.safetensors",
-        f"{name}/{stem}-?????-of-?????{dot}.safetensors",
-        f"{name}/{stem}{dot}.safetensors.index.json",
-        f"{name}/{stem}.safetensors.index{dot}.json",
-      ]
-  return list(dict.fromkeys(patterns))
 
 
 def _read_config(path: Path, component: str, **defaults: Any) -> Any:

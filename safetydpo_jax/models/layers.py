@@ -66,13 +66,13 @@ def timestep_embedding(
   return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
-def _low_rank(module: nn.Module, x: jax.Array, dtype: Dtype) -> jax.Array | float:
-  """(x a) b if the module has a low-rank entry, else 0."""
+def _adapt(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
+  """y + (x a) b if the module has a low-rank entry, else y."""
   if not module.has_variable("lora", "a"):
-    return 0.0
-  a = jnp.asarray(module.get_variable("lora", "a"), dtype)
-  b = jnp.asarray(module.get_variable("lora", "b"), dtype)
-  return jnp.dot(jnp.dot(x, a), b)
+    return y
+  a = jnp.asarray(module.get_variable("lora", "a"), y.dtype)
+  b = jnp.asarray(module.get_variable("lora", "b"), y.dtype)
+  return y + jnp.dot(jnp.dot(x, a), b)
 
 
 class Dense(nn.Module):
@@ -89,7 +89,7 @@ class Dense(nn.Module):
     y = jnp.dot(x, jnp.asarray(kernel, self.dtype))
     if self.use_bias:
       y += _row(self.param("bias", nn.initializers.zeros, (self.features,)), y)
-    return y + _low_rank(self, x, self.dtype)
+    return _adapt(self, x, y)
 
 
 class Conv(nn.Module):
@@ -113,7 +113,7 @@ class Conv(nn.Module):
     kernel = jnp.asarray(self.param("kernel", _kernel_init, shape), self.dtype)
     x = x.astype(self.dtype)
     if size == 1:
-      y = jnp.dot(x, kernel[0, 0]) + _low_rank(self, x, self.dtype)
+      y = _adapt(self, x, jnp.dot(x, kernel[0, 0]))
     else:
       y = jax.lax.conv_general_dilated(
         x,
