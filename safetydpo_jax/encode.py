@@ -125,8 +125,7 @@ def check_out(out: Path, settings: dict[str, Any], files: Sequence[Path]) -> boo
   """
   finished = (out / records.MANIFEST).is_file()
   plan = out / (records.MANIFEST if finished else records.PLAN)
-  # A plan nothing has come of yet may be replaced.
-  if plan.is_file() and any(out.glob("pairs-*")):
+  if any(out.glob("pairs-*")):  # else a plan may be replaced: nothing has come of it
     before = manifest.read_json(plan, "pair cache")
     for name, value in settings.items():
       if before.get(name) != value:

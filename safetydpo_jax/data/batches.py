@@ -119,6 +119,8 @@ def train_batches(
     raise InputError(f"unknown flip {flip!r}; expected one of {', '.join(FLIPS)}")
   if not 0 <= caption_dropout <= 1:
     raise InputError(f"caption_dropout {caption_dropout} is no probability")
+  if not 0 <= seed < 2**32:
+    raise InputError(f"seed {seed} is not between 0 and 2^32 - 1")
   examples = cache.select(category, mixture)
   places = draws(examples, seed=seed, caption_dropout=caption_dropout, flip=flip)
   rows = batch_size // process_count

@@ -81,7 +81,7 @@ def complete_cache(
     "versions": manifest.versions(),
   }
   manifest.write_json(path / MANIFEST, content)
-  (path / PLAN).unlink()
+  (path / PLAN).unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
