@@ -1,4 +1,4 @@
-"""Renders prompts: `python -m safetydpo_jax.generate --model M --prompts CSV --out DIR`.
+"""Renders a CSV of prompts: `python -m safetydpo_jax.generate`.
 
 The CSV has a column `prompt`, and may have `image` (file name to save under) and
 `evaluation_seed`. Each row draws its initial noise from its own seed, so an image does
@@ -28,8 +28,8 @@ from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.models import clip
 
 EXAMPLE = """example:
-  python -m safetydpo_jax.generate --model sd15 --lora runs/hate --prompts prompts.csv \\
-    --out images --steps 50 --guidance 7.5
+  python -m safetydpo_jax.generate --model sd15 --lora runs/hate \\
+    --prompts prompts.csv --out images --steps 50 --guidance 7.5
 """
 
 
@@ -80,8 +80,8 @@ def make_sampler(
 ) -> Any:
   """A jitted (params, latents, token ids, empty token ids) → images in [0, 1].
 
-  latents are (n, h, w, c) standard normal float32, token ids a tuple of (n, 77) per text
-  encoder; the images are (n, H, W, 3) float32. `lora` may be None.
+  latents are (n, h, w, c) standard normal float32, token ids a tuple of (n, 77) per
+  text encoder; the images are (n, H, W, 3) float32. `lora` may be None.
   """
   rows, replicated = (
     NamedSharding(mesh, sharding.BATCH),

@@ -192,6 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
       beta=config.dpo.beta,
       lora_scale=lora_scale,
       scaling_factor=pipeline.scaling_factor,
+      devices=mesh.size,
       accumulation=config.accumulation,
       seed=config.seed,
     ),

@@ -169,6 +169,7 @@ def make_step(pipeline, optimizer, **changes):
     "beta": 5000.0,
     "lora_scale": 1.0,
     "scaling_factor": 0.18215,
+    "devices": 1,
     "accumulation": 1,
     "seed": 0,
   }

@@ -1,0 +1,142 @@
+"""One device equals eight, and a step communicates once."""
+
+import re
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from safetydpo_jax import dpo, lora, sharding
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.pipeline import load_pipeline
+
+PAIRS = 16
+COLLECTIVES = (
+  r"= .*? (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
+)
+
+
+class Batch(NamedTuple):
+  moments: np.ndarray
+  token_ids: tuple
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint):
+  return load_pipeline(str(tiny_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def batch():
+  rng = np.random.default_rng(0)
+  moments = rng.standard_normal((PAIRS, 2, 4, 4, 8)).astype(np.float16)
+  return Batch(moments, (rng.standard_normal((PAIRS, 5, 24)).astype(np.float32),))
+
+
+def compile_step(pipeline, mesh, batch, accumulation):
+  """The compiled step on `mesh`, with its placed arguments."""
+  replicated = NamedSharding(mesh, sharding.REPLICATED)
+  optimizer = optax.adamw(1e-3)
+  tree = lora.init_lora(jax.random.key(0), pipeline.params["unet"], 4)
+  # Away from b = 0, where half the gradients vanish.
+  tree = jax.tree.map(lambda leaf: leaf + 0.01, tree)
+  state = sharding.place(dpo.init_state(tree, optimizer), replicated)
+  unet = {"unet": pipeline.params["unet"]}
+  base = sharding.base_shardings(mesh, unet)
+  arguments = state, sharding.place(unet, base), sharding.place_batch(mesh, batch)
+  step = jax.jit(
+    dpo.make_train_step(
+      unet=pipeline.unet,
+      schedule=pipeline.schedule,
+      encode_text=lambda params, token_ids: (token_ids[0], None),
+      optimizer=optimizer,
+      loss="dpo",
+      beta=500.0,
+      lora_scale=1.0,
+      scaling_factor=0.18215,
+      devices=mesh.size,
+      accumulation=accumulation,
+      seed=0,
+    ),
+    in_shardings=(replicated, base, NamedSharding(mesh, sharding.BATCH)),
+    out_shardings=replicated,
+  )
+  return step.lower(*arguments).compile(), arguments
+
+
+def collectives(compiled):
+  """(kind, name of the computation it stands in) of every collective."""
+  found, computation = [], None
+  for line in compiled.as_text().splitlines():
+    header = re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{$", line)
+    computation = ("ENTRY" if header[1] else header[2]) if header else computation
+    match = re.search(COLLECTIVES + r"(?:-start)?\(", line)
+    if match:
+      found.append((match[1], computation))
+  return found
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_eight_devices_equal_one_with_a_single_all_reduce(
+  pipeline, batch, accumulation
+):
+  one, arguments = compile_step(
+    pipeline, sharding.make_mesh(devices=jax.devices()[:1]), batch, accumulation
+  )
+  expected, expected_metrics = one(*arguments)
+  assert collectives(one) == []
+
+  eight, arguments = compile_step(pipeline, sharding.make_mesh(), batch, accumulation)
+  state, metrics = eight(*arguments)
+  # In ENTRY: after the accumulation loop, not once for each microbatch.
+  assert collectives(eight) == [("all-reduce", "ENTRY")]
+  chex.assert_trees_all_close(
+    jax.device_get(metrics), jax.device_get(expected_metrics), rtol=2e-4, atol=1e-5
+  )
+  for path in ("a", "b"):
+    moved = [
+      np.abs(np.asarray(ours) - np.asarray(theirs)).mean()
+      for (name, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(state.lora), jax.tree.leaves(expected.lora)
+      )
+      if name[-1].key == path
+    ]
+    assert max(moved) < 1e-6  # of a step of 1e-3
+
+
+def test_fsdp_splits_the_weights_and_keeps_the_numbers(pipeline, batch):
+  data, arguments = compile_step(pipeline, sharding.make_mesh(), batch, 1)
+  split, split_arguments = compile_step(
+    pipeline, sharding.make_mesh(data=2, fsdp=4), batch, 1
+  )
+  kernel = split_arguments[1]["unet"]["conv_in"]["kernel"]
+  assert kernel.sharding.spec == PartitionSpec(None, None, None, "fsdp")
+  _, expected = data(*arguments)
+  _, metrics = split(*split_arguments)
+  chex.assert_trees_all_close(
+    jax.device_get(metrics), jax.device_get(expected), rtol=2e-4, atol=1e-5
+  )
+
+
+def test_a_kernel_that_does_not_divide_is_replicated():
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+  shardings = sharding.base_shardings(mesh, {"conv_out": {"kernel": jnp.ones((3, 6))}})
+  assert shardings["conv_out"]["kernel"].spec == sharding.REPLICATED
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (4, 4), (8, 0)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(data, fsdp):
+  with pytest.raises(InputError, match="there are 8 devices"):
+    sharding.make_mesh(data, fsdp)
+
+
+def test_placing_copies_so_that_donation_cannot_reach_the_original():
+  host = {"w": np.arange(8.0, dtype=np.float32)}
+  placed = sharding.place(host, NamedSharding(sharding.make_mesh(), sharding.BATCH))
+  jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(placed)
+  np.testing.assert_array_equal(host["w"], np.arange(8.0))
