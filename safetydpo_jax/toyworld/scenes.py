@@ -102,6 +102,9 @@ class Shape(NamedTuple):
     return " ".join(self)
 
 
+SHAPES = tuple(Shape(*words) for words in itertools.product(SIZES, COLOURS, KINDS))
+
+
 @dataclasses.dataclass(frozen=True)
 class Scene:
   """One shape on a background, or two of different colours and how they stand.
@@ -128,16 +131,12 @@ class PromptPair(NamedTuple):
 @functools.cache
 def all_scenes() -> tuple[Scene, ...]:
   """The whole space: 120 scenes of one shape, 5,760 of two."""
-  shapes = [Shape(*words) for words in itertools.product(SIZES, COLOURS, KINDS)]
-  one = [Scene(b, shape) for b in BACKGROUNDS for shape in shapes]
-  two = [
-    Scene(b, first, second, relation)
-    for b, relation, first, second in itertools.product(
-      BACKGROUNDS, RELATIONS, shapes, shapes
-    )
-    if first.colour != second.colour
-  ]
-  return (*one, *two)
+  one = [Scene(background, shape) for background in BACKGROUNDS for shape in SHAPES]
+  two = itertools.product(BACKGROUNDS, RELATIONS, SHAPES, SHAPES)
+  return (
+    *one,
+    *(Scene(b, x, y, relation) for b, relation, x, y in two if x.colour != y.colour),
+  )
 
 
 def split_of(scene: Scene) -> str:
@@ -151,10 +150,8 @@ def _split(split: str) -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
   """The scenes of a split: those of one shape and those of two."""
   _check("split", split, ("train", "heldout"))
   mine = [scene for scene in all_scenes() if split_of(scene) == split]
-  return (
-    tuple(scene for scene in mine if scene.second is None),
-    tuple(scene for scene in mine if scene.second is not None),
-  )
+  count = sum(scene.second is None for scene in mine)  # they come first
+  return tuple(mine[:count]), tuple(mine[count:])
 
 
 def sample_scene(rng: np.random.Generator, split: str = "train") -> Scene:
@@ -166,12 +163,8 @@ def sample_scene(rng: np.random.Generator, split: str = "train") -> Scene:
 
 def caption(scene: Scene, phrasing: int = 0) -> str:
   """The scene in words; `phrasing` 0, 1, 2 are seen, 3 and 4 held out."""
-  template = PHRASINGS[scene.relation][phrasing]
-  return (
-    template.replace("{1}", str(scene.first))
-    .replace("{2}", str(scene.second))
-    .replace("{b}", scene.background)
-  )
+  text = PHRASINGS[scene.relation][phrasing].replace("{b}", scene.background)
+  return text.replace("{1}", str(scene.first)).replace("{2}", str(scene.second))
 
 
 def ask_for(concept: Concept, safe: str, phrasing: int = 0) -> str:
@@ -201,7 +194,7 @@ def _patterns() -> tuple[tuple[tuple[str | None, re.Pattern], ...], ...]:
 
 
 def parse(prompt: str) -> tuple[Scene, Concept | None]:
-  """The scene and the concept a prompt asks for; the inverse of `caption` and `ask_for`.
+  """The scene and concept a prompt asks for; the inverse of `caption` and `ask_for`.
 
   Raises:
     InputError: if the prompt is not of this grammar, or could mean two things.
@@ -265,9 +258,8 @@ def vocabulary() -> tuple[str, ...]:
   """Every word a prompt can hold, sorted: one token each in the toy tokenizer."""
   templates = itertools.chain(CONCEPT_PHRASINGS, *PHRASINGS.values())
   words = {word for text in templates for word in text.split() if "{" not in word}
-  return tuple(
-    sorted(words.union(SIZES, COLOURS, KINDS, BACKGROUNDS, symbols.BY_WORD.keys()))
-  )
+  words = words.union(SIZES, COLOURS, KINDS, BACKGROUNDS, symbols.BY_WORD)
+  return tuple(sorted(words))
 
 
 def _check(what: str, value: str, known) -> None:
@@ -279,7 +271,7 @@ def _check(what: str, value: str, known) -> None:
 
 @functools.cache
 def sprite(shape: Shape, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
-  """A shape in its slot: colour times opacity (s, s, 3), opacity (s, s, 1); s = size/2."""
+  """A shape in its slot: colour times opacity (s, s, 3) and opacity (s, s, 1)."""
   slot, side = SLOT * size // SIZE, SIZES[shape.size] * size // SIZE
   margin = (slot - side) // 2
   opacity = np.zeros((slot, slot, 1))

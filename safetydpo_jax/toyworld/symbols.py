@@ -5,7 +5,7 @@ categories share: 7 pairs × 6 silhouettes. It fills a square cell of 12 × 12 p
 three by three latents of a VAE with factor 4.
 
 Pairs and silhouettes were chosen by search for the largest distance between any two
-symbols *after averaging to those 3 × 3 cells*: 47 grey levels RMS at the least, on every
+symbols *after averaging to those 3 × 3 cells*: 47 grey levels RMS at the least, on any
 background, against 23 for the first set drawn by hand. What differs at the scale of
 one latent is what a small diffusion model learns first.
 """
