@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.tensors import open_safetensors
 from safetydpo_jax.formats.weights import torch_name, tree_path
 from safetydpo_jax.lora import rank_of
 
@@ -42,6 +43,7 @@ _PARTS = {
   ".alpha": "alpha",
 }
 _PREFIX = re.compile(r"^(unet\.|base_model\.model\.)+")
+_UNET = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 
 
 def write_diffusers(folder: Path, lora: Any, targets: tuple[str, ...]) -> Path:
@@ -77,35 +79,43 @@ def read_lora_file(file: Path) -> dict:
   """Reads a LoRA file in diffusers or PEFT naming → LoRA tree, float32 numpy.
 
   Raises:
-    InputError: for an unreadable file, a tensor that is no part of a UNet LoRA, or a
-      layer with one factor missing.
+    InputError: for an unreadable file, a tensor that is no part of a UNet LoRA, a
+      layer whose factors do not belong together, or a number that is not finite.
   """
-  layers: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
+  tensors, header = open_safetensors(file)
   try:
-    with safe_open(file, framework="numpy") as tensors:
-      metadata = json.loads(
-        (tensors.metadata() or {}).get("lora_adapter_metadata", "{}")
+    metadata = json.loads(header.get("lora_adapter_metadata", "{}"))
+  except json.JSONDecodeError as error:
+    raise InputError(f"{file}: lora_adapter_metadata is no JSON: {error}") from error
+  layers: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
+  for name, tensor in tensors.items():
+    ending = next((end for end in _PARTS if name.endswith(end)), None)
+    module = _PREFIX.sub("", name.removesuffix(ending or ""))
+    if ending is None or not _UNET.match(module):
+      raise InputError(
+        f"{file}: {name!r} is no UNet LoRA tensor in diffusers or PEFT naming"
       )
-      for name in tensors.keys():  # noqa: SIM118, no iterator
-        ending = next((end for end in _PARTS if name.endswith(end)), None)
-        if ending is None:
-          raise InputError(
-            f"{file}: {name!r} is no UNet LoRA tensor in diffusers or PEFT naming"
-          )
-        module = _PREFIX.sub("", name.removesuffix(ending))
-        part = np.asarray(tensors.get_tensor(name), np.float32)
-        layers.setdefault(tree_path(module), {})[_PARTS[ending]] = part
-  except (OSError, SafetensorError, json.JSONDecodeError) as error:
-    raise InputError(f"{file} is no readable LoRA file: {error}") from error
+    layers.setdefault(tree_path(module), {})[_PARTS[ending]] = np.asarray(
+      tensor, np.float32
+    )
+  if not layers:
+    raise InputError(f"{file} holds no tensors")
 
   lora = {}
   for path, parts in layers.items():
+    where = f"{file}: {torch_name(path)}"
     if not {"a", "b"} <= parts.keys():
-      raise InputError(f"{file}: {'.'.join(path)} has only one of its two factors")
+      raise InputError(f"{where} has only one of its two factors")
     a, b = parts["a"].T, parts["b"].T
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+      raise InputError(
+        f"{where} has factors {a.shape} and {b.shape}; expected one rank, (in, r) and "
+        "(r, out)"
+      )
     alpha = parts.get("alpha", metadata.get("unet.lora_alpha", a.shape[1]))
+    b = b * (np.float32(alpha) / a.shape[1])
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+      raise InputError(f"{where} holds NaN or infinity")
     lora[(*path, "a")] = np.ascontiguousarray(a)
-    lora[(*path, "b")] = np.ascontiguousarray(b * (np.float32(alpha) / a.shape[1]))
-  if not lora:
-    raise InputError(f"{file} holds no tensors")
+    lora[(*path, "b")] = np.ascontiguousarray(b)
   return unflatten_dict(lora)
