@@ -14,12 +14,12 @@ from tests.checkpoints import TEXT, perturb
 from tests.parity import NETWORK, apply, params_of
 
 VOCABULARY = 60
-END = VOCABULARY - 1
+END = VOCABULARY - 1  # the highest id, as in CLIP
 
 # name → config over the tiny checkpoint's
 CONFIGS = {
   "quick_gelu, the old end token": {},
-  "gelu, the new end token": {"hidden_act": "gelu", "eos_token_id": END},
+  "gelu, the new end token": {"hidden_act": "gelu", "eos_token_id": 40},
   "one layer, one head": {"num_hidden_layers": 1, "num_attention_heads": 1},
   "projected, another epsilon": {
     "projection_dim": 10,
@@ -41,13 +41,14 @@ def build(overrides):
   return theirs, clip.CLIPText(freeze(config))
 
 
-def draw_ids(n=3, length=77, pad=END):
-  """Random words between a start and an end token, at different lengths."""
+def draw_ids(n=3, length=77, pad=END, end=END):
+  """Random words up to an end token, at different lengths."""
   rng = np.random.default_rng(0)
-  ids = rng.integers(0, END - 1, (n, length), dtype=np.int32)
-  for row, end in zip(ids, (76, 5, 1)):
-    row[end] = END
-    row[end + 1 :] = pad
+  ids = rng.integers(0, END, (n, length), dtype=np.int32)
+  ids[ids == end] = 0
+  for row, place in zip(ids, (76, 5, 1)):
+    row[place] = end
+    row[place + 1 :] = pad
   return ids
 
 
@@ -60,7 +61,8 @@ def run_theirs(theirs, ids):
 @pytest.mark.parametrize("pad", [END, 0])
 def test_equals_transformers(name, pad):
   theirs, ours = build(CONFIGS[name])
-  ids = draw_ids(pad=pad)
+  end = CONFIGS[name].get("eos_token_id", END)
+  ids = draw_ids(pad=pad, end=end)
   params = params_of(theirs, ours, ids)
   expected = run_theirs(theirs, ids)
   got = apply(ours, params, ids)

@@ -109,8 +109,8 @@ def load_pipeline(
   """Reads a checkpoint.
 
   Args:
-    model: a diffusers directory, a name in `hub.PRESETS`, or a Hugging Face hub id. A path
-      that exists wins.
+    model: a diffusers directory, a name in `hub.PRESETS`, or a Hugging Face hub id. A
+      path that exists wins.
     components: whose weights to read, of `COMPONENTS`; default all. The modules are
       always there.
     dtype: the type of the weights and of the computation.
