@@ -110,8 +110,8 @@ def make_settings(
     "scaling_factor": pipeline.scaling_factor,
     "resolution": resolution,
     "latent_shape": [side, side, pipeline.latent_channels],
-    "dataset": layouts.fingerprint(pairs),
     "category": categories.selection(arguments.category) or "all",
+    "dataset": layouts.fingerprint(pairs),
     "batch_size": arguments.batch_size,
     "shard_size": arguments.shard_size,
   }

@@ -143,9 +143,8 @@ def test_a_damaged_record_is_found_when_it_is_read(tmp_path):
   content[len(content) // 2] ^= 1
   shard(path, 0).write_bytes(content)
   cache = records.open_cache(path)
-  with pytest.raises(InputError, match=r"pairs-00000-of-00001.arrayrecord is damaged"):
-    for number in range(3):
-      cache[number]
+  with pytest.raises(InputError, match=r"pairs-00000\S* is damaged"):
+    [cache[number] for number in range(3)]
 
 
 @pytest.fixture

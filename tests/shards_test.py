@@ -1,4 +1,4 @@
-"""Shards: the bytes of a record are what the format says, and nothing is half written."""
+"""Shards: a record's bytes are what the format says, and nothing is half written."""
 
 import json
 
@@ -80,7 +80,7 @@ def test_a_failure_half_way_leaves_no_shard_and_passes_through(tmp_path):
     yield b"one"
     raise RuntimeError("out of device memory")
 
-  with pytest.raises(RuntimeError, match="^out of device memory"):
+  with pytest.raises(RuntimeError, match=r"^out of device memory"):
     shards.write_shard(tmp_path / "x", records())
   assert not (tmp_path / "x").exists()
 
