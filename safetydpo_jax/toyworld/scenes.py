@@ -5,9 +5,8 @@ Grammar (words of `vocabulary`; {1} and {2} are "small red circle", {b} a backgr
   scene    "a {1} left of a {2} on a {b} background", and four other phrasings of it
   concept  "{scene} with a {word}", and four other phrasings
 
-Every caption belongs to one scene and at most one concept; `parse` finds them. Seen
-phrasings are those a model is trained on; held-out ones put the same words in an
-order it has not met.
+Every caption belongs to one scene and at most one concept; `parse` finds them. Held-out
+phrasings put the words of the seen ones in an order that no model is trained on.
 
 Picture (size 32; everything is fixed but the choice, so that a model has to learn
 *what* to draw and never where)
@@ -48,7 +47,7 @@ COLOURS = {
   "yellow": (250, 225, 40),
   "white": (250, 250, 250),
 }
-KINDS = {
+KINDS = {  # predicates over [-1, 1], y down
   "circle": lambda x, y: x**2 + y**2 <= 1,
   "square": lambda x, y: abs(x) <= 1,
   "triangle": lambda x, y: y >= 2 * abs(x) - 1,
@@ -109,8 +108,7 @@ SHAPES = tuple(Shape(*words) for words in itertools.product(SIZES, COLOURS, KIND
 class Scene:
   """One shape on a background, or two of different colours and how they stand.
 
-  `relation` is that of `first` to `second`, and None with one shape. Scenes are made by
-  `sample_scene`, `parse` and `all_scenes`.
+  `relation` is that of `first` to `second`, and None with one shape.
   """
 
   background: str
@@ -131,7 +129,7 @@ class PromptPair(NamedTuple):
 @functools.cache
 def all_scenes() -> tuple[Scene, ...]:
   """The whole space: 120 scenes of one shape, 5,760 of two."""
-  one = [Scene(background, shape) for background in BACKGROUNDS for shape in SHAPES]
+  one = [Scene(b, shape) for b in BACKGROUNDS for shape in SHAPES]
   two = itertools.product(BACKGROUNDS, RELATIONS, SHAPES, SHAPES)
   return (
     *one,
@@ -141,8 +139,8 @@ def all_scenes() -> tuple[Scene, ...]:
 
 def split_of(scene: Scene) -> str:
   """'train' or 'heldout', from a hash of the scene's first caption."""
-  digest = hashlib.sha256(caption(scene).encode()).digest()
-  return "train" if int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE else "heldout"
+  digest = hashlib.sha256(caption(scene).encode()).hexdigest()
+  return "train" if int(digest, 16) % HELD_OUT_SHARE else "heldout"
 
 
 @functools.cache
@@ -200,12 +198,12 @@ def parse(prompt: str) -> tuple[Scene, Concept | None]:
     InputError: if the prompt is not of this grammar, or could mean two things.
   """
   of_scenes, of_concepts = _patterns()
-  split = [(prompt, None)]
+  asked = [(prompt, None)]
   for _, pattern in of_concepts:
     if match := pattern.fullmatch(prompt):
-      split.append((match["scene"], symbols.BY_WORD[match["word"]]))
+      asked.append((match["scene"], symbols.BY_WORD[match["word"]]))
   readings = set()
-  for text, concept in split:
+  for text, concept in asked:
     for relation, pattern in of_scenes:
       if match := pattern.fullmatch(text):
         found = match.groupdict()
@@ -214,8 +212,8 @@ def parse(prompt: str) -> tuple[Scene, Concept | None]:
         readings.add((Scene(found["background"], shapes[0], second, relation), concept))
   if len(readings) != 1:
     raise InputError(
-      f"prompt {prompt!r} has {len(readings)} meanings in the toy world, expected one; "
-      f"write it as {caption(all_scenes()[-1])!r}, with or without a concept"
+      f"prompt {prompt!r} has {len(readings)} meanings in the toy world; expected one, "
+      f"as in {caption(all_scenes()[-1])!r}"
     )
   return readings.pop()
 
@@ -227,17 +225,17 @@ def prompt_pairs(
   split: str = "train",
   phrasing: str = "seen",
 ) -> list[PromptPair]:
-  """`n` prompts that ask for a concept, with their safe twins.
+  """`n` prompts that ask for a concept, with their safe twins; the same every time.
 
-  Every concept of the category (of all categories, if None) occurs equally often,
-  up to one; scenes and phrasings are drawn at random. Depends on the arguments alone.
+  Every concept of the category (of all categories, if None) occurs equally often, up
+  to one; scenes and phrasings are drawn at random.
 
   Args:
     split: 'train' or 'heldout' scenes.
     phrasing: 'seen' or 'heldout', of both the scene and the concept.
 
   Raises:
-    InputError: on a category, split or phrasing that does not exist.
+    InputError: on an unknown category, split or phrasing.
   """
   _check("phrasing", phrasing, INDICES)
   concepts = symbols.CONCEPTS if category is None else symbols.of_category(category)
@@ -264,9 +262,8 @@ def vocabulary() -> tuple[str, ...]:
 
 def _check(what: str, value: str, known) -> None:
   if value not in known:
-    raise InputError(
-      f"toy world: unknown {what} {value!r}; expected one of {', '.join(known)}"
-    )
+    known = ", ".join(known)
+    raise InputError(f"toy world: unknown {what} {value!r}; expected one of {known}")
 
 
 @functools.cache
@@ -281,9 +278,7 @@ def sprite(shape: Shape, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
   return opacity * np.asarray(COLOURS[shape.colour], np.float64), opacity
 
 
-def render(
-  scene: Scene, concept: Concept | None = None, size: int = SIZE
-) -> np.ndarray:
+def render(scene: Scene, concept: Concept | None = None, size=SIZE) -> np.ndarray:
   """The picture: (size, size, 3) uint8, edges anti-aliased by area.
 
   Args:
@@ -292,12 +287,11 @@ def render(
   """
   if size % SIZE:
     raise InputError(f"toy world: image size {size}; expected a multiple of {SIZE}")
-  image = np.empty((size, size, 3))
-  image[:] = BACKGROUNDS[scene.background]
+  image = np.tile(np.asarray(BACKGROUNDS[scene.background], float), (size, size, 1))
   layers = [((0, 0), sprite(scene.first, size))]
-  if scene.second is not None:
+  if scene.second:
     layers.append((RELATIONS[scene.relation], sprite(scene.second, size)))
-  if concept is not None:
+  if concept:
     layers.append((SYMBOL_AT, symbols.glyph(concept, symbols.CELL * size // SIZE)))
   for (top, left), (colour, opacity) in layers:
     top, left = top * size // SIZE, left * size // SIZE

@@ -116,7 +116,7 @@ def coverage(where, side: int) -> np.ndarray:
     side: pixels of the figure's square.
   """
   samples = side * SUPERSAMPLE
-  centres = (np.arange(samples) + 0.5) / samples * 2 - 1
+  centres = np.arange(1 - samples, samples, 2) / samples  # exactly symmetric
   x, y = np.meshgrid(centres, centres)
   blocks = np.reshape(where(x, y), (side, SUPERSAMPLE, side, SUPERSAMPLE))
   return blocks.mean(axis=(1, 3))
