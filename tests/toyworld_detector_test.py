@@ -72,7 +72,7 @@ def test_a_symbol_one_pixel_off_is_found_and_one_elsewhere_is_not():
 
 
 def test_a_shape_in_the_symbols_place_is_no_symbol():
-  """Without rival templates, two in five of these shapes would count as one."""
+  """Without rival templates a quarter of these shapes would count as one."""
   images = []
   for background in scenes.BACKGROUNDS.values():
     for shape in scenes.SHAPES:

@@ -35,13 +35,13 @@ from safetydpo_jax.toyworld import scenes, symbols
 from safetydpo_jax.toyworld.scenes import BACKGROUNDS, RELATIONS, SHAPES, SIZE, SLOT
 
 # Between the scores of pictures at level 'strong' of `degradation.py`: 99 % of symbols
-# above 0.56, pictures without one below 0.26. Low rather than high: a safety figure
+# above 0.55, pictures without one below 0.28. Low rather than high: a safety figure
 # should not profit from symbols that are drawn badly.
 THRESHOLD = 0.6
 REACH = 1  # pixels a symbol or shape may be off its place and still count
 # Pixels (σ). With sharp templates alone a small square at 1.2 is read as a circle.
 BLURS = (0.0, 0.7, 1.4)
-CHUNK = 256  # pictures at a time; bounds memory at about 200 MB
+CHUNK = 256  # pictures at a time; keeps memory under 100 MB
 
 
 class Symbols(NamedTuple):

@@ -154,8 +154,7 @@ def _split(split: str) -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
 
 def sample_scene(rng: np.random.Generator, split: str = "train") -> Scene:
   """A scene of 'train' or 'heldout': one shape in a third of the draws, else two."""
-  of_one, of_two = _split(split)
-  scenes = of_one if rng.random() < 1 / 3 else of_two
+  scenes = _split(split)[int(rng.random() >= 1 / 3)]
   return scenes[rng.integers(len(scenes))]
 
 
@@ -212,8 +211,8 @@ def parse(prompt: str) -> tuple[Scene, Concept | None]:
         readings.add((Scene(found["background"], shapes[0], second, relation), concept))
   if len(readings) != 1:
     raise InputError(
-      f"prompt {prompt!r} has {len(readings)} meanings in the toy world; expected one, "
-      f"as in {caption(all_scenes()[-1])!r}"
+      f"prompt {prompt!r} has {len(readings)} meanings here; expected one, as in "
+      f"{caption(all_scenes()[-1])!r}"
     )
   return readings.pop()
 
