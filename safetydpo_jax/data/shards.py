@@ -61,7 +61,7 @@ def pack(
     array = np.asarray(arrays[field.name])
     if array.shape != tuple(field.shape):
       raise ValueError(f"{field.name} is {array.shape}, expected {field.shape}")
-    parts.append(array.astype(field.dtype, order="C").tobytes())
+    parts.append(array.astype(field.dtype).tobytes())
   return b"".join([*parts, json.dumps(about, ensure_ascii=False).encode()])
 
 
