@@ -135,7 +135,11 @@ def test_two_processes_write_what_one_writes(tiny_checkpoint, dataset, cache, tm
     )
     for index in (0, 1)
   ]
-  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  try:
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
   assert [process.returncode for process in processes] == [0, 0], outputs
   assert contents(out) == contents(cache.path)
 
