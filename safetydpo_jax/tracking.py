@@ -89,8 +89,11 @@ class Tracker:
     }
     self.bar.set_postfix(shown, refresh=False)
 
-  def close(self) -> None:
-    """Flushes everything."""
+  def __enter__(self) -> "Tracker":
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    """Flushes and closes everything."""
     if self.active:
       self.bar.close()
       self.lines.close()

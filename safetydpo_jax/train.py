@@ -63,10 +63,11 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
       parser.error(
         f"unrecognized argument {override}; overrides are --config.NAME=VALUE"
       )
+  line = ["train", f"--config={known.config}", *overrides]
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values)
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=line)
   try:
-    values(["train", f"--config={known.config}", *overrides])
+    values(line)
     return values.config, known.workdir
   except (
     flags.Error,
@@ -218,7 +219,6 @@ def main(arguments: list[str] | None = None) -> None:
   def report(step, metrics):
     scalars = tracking.to_scalars(metrics)
     if not math.isfinite(scalars["loss"]):
-      tracker.close()
       raise InputError(
         f"the loss is {scalars['loss']} at step {step}; the last checkpoint is step "
         f"{checkpoints.latest_step()}; lower config.learning_rate, or check the cache"
@@ -228,18 +228,18 @@ def main(arguments: list[str] | None = None) -> None:
     tracker.advance(scalars)
 
   # Metrics are read while the next step runs, so the host never waits for a step.
+  # Leaving the block, for whatever reason, completes what is being saved.
   pending = None
-  for step, batch in enumerate(feed, start=start + 1):
-    state, metrics = train_step(state, params, sharding.place_batch(mesh, batch))
-    if pending:
-      report(*pending)
-    pending = step, metrics
-    if step % config.checkpoint_every == 0 or step == config.steps:
-      report(*pending)  # before saving: a checkpoint with NaN would be resumed from
-      pending = None
-      checkpoint.save(checkpoints, step, state, settings)
-  checkpoints.wait_until_finished()
-  tracker.close()
+  with checkpoints, tracker:
+    for step, batch in enumerate(feed, start=start + 1):
+      state, metrics = train_step(state, params, sharding.place_batch(mesh, batch))
+      if pending:
+        report(*pending)
+      pending = step, metrics
+      if step % config.checkpoint_every == 0 or step == config.steps:
+        report(*pending)  # before saving: a checkpoint with NaN would be resumed from
+        pending = None
+        checkpoint.save(checkpoints, step, state, settings)
 
   about = {
     "category": config.category,
@@ -253,7 +253,6 @@ def main(arguments: list[str] | None = None) -> None:
     "config": config.to_dict(),
   }
   expert.write_expert(workdir, lora.scale(state.lora, lora_scale), about)
-  checkpoints.close()
   if jax.process_index() == 0:
     print(f"expert written to {workdir}", flush=True)
 

@@ -1,0 +1,42 @@
+"""Commands run as users run them, and what they leave behind, for the tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# What makes the preset fit a tiny random checkpoint: quick, in float32, no warm-up.
+TINY = {
+  "steps": 20,
+  "batch_size": 16,
+  "accumulation": 2,
+  "learning_rate": 1e-4,
+  "warmup_steps": 0,
+  "log_every": 1,
+  "dtype": "float32",
+}
+
+
+def train_arguments(model, cache, workdir, config="hate", **changes) -> list[str]:
+  """Arguments of `safetydpo_jax.train` for a tiny run."""
+  values = {"model": model, "cache": cache, **TINY, **changes}
+  return [
+    f"--config={ROOT / 'configs' / config}.py",
+    f"--workdir={workdir}",
+    *(f"--config.{name}={value}" for name, value in values.items()),
+  ]
+
+
+def start(command: str, arguments: list[str], devices: int = 1) -> subprocess.Popen:
+  """Starts `python -m safetydpo_jax.<command>` on `devices` virtual CPU devices."""
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  return subprocess.Popen(
+    [sys.executable, "-m", f"safetydpo_jax.{command}", *map(str, arguments)],
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=1"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )

@@ -1,0 +1,211 @@
+"""Training as a command: the whole spine, resuming, and input that is wrong."""
+
+import json
+import shutil
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from safetydpo_jax import encode, load_lora, load_pipeline, lora, train
+from safetydpo_jax.errors import InputError, run_command
+from tests import lookalike, runs
+from tests.checkpoints import save_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_checkpoint, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  lookalike.write_folder_layout(folder / "pairs", pairs=12)
+  arguments = ["--model", tiny_checkpoint, "--pairs", folder / "pairs"]
+  encode.main([*map(str, arguments), "--out", str(folder / "cache")])
+  return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_checkpoint, cache, tmp_path_factory):
+  """A run of 20 steps on eight devices."""
+  workdir = tmp_path_factory.mktemp("runs") / "all"
+  train.main(runs.train_arguments(tiny_checkpoint, cache, workdir, "all_single"))
+  return workdir
+
+
+def read_metrics(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_a_run_leaves_an_expert_that_says_what_it_is(finished, tiny_checkpoint):
+  about = json.loads((finished / "expert.json").read_text())
+  pipeline = load_pipeline(str(tiny_checkpoint), components=("unet",))
+  assert about["category"] == "all"
+  assert (about["rank"], about["alpha"], about["step"]) == (4, 4.0, 20)
+  assert about["base"]["fingerprint"] == pipeline.fingerprint
+  assert about["targets"] == list(lora.ATTENTION_TARGETS)
+  tree = load_lora(str(finished))
+  fresh = lora.init_lora(jax.random.key(0), pipeline.params["unet"], 4)
+  chex.assert_trees_all_equal_shapes(tree, fresh)
+  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(tree))
+
+
+def test_every_step_is_logged_once_with_its_errors(finished):
+  metrics = read_metrics(finished)
+  assert [line["step"] for line in metrics] == list(range(1, 21))
+  # β = 5000 on an untrained policy: rounding alone decides the step-0 margin.
+  assert metrics[0]["loss"] == pytest.approx(np.log(2), abs=5e-3)
+  assert metrics[0]["preferred_error"] == pytest.approx(
+    metrics[0]["reference_preferred_error"], rel=1e-5
+  )
+  expected = {"margin", "accuracy", "gradient_norm", "lora_norm", "dispreferred_error"}
+  assert expected <= metrics[0].keys()
+  assert list((finished / "tensorboard").iterdir())
+
+
+def test_a_checkpoint_holds_the_lora_and_its_optimizer_alone(finished, tiny_checkpoint):
+  base = load_pipeline(str(tiny_checkpoint), components=("unet",)).params["unet"]
+  newest = max((finished / "checkpoints").iterdir(), key=lambda path: int(path.name))
+  metadata = json.loads((newest / "state" / "_METADATA").read_text())
+  names = metadata["tree_metadata"].keys()
+  factors = len(jax.tree.leaves(load_lora(str(finished))))
+  assert len([name for name in names if "'lora'" in name]) == factors
+  assert not [name for name in names if "kernel" in name]
+  size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
+  base_size = sum(leaf.nbytes for leaf in flatten_dict(base).values())
+  assert size < base_size / 2
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+  tiny_checkpoint, cache, tmp_path
+):
+  def arguments(name):
+    return runs.train_arguments(
+      tiny_checkpoint, cache, tmp_path / name, "all_single", checkpoint_every=4
+    )
+
+  whole = runs.start("train", arguments("whole"))
+  output, _ = whole.communicate(timeout=300)
+  assert whole.returncode == 0, output
+
+  killed = runs.start("train", arguments("killed"))
+  lines = tmp_path / "killed" / "metrics.jsonl"
+  deadline = time.monotonic() + 300
+  while not lines.exists() or lines.read_text().count("\n") < 7:
+    assert killed.poll() is None, killed.communicate()[0]
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  killed.kill()
+  killed.communicate()
+  assert not (tmp_path / "killed" / "expert.json").exists()
+
+  again = runs.start("train", arguments("killed"))
+  output, _ = again.communicate(timeout=300)
+  assert again.returncode == 0, output
+  assert "resume from step" in output
+  assert "resume from step 20" not in output
+  chex.assert_trees_all_equal(
+    load_lora(str(tmp_path / "killed")), load_lora(str(tmp_path / "whole"))
+  )
+  assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_eight_devices_goes_on_on_one(
+  finished, tiny_checkpoint, cache, tmp_path
+):
+  shutil.copytree(finished, tmp_path / "run")
+  arguments = runs.train_arguments(
+    tiny_checkpoint, cache, tmp_path / "run", "all_single", steps=21
+  )
+  process = runs.start("train", arguments, devices=1)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  assert "resume from step 20" in output
+  assert read_metrics(tmp_path / "run")[-1]["step"] == 21
+
+
+WRONG = {
+  "unknown key": ({"lora.rnak": 4}, "rnak"),
+  "wrong type": ({"steps": "many"}, "steps"),
+  "no cache": ({"cache": ""}, "config.cache is empty"),
+  "cache missing": ({"cache": "/nowhere"}, "/nowhere"),
+  "unknown category": ({"category": "hats"}, "hats"),
+  "unknown loss": ({"dpo.loss": "ppo"}, "expected dpo or sft"),
+  "unknown optimizer": ({"optimizer": "sgd"}, "expected 'adamw' or 'adafactor'"),
+  "unknown target": ({"lora.targets": "('to_x',)"}, "'to_x' matches no dense layer"),
+  "unknown remat": ({"remat": "some"}, "remat"),
+  "unknown mixture": ({"mixture": "mild"}, "mild"),
+  "batch": ({"batch_size": 12}, "expected a multiple of accumulation × devices"),
+  "mesh": ({"mesh.data": 3}, "there are 8 devices"),
+  "no model": ({"model": "no/such/model"}, "no/such/model"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_input_is_one_clear_line(
+  changes, message, tiny_checkpoint, cache, tmp_path, capsys
+):
+  values = {"model": tiny_checkpoint, "cache": cache, **changes}
+  arguments = runs.train_arguments(workdir=tmp_path / "run", **values)
+  with pytest.raises(SystemExit) as stopped:
+    run_command(lambda: train.main(arguments))
+  assert stopped.value.code == 1
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith("error: ")
+  assert message in error
+  assert not (tmp_path / "run" / "expert.json").exists()
+
+
+def test_an_empty_split_is_named(tiny_checkpoint, tmp_path):
+  lookalike.write_folder_layout(tmp_path / "pairs", pairs=2)
+  arguments = ["--model", tiny_checkpoint, "--pairs", tmp_path / "pairs"]
+  encode.main([*map(str, arguments), "--out", str(tmp_path / "cache")])
+  with pytest.raises(InputError, match="self_harm"):
+    train.main(
+      runs.train_arguments(
+        tiny_checkpoint, tmp_path / "cache", tmp_path / "run", "self_harm"
+      )
+    )
+
+
+def test_a_cache_of_another_base_model_is_refused(cache, tmp_path):
+  other = save_tiny_checkpoint(tmp_path / "other", seed=1)
+  with pytest.raises(InputError, match="encode"):
+    train.main(runs.train_arguments(other, cache, tmp_path / "run", "all_single"))
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(tiny_checkpoint, cache):
+  with pytest.raises(InputError, match=r"/proc/run.*--workdir"):
+    train.main(runs.train_arguments(tiny_checkpoint, cache, "/proc/run", "all_single"))
+
+
+def test_a_run_with_other_data_does_not_go_on_from_this_one(
+  finished, tiny_checkpoint, cache
+):
+  arguments = runs.train_arguments(
+    tiny_checkpoint, cache, finished, "all_single", steps=30, seed=5
+  )
+  with pytest.raises(InputError, match="was trained with seed=0, this run says 5"):
+    train.main(arguments)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tiny_checkpoint, cache, tmp_path):
+  arguments = runs.train_arguments(
+    tiny_checkpoint,
+    cache,
+    tmp_path / "run",
+    "all_single",
+    learning_rate=1e30,
+    checkpoint_every=1,
+  )
+  with pytest.raises(InputError, match=r"the loss is nan at step 2.*step 1"):
+    train.main(arguments)
+  saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+  assert saved == ["1"]
+
+
+def test_help_shows_an_example(capsys):
+  with pytest.raises(SystemExit):
+    train.main(["--help"])
+  assert "--config configs/hate.py:sd15 --workdir runs/hate" in capsys.readouterr().out
