@@ -108,6 +108,7 @@ def loss(params: Any, key: jax.Array, data: Any) -> jax.Array:
   # One timestep in each BATCH-th of the schedule, so that every batch holds all levels.
   strata = (jnp.arange(BATCH) + jax.random.uniform(keys[4], (BATCH,))) / BATCH
   timesteps = (strata * plan.num_timesteps).astype(jnp.int32)
+  timesteps = jnp.minimum(timesteps, plan.num_timesteps - 1)  # strata may round to 1
   noisy = diffusion.add_noise(plan, latents, noise[1], timesteps)
   prediction = unet.apply({"params": params["unet"]}, noisy, timesteps, context)
   error = jnp.square(prediction - noise[1]).mean(axis=(1, 2, 3))

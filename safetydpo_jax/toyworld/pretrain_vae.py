@@ -75,18 +75,24 @@ def in_chunks(function, array: np.ndarray) -> np.ndarray:
   return np.concatenate(parts)
 
 
+@jax.jit
+def _encode(params: Any, images: jax.Array) -> jax.Array:
+  return module().apply({"params": params}, to_network(images), method="encode")
+
+
+@jax.jit
+def _decode(params: Any, latents: jax.Array) -> jax.Array:
+  return module().apply({"params": params}, latents, method="decode")
+
+
 def encode(params: Any, images: np.ndarray) -> np.ndarray:
   """(n, 32, 32, 3) uint8 → moments (n, 8, 8, 8) float32."""
-  vae = module()
-  apply = jax.jit(lambda p, x: vae.apply({"params": p}, to_network(x), method="encode"))
-  return in_chunks(lambda rows: apply(params, rows), images)
+  return in_chunks(lambda rows: _encode(params, rows), images)
 
 
 def decode(params: Any, latents: np.ndarray) -> np.ndarray:
   """Unscaled latents (n, 8, 8, 4) → (n, 32, 32, 3) uint8."""
-  vae = module()
-  apply = jax.jit(lambda p, z: vae.apply({"params": p}, z, method="decode"))
-  return to_pixels(in_chunks(lambda rows: apply(params, rows), latents))
+  return to_pixels(in_chunks(lambda rows: _decode(params, rows), latents))
 
 
 def loss(params: Any, key: jax.Array, images: jax.Array) -> jax.Array:
