@@ -111,6 +111,7 @@ def run_ours(options) -> dict:
       seed=0,
     ),
     donate_argnums=0,
+    compiler_options=sharding.COMPILER_OPTIONS.get(jax.default_backend()),
   )
   side = options.resolution // 8
   moments = rng.standard_normal((options.pairs, 2, side, side, 8)).astype(np.float16)

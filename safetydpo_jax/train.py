@@ -200,6 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     in_shardings=(replicated, base_shardings, NamedSharding(mesh, sharding.BATCH)),
     out_shardings=replicated,
     donate_argnums=0,
+    compiler_options=sharding.COMPILER_OPTIONS.get(jax.default_backend()),
   )
   feed = batches.train_batches(
     cache,

@@ -1,5 +1,7 @@
 """Attention and the transformer blocks equal diffusers', on every kernel choice."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,3 +136,14 @@ def test_transformer_over_a_non_square_image(linear, layers):
   np.testing.assert_allclose(
     apply(ours, params, x, context), expected, rtol=0, atol=1e-5
   )
+
+
+@pytest.mark.parametrize(("length", "kept"), [(1024, False), (64, True)])
+def test_large_attention_matrices_are_not_kept_for_the_backward_pass(length, kept):
+  shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+  _, backward = jax.eval_shape(
+    lambda *inputs: jax.vjp(partial(attention.attend, kernel="xla"), *inputs),
+    *[shape] * 3,
+  )
+  matrix = 2 * length * length
+  assert any(leaf.size >= matrix for leaf in jax.tree.leaves(backward)) == kept
