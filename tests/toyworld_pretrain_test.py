@@ -44,6 +44,7 @@ def small_networks():
       patch.setattr(networks, name, {**getattr(networks, name), **fields})
     patch.setattr(pretrain_vae, "IMAGES", 64)
     patch.setattr(pretrain_vae, "CHUNK", 16)
+    patch.setattr(pretrain_unet, "IMAGES", 64)
     patch.setattr(pretrain_unet, "EVALUATED", 8)
     patch.setattr(pretrain_unet, "STEPS", 2)
     yield
@@ -181,7 +182,9 @@ def _fit(progress, steps, stop=None, seed=0):
     if done == stop:
       raise KeyboardInterrupt
 
-  run = Run("line", steps, 0.1, 0.9, seed, progress, save_every=0, evaluate_every=1)
+  run = Run(
+    "line", steps, 0.1, 0.9, seed, progress, save_every=0, log_every=0, evaluate_every=1
+  )
   return train(
     run, {"slope": np.float32(0), "offset": np.float32(0)}, loss, data, evaluate
   )

@@ -6,7 +6,8 @@
 
 Everything is an ordinary config of the published classes, so diffusers loads the
 directory as it is. Captions of the toy world have at most 22 tokens with both ends, so
-24 positions replace CLIP's 77.
+24 positions replace CLIP's 77. Convolutional weights are stored in float16; the text
+encoder's are not, as transformers would then run it in float16 too.
 """
 
 import json
@@ -91,6 +92,7 @@ INDEX = {
   "unet": ("diffusers", "UNet2DConditionModel"),
   "vae": ("diffusers", "AutoencoderKL"),
 }
+STORED = {"unet": np.float16, "vae": np.float16, "text_encoder": np.float32}
 STEMS = {
   "unet": "diffusion_pytorch_model",
   "vae": "diffusion_pytorch_model",
@@ -98,10 +100,10 @@ STEMS = {
 }
 
 
-def rounded(params: Any, dtype: Any) -> Any:
-  """The tree as a file of `dtype` holds it, in float32."""
+def rounded(params: Any, name: str) -> Any:
+  """The tree as the file of component `name` will hold it, in float32."""
   return jax.tree.map(
-    lambda leaf: np.asarray(leaf).astype(dtype).astype(np.float32), params
+    lambda leaf: np.asarray(leaf).astype(STORED[name]).astype(np.float32), params
   )
 
 
@@ -117,15 +119,15 @@ def to_torch(params: Mapping[str, Any], dtype: Any, prefix="") -> dict[str, np.n
 
 
 def write_component(
-  out: Path, name: str, config: Mapping[str, Any], params: Any, dtype: Any = np.float32
+  out: Path, name: str, config: Mapping[str, Any], params: Any
 ) -> None:
-  """Writes OUT/<name>/ with config.json and safetensors of `dtype`."""
+  """Writes OUT/<name>/ with config.json and safetensors of the type `STORED`."""
   folder = out / name
   folder.mkdir(parents=True, exist_ok=True)
   # Older releases of transformers know the text encoder's tensors by this prefix only.
   prefix = "text_model." if name == "text_encoder" else ""
   file = folder / f"{STEMS[name]}.safetensors"
-  save_file(to_torch(params, dtype, prefix), file, metadata={"format": "pt"})
+  save_file(to_torch(params, STORED[name], prefix), file, metadata={"format": "pt"})
   write_config(folder / "config.json", config)
 
 

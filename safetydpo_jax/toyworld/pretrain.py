@@ -8,8 +8,8 @@
 
 First the autoencoder (`pretrain_vae.py`), then on its latents the UNet together with
 the text encoder (`pretrain_unet.py`). Pictures are rendered from `scenes.py`: scenes
-and phrasings that are held out are never seen. The UNet is stored in float16, and the
-figures are those of the stored weights. A JAX of any platform will do.
+and phrasings that are held out are never seen. The figures are those of the weights
+as stored. A JAX of any platform will do.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from safetydpo_jax.toyworld import (
 )
 from safetydpo_jax.toyworld.training import Run
 
-UNET_DTYPE = np.float16
 EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.pretrain --out toy-model
 """
@@ -116,8 +115,8 @@ def stage_unet(options: argparse.Namespace) -> None:
   scaling = about_vae["scaling_factor"]
   params, about = pretrain_unet.pretrain(run, vae_params, scaling, tokenizer)
 
-  params["unet"] = networks.rounded(params["unet"], UNET_DTYPE)
-  networks.write_component(out, "unet", networks.UNET, params["unet"], UNET_DTYPE)
+  params["unet"] = networks.rounded(params["unet"], "unet")
+  networks.write_component(out, "unet", networks.UNET, params["unet"])
   text = {**networks.TEXT, **vocabulary.special_ids()}
   networks.write_component(out, "text_encoder", text, params["text_encoder"])
   networks.write_config(out / "scheduler/scheduler_config.json", networks.SCHEDULER)

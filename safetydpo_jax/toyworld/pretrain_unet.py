@@ -185,10 +185,10 @@ def make_measure(vae_params: Any, scaling: float, tokenizer, seed: int):
 
 
 def pretrain(
-  run: Run, vae_params: Any, scaling: float, tokenizer, images: int = IMAGES
+  run: Run, vae_params: Any, scaling: float, tokenizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Trains both networks; returns {'unet', 'text_encoder'} and how it went."""
-  data = make_data(vae_params, scaling, tokenizer, images, run.seed)
+  data = make_data(vae_params, scaling, tokenizer, IMAGES, run.seed)
   measure = make_measure(vae_params, scaling, tokenizer, run.seed + 1)
 
   def evaluate(ema, step):

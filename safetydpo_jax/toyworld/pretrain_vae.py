@@ -139,7 +139,7 @@ def scaling_factor(moments: np.ndarray) -> float:
 
 
 def pretrain(run: Run) -> tuple[Any, dict[str, float]]:
-  """Trains the autoencoder; returns its weights and what was measured."""
+  """Trains the autoencoder; returns its weights as stored, and what was measured."""
   images = render(draw(IMAGES, run.seed))
   params = initialise(module(), run.seed, jnp.zeros((1, scenes.SIZE, scenes.SIZE, 3)))
 
@@ -148,6 +148,7 @@ def pretrain(run: Run) -> tuple[Any, dict[str, float]]:
     print(f"{run.name} step {step}: {measured}", flush=True)
 
   params, about = train(run, params, loss, images, evaluate)
+  params = networks.rounded(params, "vae")
   about["figures"] = figures(params, run.seed + 1)
   about["scaling_factor"] = scaling_factor(encode(params, images[:2048]))
   return params, about
