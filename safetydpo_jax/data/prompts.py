@@ -1,0 +1,82 @@
+"""Prompts to render: a CSV with a column `prompt`, and others that may be there.
+
+  image              file name to save under, a .png or .jpg below the out folder; by
+                     default 0000000_0.png, 0000001_0.png, …
+  evaluation_seed    decides the initial noise; by default the row's number from 0
+
+Other columns (category, case_number, …) are for others.
+"""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+from safetydpo_jax.errors import InputError
+
+
+class Row(NamedTuple):
+  """One image to render: where it goes, from what, from which noise; its CSV row."""
+
+  file: Path
+  prompt: str
+  seed: int
+  number: int
+
+
+def read_prompts(file: Path, out: Path) -> list[Row]:
+  """The rows of a prompts CSV, in order.
+
+  A row whose image was named before, with the same prompt, is that row again: CoProV2
+  lists some pairs under two categories.
+
+  Raises:
+    InputError: if the file cannot be read, has no column `prompt`, fields without a
+      column, an image name that leaves `out` or stands for two prompts, or a seed that
+      is no whole number of 64 bits.
+  """
+  try:
+    with open(file, newline="", encoding="utf-8-sig") as lines:  # Excel writes a BOM
+      reader = csv.DictReader(lines)
+      rows, columns = list(reader), reader.fieldnames or ()
+  except (OSError, UnicodeDecodeError, csv.Error) as error:
+    raise InputError(f"{file} is no readable prompts CSV: {error}") from error
+  if not rows or "prompt" not in columns:
+    raise InputError(f"{file} has no column `prompt` or no rows")
+  out = out.resolve()
+  seen: dict[Path, Row] = {}
+  result = []
+  for number, row in enumerate(rows):
+    where = f"{file} row {number + 1}"
+    if None in row or row["prompt"] is None:
+      raise InputError(
+        f"{where} has not the {len(columns)} fields of the header; put prompts with "
+        "commas in quotes"
+      )
+    name = row.get("image") or f"{number:07d}_0.png"
+    path = (out / name).resolve()
+    if not path.is_relative_to(out):
+      raise InputError(f"{where}: image {name!r} leaves the out folder")
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+      raise InputError(f"{where}: image {name!r} is no .png or .jpg")
+    seed = read_seed(row.get("evaluation_seed") or str(number), where)
+    first = seen.setdefault(path, Row(path, row["prompt"], seed, number))
+    if first.prompt != row["prompt"]:
+      raise InputError(
+        f"{where}: image {name!r} is that of row {first.number + 1}, with another "
+        "prompt; give each prompt its own"
+      )
+    result.append(first)
+  return result
+
+
+def read_seed(text: str, where: str) -> int:
+  """A seed as PyTorch takes it, −2⁶³ to 2⁶⁴ − 1; pandas may have written `7.0`."""
+  try:
+    seed = int(text.strip().removesuffix(".0"))
+  except ValueError:
+    seed = None
+  if seed is None or not -(2**63) <= seed < 2**64:
+    raise InputError(
+      f"{where}: evaluation_seed {text!r} is no whole number from -2^63 to 2^64 - 1"
+    )
+  return seed

@@ -1,0 +1,114 @@
+"""Prompt CSVs as people have them, and those that would go wrong quietly."""
+
+import csv
+
+import pytest
+
+from safetydpo_jax.data.prompts import read_prompts
+from safetydpo_jax.errors import InputError
+
+QUIRK = 'a "quoted", comma’d ~ prompt\nwith a second line'
+
+
+@pytest.fixture
+def read(tmp_path):
+  def read(columns, *rows, encoding="utf-8"):
+    with open(tmp_path / "p.csv", "w", newline="", encoding=encoding) as file:
+      csv.writer(file).writerows([columns, *rows])
+    return read_prompts(tmp_path / "p.csv", tmp_path / "out")
+
+  return read
+
+
+def test_a_prompt_is_enough(read, tmp_path):
+  rows = read(["prompt"], [QUIRK], ["a dog"])
+  assert [row.prompt for row in rows] == [QUIRK, "a dog"]
+  assert [row.seed for row in rows] == [0, 1]
+  out = (tmp_path / "out").resolve()
+  assert [row.file for row in rows] == [out / "0000000_0.png", out / "0000001_0.png"]
+
+
+def test_coprov2_columns_name_the_image_and_the_seed(read):
+  columns = ["prompt", "image", "category", "evaluation_seed", "case_number"]
+  (row,) = read(columns, [QUIRK, "part/0000007_0.jpg", "Harrasment", "4068484390", "7"])
+  assert (row.file.name, row.file.parent.name) == ("0000007_0.jpg", "part")
+  assert (row.prompt, row.seed, row.number) == (QUIRK, 4068484390, 0)
+
+
+def test_an_empty_cell_falls_back_to_the_default(read):
+  (row,) = read(["prompt", "image", "evaluation_seed"], ["", "", ""])
+  assert (row.prompt, row.file.name, row.seed) == ("", "0000000_0.png", 0)
+
+
+def test_excel_marks_the_beginning_of_a_file(read):
+  assert read(["prompt", "image"], ["x", "x.png"], encoding="utf-8-sig")[0].prompt == "x"
+
+
+@pytest.mark.parametrize(
+  ("text", "seed"), [("-1", -1), (str(2**64 - 1), 2**64 - 1), ("12.0", 12), (" 3 ", 3)]
+)
+def test_seeds_are_those_that_pytorch_takes(read, text, seed):
+  assert read(["prompt", "evaluation_seed"], ["x", text])[0].seed == seed
+
+
+@pytest.mark.parametrize("text", ["1.5", "one", "nan", str(2**64), str(-(2**63) - 1)])
+def test_other_seeds_are_refused(read, text):
+  with pytest.raises(InputError, match=r"row 2: evaluation_seed .* no whole number"):
+    read(["prompt", "evaluation_seed"], ["x", "1"], ["y", text])
+
+
+@pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/tmp/x.png", ".", "/"])
+def test_an_image_stays_in_the_out_folder(read, name):
+  with pytest.raises(InputError, match=r"row 1: image .*(leaves|is no .png)"):
+    read(["prompt", "image"], ["x", name])
+
+
+def test_a_link_does_not_lead_out_of_the_out_folder(read, tmp_path):
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "link").symlink_to(tmp_path)
+  (tmp_path / "out" / "x.png").symlink_to(tmp_path / "x.png")
+  for name in ("link/x.png", "x.png"):
+    with pytest.raises(InputError, match="leaves the out folder"):
+      read(["prompt", "image"], ["x", name])
+
+
+def test_a_folder_beside_the_out_folder_with_its_name_as_prefix_is_outside(read):
+  with pytest.raises(InputError, match="leaves the out folder"):
+    read(["prompt", "image"], ["x", "../out2/x.png"])
+
+
+def test_a_pair_under_two_categories_is_one_image(read):
+  columns = ["prompt", "image", "category"]
+  rows = read(columns, ["x", "x.png", "Hate"], ["y", "y.png"], ["x", "x.png", "sexual"])
+  assert rows[2] == rows[0]
+  assert rows[1].number == 1
+
+
+def test_two_prompts_for_one_image_are_refused(read):
+  with pytest.raises(InputError, match=r"row 3: image './x.png' is that of row 1"):
+    read(["prompt", "image"], ["x", "x.png"], ["y", "y.png"], ["z", "./x.png"])
+
+
+WRONG = {
+  "empty": ("", "no column `prompt` or no rows"),
+  "header alone": ("prompt\n", "no column `prompt` or no rows"),
+  "other columns": ("text,image\nx,x.png\n", "no column `prompt`"),
+  "comma not quoted": ("prompt\na cat, a dog\n", "row 1 has not the 1 fields"),
+  "prompt missing": ("image,prompt\nx.png,x\ny.png\n", "row 2 has not the 2 fields"),
+  "no picture": ("prompt,image\nx,x.exe\n", "'x.exe' is no .png or .jpg"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_csv_is_named(text, message, tmp_path):
+  (tmp_path / "p.csv").write_text(text)
+  with pytest.raises(InputError, match=message) as error:
+    read_prompts(tmp_path / "p.csv", tmp_path)
+  assert str(tmp_path / "p.csv") in str(error.value)
+
+
+def test_what_is_no_csv_is_named(tmp_path):
+  (tmp_path / "p.csv").write_bytes(b"prompt\n\xff\xfe\x00")
+  for file in (tmp_path / "p.csv", tmp_path / "nothing.csv", tmp_path):
+    with pytest.raises(InputError, match="is no readable prompts CSV"):
+      read_prompts(file, tmp_path)
