@@ -25,7 +25,12 @@ def open_checkpoints(workdir: Path, keep: int = 2) -> ocp.CheckpointManager:
   folder = Path(workdir).absolute() / "checkpoints"
   try:
     return ocp.CheckpointManager(
-      folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+      folder,
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      item_handlers={
+        "state": ocp.StandardCheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
+      },
     )
   except OSError as error:
     raise InputError(
@@ -58,19 +63,42 @@ def restore(manager: ocp.CheckpointManager, like: Any, data: dict[str, Any]) -> 
     data: this run's data settings; they must be those the checkpoint was made with.
 
   Raises:
-    InputError: if the checkpoint belongs to a run with other settings.
+    InputError: if the checkpoint belongs to a run with other settings, or another LoRA
+      or optimizer, or is damaged.
   """
   step = manager.latest_step()
-  saved = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
-  for name, value in data.items():
-    if name in saved.data and saved.data[name] != value:
-      raise InputError(
-        f"{manager.directory}: step {step} was trained with {name}={saved.data[name]}, "
-        f"this run says {value}; use the old value or another --workdir"
-      )
+  folder = manager.directory / str(step)
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
   )
-  return manager.restore(
-    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-  ).state
+  try:
+    saved = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
+    _check_same(folder, saved.data, data)
+    shapes = _shapes(manager.item_metadata(step).state.tree)
+    _check_same(folder, shapes, _shapes(abstract))
+    return manager.restore(
+      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    ).state
+  except (OSError, ValueError, KeyError, AttributeError) as error:
+    raise InputError(
+      f"{folder} is damaged ({str(error)[:200]}); delete it to go on from the "
+      "checkpoint before it"
+    ) from error
+
+
+def _check_same(folder: Any, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+  for name in sorted({*saved, *ours}):
+    if saved.get(name) != ours.get(name):
+      raise InputError(
+        f"{folder} was trained with {name}={saved.get(name)}, this run says "
+        f"{ours.get(name)}; use the old value or another --workdir"
+      )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Array shapes by name: {'lora/mid_block/…/to_q/a': (320, 4)}."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+    for path, leaf in leaves
+  }

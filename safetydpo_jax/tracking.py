@@ -1,10 +1,12 @@
 """Where a run's numbers go: RUN/metrics.jsonl, TensorBoard events and a progress line.
 
 Only process 0 writes. A resumed run drops the lines after the step it resumes from,
-so metrics.jsonl reads as one uninterrupted run.
+so metrics.jsonl reads as one uninterrupted run. JSON has no NaN and no infinity: such
+a value is written as null.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -33,11 +35,11 @@ def to_scalars(metrics: dict[str, Any]) -> dict[str, float]:
 def _keep_until(path: Path, step: int) -> None:
   """Drops the lines of `path` after `step`, and a last line cut short by a kill."""
   lines = []
-  for line in path.read_text().splitlines():
+  for line in path.read_text(errors="replace").splitlines():
     try:
       if json.loads(line)["step"] > step:
         break
-    except (json.JSONDecodeError, KeyError):
+    except (json.JSONDecodeError, KeyError, TypeError):
       break
     lines.append(line + "\n")
   temporary = path.with_name(f".{path.name}")
@@ -72,7 +74,10 @@ class Tracker:
     """Records the metrics of `step`."""
     if not self.active:
       return
-    self.lines.write(json.dumps({"step": step, **scalars}) + "\n")
+    line = {
+      name: value if math.isfinite(value) else None for name, value in scalars.items()
+    }
+    self.lines.write(json.dumps({"step": step, **line}) + "\n")
     for name, value in scalars.items():
       self.events.add_scalar(name, value, step)
 

@@ -41,7 +41,8 @@ def test_an_empty_cell_falls_back_to_the_default(read):
 
 
 def test_excel_marks_the_beginning_of_a_file(read):
-  assert read(["prompt", "image"], ["x", "x.png"], encoding="utf-8-sig")[0].prompt == "x"
+  (row,) = read(["prompt", "image"], ["x", "x.png"], encoding="utf-8-sig")
+  assert row.prompt == "x"
 
 
 @pytest.mark.parametrize(

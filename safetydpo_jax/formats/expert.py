@@ -29,8 +29,17 @@ def write_expert(folder: Path, lora: Any, about: dict[str, Any]) -> None:
     folder: the expert's directory.
     lora: the LoRA tree, scale folded in, replicated on all devices.
     about: what expert.json says, besides versions.
+
+  Raises:
+    InputError: if the folder cannot be written.
   """
   folder = Path(folder).absolute()
+  if jax.process_index() == 0:
+    try:
+      folder.mkdir(parents=True, exist_ok=True)  # Orbax would wait for it for minutes
+      (folder / MANIFEST).unlink(missing_ok=True)  # it speaks of the LoRA before
+    except OSError as error:
+      raise InputError(f"cannot write to {folder}: {error.strerror}") from error
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(folder / "lora", lora, force=True)
   if jax.process_index() == 0:
@@ -42,10 +51,16 @@ def read_expert(folder: Path) -> tuple[dict, dict[str, Any]]:
   """The LoRA tree as numpy arrays, and what expert.json says.
 
   Raises:
-    InputError: if the folder holds no finished expert.
+    InputError: if the folder holds no finished expert, or a damaged one.
   """
   folder = Path(folder).absolute()
   about = manifest.read_json(folder / MANIFEST, "finished expert")
+  base = about.get("base") if isinstance(about, dict) else None
+  if not isinstance(base, dict) or not {"name", "fingerprint"} <= base.keys():
+    raise InputError(
+      f"{folder / MANIFEST} does not say which model the LoRA was trained on; expected "
+      "base.name and base.fingerprint"
+    )
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.metadata(folder / "lora").item_metadata.tree

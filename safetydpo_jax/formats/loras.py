@@ -1,5 +1,6 @@
 """Reading a LoRA named on the command line: `L` or `L:scale`."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,19 @@ from safetydpo_jax.formats import expert, lora_files
 
 
 def split_scale(text: str) -> tuple[str, float]:
-  """`merged:0.7` → ('merged', 0.7); without a number the scale is 1."""
-  name, colon, number = text.rpartition(":")
-  if colon:
-    try:
-      return name, float(number)
-    except ValueError:
-      pass
-  return text, 1.0
+  """`merged:0.7` → ('merged', 0.7); without a number the scale is 1.
+
+  Raises:
+    InputError: if the number is not finite.
+  """
+  name, _, number = text.rpartition(":")
+  try:
+    factor = float(number) if name else 1.0
+  except ValueError:
+    name, factor = text, 1.0
+  if not math.isfinite(factor):
+    raise InputError(f"--lora {text}: the scale is {number}; expected a finite number")
+  return name or text, factor
 
 
 def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
@@ -28,10 +34,15 @@ def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
   Returns:
     The tree, numpy float32, and expert.json's content; {} for a foreign file, which
     does not say which model it was made for.
+
+  Raises:
+    InputError: if there is none, or it is damaged.
   """
   path = Path(name)
   if path.is_file():
     return lora_files.read_lora_file(path), {}
+  if (path / expert.MANIFEST).is_file():  # also with an export of it in the folder
+    return expert.read_expert(path)
   if (path / lora_files.FILE_NAME).is_file():
     return lora_files.read_lora_file(path / lora_files.FILE_NAME), {}
   if path.is_dir():

@@ -26,7 +26,9 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
   path = Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(
+      json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     os.replace(temporary, path)
   except OSError as error:
     raise InputError(

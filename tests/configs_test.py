@@ -1,0 +1,94 @@
+"""The faithful preset, number by number, and the categories that share it."""
+
+import importlib
+
+import pytest
+
+from configs import base
+from safetydpo_jax import lora, optimizer, train
+from safetydpo_jax.data.categories import CATEGORIES
+from safetydpo_jax.errors import InputError
+from tests import runs
+
+# What the launchers released with SafetyDPO set for SD1.5.
+SD15 = {
+  "model": "sd15",
+  "mixture": "both",
+  "caption_dropout": 0.2,
+  "flip": "independent",
+  "steps": 2000,
+  "batch_size": 16,
+  "accumulation": 4,
+  "learning_rate": 1e-5,
+  "scale_lr": True,
+  "warmup_steps": 500,
+  "optimizer": "adamw",
+  "adam.b1": 0.9,
+  "adam.b2": 0.999,
+  "adam.eps": 1e-8,
+  "weight_decay": 1e-2,
+  "clip_norm": 1.0,
+  "dpo.loss": "dpo",
+  "dpo.beta": 5000.0,
+  "lora.rank": 4,
+  "lora.alpha": 4.0,
+  "lora.targets": ("to_q", "to_k", "to_v", "to_out.0"),
+}
+FILES = {**{category: category for category in CATEGORIES}, "all_single": "all"}
+
+
+def parse(file, *overrides):
+  arguments = [f"--config={runs.ROOT / 'configs' / file}", "--workdir=x", *overrides]
+  return train.parse_arguments(arguments)[0]
+
+
+@pytest.mark.parametrize(("name", "value"), SD15.items())
+def test_sd15_is_trained_as_the_released_launchers_do(name, value):
+  config = base.get_config("sd15")
+  for part in name.split("."):
+    config = config[part]
+  assert config == value
+  assert type(config) is type(value)
+
+
+def test_the_rate_after_scaling_is_the_launchers():
+  """1e-5 × batch 4 × accumulation 4 on one GPU."""
+  rate = optimizer.effective_learning_rate(base.get_config("sd15"))
+  assert rate == pytest.approx(1.6e-4)
+
+
+def test_the_preset_adapts_the_attention_layers():
+  assert base.get_config("sd15").lora.targets == lora.ATTENTION_TARGETS
+
+
+@pytest.mark.parametrize("variant", base.VARIANTS)
+@pytest.mark.parametrize(("file", "category"), FILES.items())
+def test_a_category_changes_the_category_alone(file, category, variant):
+  """One LoRA seed for all, among others: factor-level merging needs it."""
+  config = importlib.import_module(f"configs.{file}").get_config(variant).to_dict()
+  expected = {**base.get_config(variant).to_dict(), "category": category}
+  assert config == expected
+
+
+def test_there_is_a_config_for_each_category_and_no_other():
+  files = {path.stem for path in (runs.ROOT / "configs").glob("[!_]*.py")}
+  assert files == {"base", *FILES}
+
+
+def test_sd15_is_the_default_variant():
+  assert parse("hate.py").to_dict() == parse("hate.py:sd15").to_dict()
+
+
+def test_values_are_overridden_on_the_command_line():
+  config = parse("hate.py", "--config.dpo.beta=2500", "--config.lora.rank=8")
+  assert (config.dpo.beta, config.lora.rank, config.category) == (2500.0, 8, "hate")
+
+
+def test_an_unknown_variant_is_one_clear_line():
+  with pytest.raises(InputError, match=r"unknown variant 'sd99'; .*sd15"):
+    parse("hate.py:sd99")
+
+
+def test_a_misspelled_name_is_refused_and_not_added():
+  with pytest.raises(InputError, match="bata"):
+    parse("hate.py", "--config.dpo.bata=1")

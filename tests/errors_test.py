@@ -1,0 +1,39 @@
+"""Bad input is one line and exit code 1; our own defects keep their traceback."""
+
+import pytest
+
+from safetydpo_jax.errors import InputError, run_command
+
+
+def run(error):
+  def main():
+    if error:
+      raise error
+
+  run_command(main)
+
+
+def test_a_command_that_works_just_returns(capsys):
+  run(None)
+  assert capsys.readouterr() == ("", "")
+
+
+def test_bad_input_is_one_line_on_stderr_and_exit_code_1(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    run(InputError("a.csv:\n  no column\t`prompt`\n\nadd one"))
+  assert stopped.value.code == 1
+  assert capsys.readouterr() == ("", "error: a.csv: no column `prompt` add one\n")
+
+
+def test_an_interrupt_exits_as_shells_expect(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    run(KeyboardInterrupt())
+  assert stopped.value.code == 130
+  assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), OSError("x")])
+def test_a_defect_of_ours_is_not_hidden(error):
+  with pytest.raises(type(error)) as raised:
+    run(error)
+  assert raised.value is error
