@@ -1,6 +1,7 @@
 """Commands run as users run them, and what they leave behind, for the tests."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,14 +30,35 @@ def train_arguments(model, cache, workdir, config="hate", **changes) -> list[str
   ]
 
 
-def start(command: str, arguments: list[str], devices: int = 1) -> subprocess.Popen:
+def start(command: str, arguments: list, devices: int = 1, **environment):
   """Starts `python -m safetydpo_jax.<command>` on `devices` virtual CPU devices."""
   flags = f"--xla_force_host_platform_device_count={devices}"
   return subprocess.Popen(
     [sys.executable, "-m", f"safetydpo_jax.{command}", *map(str, arguments)],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=1"},
+    env={
+      **os.environ,
+      "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=1",
+      **environment,
+    },
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
   )
+
+
+def start_hosts(command: str, arguments: list, count: int) -> list[subprocess.Popen]:
+  """Starts a command as `count` processes of one job, on one device each."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  return [
+    start(
+      command,
+      arguments,
+      JAX_COORDINATOR_ADDRESS=address,
+      JAX_NUM_PROCESSES=str(count),
+      JAX_PROCESS_ID=str(index),
+    )
+    for index in range(count)
+  ]

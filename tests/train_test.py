@@ -125,6 +125,19 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_one(
   assert read_metrics(tmp_path / "run")[-1]["step"] == 21
 
 
+def test_two_processes_equal_one(finished, tiny_checkpoint, cache, tmp_path):
+  arguments = runs.train_arguments(
+    tiny_checkpoint, cache, tmp_path / "run", "all_single"
+  )
+  for process in runs.start_hosts("train", arguments, count=2):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+  for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(finished)):
+    assert ours["step"] == theirs["step"]
+    for name in ("loss", "preferred_error", "dispreferred_error", "lora_norm"):
+      assert ours[name] == pytest.approx(theirs[name], rel=5e-3), name
+
+
 WRONG = {
   "unknown key": ({"lora.rnak": 4}, "rnak"),
   "wrong type": ({"steps": "many"}, "steps"),
