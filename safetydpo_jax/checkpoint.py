@@ -43,13 +43,12 @@ def save(
   manager: ocp.CheckpointManager, step: int, state: Any, data: dict[str, Any]
 ) -> None:
   """Saves in the background; a step that is there already is left alone."""
-  if step not in manager.all_steps():
-    manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
-      ),
-    )
+  manager.save(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
+    ),
+  )
 
 
 def restore(manager: ocp.CheckpointManager, like: Any, data: dict[str, Any]) -> Any:

@@ -102,4 +102,6 @@ def test_a_manifest_that_does_not_name_the_base_model_is_refused(about, folder):
 def test_half_precision_factors_survive_as_written(tmp_path):
   tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), make_tree(0))
   expert.write_expert(tmp_path, tree, ABOUT)
-  chex.assert_trees_all_equal(expert.read_expert(tmp_path)[0], tree)
+  read, _ = expert.read_expert(tmp_path)
+  chex.assert_trees_all_equal(read, tree)
+  chex.assert_trees_all_equal_dtypes(read, tree)

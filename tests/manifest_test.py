@@ -1,6 +1,7 @@
 """Manifests: whole or absent, and wrong ones named."""
 
 import json
+import os
 
 import pytest
 
@@ -21,6 +22,19 @@ def test_a_write_that_fails_leaves_the_old_one(tmp_path):
     manifest.write_json(tmp_path / "x.json", {"a": 1, "b": object()})
   assert manifest.read_json(tmp_path / "x.json", "thing") == {"a": 1}
   assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_write_cut_short_leaves_the_old_one(tmp_path, monkeypatch):
+  """The new one is under another name until it is whole."""
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  manifest.write_json(tmp_path / "x.json", {"a": 1})
+  monkeypatch.setattr(os, "replace", stop)
+  with pytest.raises(KeyboardInterrupt):
+    manifest.write_json(tmp_path / "x.json", {"a": 2})
+  assert manifest.read_json(tmp_path / "x.json", "thing") == {"a": 1}
 
 
 def test_a_manifest_is_json_for_every_reader(tmp_path):
