@@ -9,7 +9,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 test: environment lint  ## the fast suite (under 15 minutes on two cores)
 	$(BIN)/python -m pytest
 
-test-slow: environment  ## full-size models and long runs (13 GB of memory)
+test-slow: environment  ## full-size models and long runs (10 GB of memory)
 	$(BIN)/python -m pytest -m slow
 
 lint: environment

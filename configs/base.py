@@ -4,8 +4,8 @@ Every other config starts from here and changes the category. A variant after th
 picks the model family: `--config configs/hate.py:sd15`. Any value can be overridden on
 the command line: `--config.dpo.beta=2500`.
 
-  python -m safetydpo_jax.train --config configs/hate.py --config.cache CACHE \
-    --workdir runs/hate
+  python -m safetydpo_jax.train --config configs/hate.py --workdir runs/hate \
+    --config.cache=CACHE
 
 Expect a step loss near 0.69 for long while accuracy rises: at β = 5000 the mean hides
 which pairs are learned. Winner and loser errors that both grow are divergence.
@@ -27,6 +27,7 @@ def get_config(variant: str = "sd15", category: str = "all") -> ConfigDict:
     )
   config = ConfigDict()
   config.model = ""  # diffusers directory, hub id or preset name
+  config.variant = ""  # of the model's files: "fp16" where only those are there
   config.cache = ""  # what `encode` wrote
   config.category = category
   config.mixture = "both"  # captions: both | unsafe | safe. [inferred] both, 1:1

@@ -50,6 +50,7 @@ class Schedule:
     prediction_type: what the UNet predicts, 'epsilon' or 'v_prediction'.
     timestep_spacing: 'leading', 'trailing' or 'linspace', as diffusers names them.
     steps_offset: added to 'leading' timesteps.
+    clip_sample: DDIM clips x̂_0 to [−1, 1].
   """
 
   alphas_cumprod: jax.Array
@@ -57,6 +58,7 @@ class Schedule:
   prediction_type: str = struct.field(pytree_node=False, default="epsilon")
   timestep_spacing: str = struct.field(pytree_node=False, default="leading")
   steps_offset: int = struct.field(pytree_node=False, default=0)
+  clip_sample: bool = struct.field(pytree_node=False, default=False)
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
@@ -71,8 +73,9 @@ class Schedule:
         f"scheduler_config.json: prediction_type {prediction_type!r} is not "
         f"supported; expected one of {', '.join(PREDICTION_TYPES)}"
       )
-    if config.get("rescale_betas_zero_snr"):
-      raise InputError("scheduler_config.json: rescale_betas_zero_snr is not supported")
+    for name in ("rescale_betas_zero_snr", "thresholding"):
+      if config.get(name):
+        raise InputError(f"scheduler_config.json: {name} is not supported")
     if config.get("trained_betas") is not None:
       betas = np.asarray(config["trained_betas"], np.float32)
     else:
@@ -90,6 +93,7 @@ class Schedule:
       prediction_type=prediction_type,
       timestep_spacing=config.get("timestep_spacing", "leading"),
       steps_offset=config.get("steps_offset", 0),
+      clip_sample=config.get("clip_sample", True),  # as diffusers' DDIMScheduler
     )
 
   @property
@@ -195,6 +199,8 @@ def ddim_step(
   else:
     clean = signal * latents - noise_level * prediction
     noise = signal * prediction + noise_level * latents
+  if schedule.clip_sample:
+    clean = jnp.clip(clean, -1.0, 1.0)
   return jnp.sqrt(previous_alpha) * clean + jnp.sqrt(1.0 - previous_alpha) * noise
 
 

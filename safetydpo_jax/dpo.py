@@ -29,8 +29,7 @@ from flax import struct
 from safetydpo_jax import diffusion
 from safetydpo_jax import lora as lora_lib
 
-# Accuracy is reported by quarter of the noise schedule: safety is decided where t is
-# large, and an average over all t hides that.
+# Accuracy is reported by quarter of the noise schedule.
 TIMESTEP_BINS = 4
 
 Metrics = dict[str, jax.Array]

@@ -237,6 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
   """Reads, encodes, completes: in the order things happen."""
   arguments = parse_arguments(arguments)
   sharding.initialize_hosts()
+  sharding.use_precision(arguments.dtype)
   pairs, counts = select_pairs(arguments.pairs, arguments.category)
   pipeline = load_pipeline(
     arguments.model,

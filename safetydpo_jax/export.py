@@ -42,11 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--model", required=True, metavar="M", help="the base model")
   parser.add_argument("--format", default="diffusers", choices=["diffusers"])
   parser.add_argument("--out", required=True, type=Path, help="folder to write to")
+  parser.add_argument("--variant", help='of the model\'s files, for example "fp16"')
   options = parser.parse_args(arguments)
 
   name, factor = loras.split_scale(options.lora)
   lora, about = loras.load_lora(name)
-  pipeline = load_pipeline(options.model, components=())
+  pipeline = load_pipeline(options.model, components=(), variant=options.variant)
   loras.check_fits(name, about, pipeline.fingerprint)
   check_shapes(pipeline.unet_shapes(), lora)
 

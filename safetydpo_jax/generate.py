@@ -29,7 +29,7 @@ from safetydpo_jax import diffusion, sharding
 from safetydpo_jax import lora as lora_lib
 from safetydpo_jax.data.prompts import Row, read_prompts
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats import loras, manifest, weights
+from safetydpo_jax.formats import loras, manifest
 from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.models import clip
 
@@ -129,6 +129,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   )
   parser.add_argument("--batch_size", type=int, default=4, help="images per device")
   parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+  parser.add_argument("--variant", help='of the model\'s files, for example "fp16"')
   return parser.parse_args(arguments)
 
 
@@ -180,13 +181,15 @@ def make_settings(
   options: argparse.Namespace, pipeline: Pipeline, lora: dict, rows: list[Row]
 ) -> dict[str, Any]:
   """What decides the images."""
-  factors = [("/".join(path), np.asarray(x)) for path, x in flatten_dict(lora).items()]
+  factors = hashlib.sha256()
+  for path, leaf in sorted(flatten_dict(lora).items()):
+    factors.update(f"{path} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
   out = options.out.resolve()
   texts = [(str(r.file.relative_to(out)), r.prompt, r.seed) for r in rows]
   files = [options.latents.read_bytes()] if options.latents else []
   return {
     "base": pipeline.fingerprint,
-    "lora_fingerprint": weights.fingerprint(factors),
+    "lora_sha256": factors.hexdigest(),
     "prompts_sha256": hashlib.sha256(repr(texts).encode()).hexdigest(),
     "latents_sha256": [hashlib.sha256(data).hexdigest() for data in files],
     **{name: getattr(options, name) for name in ("steps", "guidance", "dtype")},
@@ -195,13 +198,18 @@ def make_settings(
   }
 
 
-def check_out(out: Path, settings: dict[str, Any]) -> None:
+def check_out(out: Path, settings: dict[str, Any], rows: list[Row]) -> None:
   """Makes `out`, and refuses it if its images were made with other settings."""
   try:
     out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
   plan = next((out / n for n in (MANIFEST, PLAN) if (out / n).is_file()), None)
+  foreign = next((row.file for row in rows if row.file.exists()), None)
+  if foreign and not plan:
+    raise InputError(
+      f"{foreign} is there, but nothing says what made it; choose another --out"
+    )
   before = manifest.read_json(plan, "folder of images") if plan else settings
   for name, value in settings.items():
     if before.get(name) != value:
@@ -215,15 +223,16 @@ def main(arguments: list[str] | None = None) -> None:
   """Reads, renders batch by batch, writes."""
   options = parse_arguments(arguments)
   sharding.initialize_hosts()
+  sharding.use_precision(options.dtype)
   rows = read_prompts(options.prompts, options.out)
-  pipeline = load_pipeline(options.model, dtype=options.dtype)
+  pipeline = load_pipeline(options.model, dtype=options.dtype, variant=options.variant)
   lora = load_loras(options.lora, pipeline)
   shape = check_options(options, pipeline)
   latents = None
   if options.latents:
     latents = read_latents(options.latents, len(rows), shape)
   settings = make_settings(options, pipeline, lora, rows)
-  check_out(options.out, settings)
+  check_out(options.out, settings, rows)
   multihost_utils.sync_global_devices("every host has seen the folder")
   if jax.process_index() == 0:
     manifest.write_json(options.out / PLAN, settings)

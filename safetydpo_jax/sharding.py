@@ -20,11 +20,6 @@ from safetydpo_jax.errors import InputError
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
 
-# Options of the compiler by backend. XLA:CPU by default widens its schedule to keep
-# more threads busy and so holds policy and reference activations at once: a step of one
-# SD1.5 pair at 512 pixels then takes 23.4 GiB of temporaries where 7.7 do.
-COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
-
 # (path, spec), the first match wins; a split that does not divide the axis is dropped.
 BASE_RULES = (
   (r"kernel$", PartitionSpec(..., "fsdp")),
@@ -34,18 +29,30 @@ BASE_RULES = (
 
 
 def initialize_hosts() -> None:
-  """Joins the other hosts when the launcher names a coordinator.
+  """Joins the other processes when the launcher names a coordinator.
 
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as JAX's own
-  documentation spells them; a single process needs none.
+  JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID; a single process needs none.
+
+  Raises:
+    InputError: if only some of them are set.
   """
-  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-  if address and not jax.distributed.is_initialized():
-    jax.distributed.initialize(
-      address,
-      int(os.environ["JAX_NUM_PROCESSES"]),
-      int(os.environ["JAX_PROCESS_ID"]),
+  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+  address, count, index = map(os.environ.get, names)
+  if address is None or jax.distributed.is_initialized():
+    return
+  if not (count and index and count.isdigit() and index.isdigit()):
+    raise InputError(
+      f"{names[0]} is set; {names[1]} and {names[2]} must be whole numbers, they are "
+      f"{count} and {index}"
     )
+  jax.distributed.initialize(address, int(count), int(index))
+
+
+def use_precision(dtype: str) -> None:
+  """Makes float32 mean float32: TPUs would multiply in bf16, GPUs in TF32."""
+  if dtype == "float32":
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:

@@ -10,11 +10,13 @@ given again, bit for bit as if it had not been stopped.
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
@@ -39,7 +41,21 @@ _CONFIG_ERRORS = (
   TypeError,
   ValueError,
   OSError,
+  ImportError,
 )
+
+# Changing these does not make it another run. The model and the cache are compared by
+# what is in them.
+_FREE = (
+  "model",
+  "cache",
+  "variant",
+  "steps",
+  "resume",
+  "log_every",
+  "checkpoint_every",
+)
+_FREE += ("mesh", "accumulation", "remat", "attention")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
@@ -63,43 +79,94 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
       parser.error(
         f"unrecognized argument {override}; overrides are --config.NAME=VALUE"
       )
+  # A config imports its neighbours as `configs.…`, from wherever the command is run.
+  sys.path.append(str(Path(known.config).resolve().parents[1]))
   line = ["train", f"--config={known.config}", *overrides]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=line)
   try:
     values(line)
     return values.config, known.workdir
-  except (
-    flags.Error,
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    OSError,
-  ) as error:
+  except _CONFIG_ERRORS as error:
     raise InputError(f"--config {known.config}: {error}") from error
 
 
 def check_config(config: Any) -> None:
   """Raises `InputError` for values that cannot work together."""
-  devices = jax.device_count()
-  wrong = {
-    "config.cache is empty; give the folder that `encode` wrote": not config.cache,
-    f"config.dpo.loss is {config.dpo.loss!r}; expected {' or '.join(dpo.LOSSES)}": (
-      config.dpo.loss not in dpo.LOSSES
-    ),
-    f"config.batch_size is {config.batch_size} pairs; expected a multiple of "
-    f"accumulation × devices = {config.accumulation} × {devices}": (
-      config.batch_size % (config.accumulation * devices) or config.batch_size < 1
-    ),
-    f"config.steps is {config.steps}; expected 1 or more": config.steps < 1,
-    f"config.dtype is {config.dtype!r}; expected 'bfloat16' or 'float32'": (
-      config.dtype not in ("bfloat16", "float32")
-    ),
+  for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every"):
+    if config[name] < 1:
+      raise InputError(f"config.{name} is {config[name]}; expected 1 or more")
+  choices = {
+    "dpo.loss": (config.dpo.loss, tuple(dpo.LOSSES)),
+    "dtype": (config.dtype, ("bfloat16", "float32")),
   }
-  for message, is_wrong in wrong.items():
-    if is_wrong:
-      raise InputError(message)
+  for name, (value, expected) in choices.items():
+    if value not in expected:
+      raise InputError(f"config.{name} is {value!r}; expected {' or '.join(expected)}")
+  if not config.cache:
+    raise InputError("config.cache is empty; give the folder that `encode` wrote")
+  devices = jax.device_count()
+  if config.batch_size % devices:
+    raise InputError(
+      f"config.batch_size is {config.batch_size} pairs; expected a multiple of the "
+      f"{devices} devices"
+    )
+  rows = config.batch_size // devices
+  if rows % config.accumulation:
+    raise InputError(
+      f"config.accumulation is {config.accumulation}, each device has {rows} of the "
+      f"{config.batch_size} pairs; set config.accumulation="
+      f"{math.gcd(rows, config.accumulation)}"
+    )
+
+
+def run_settings(config: Any, pipeline: Pipeline, cache: Any) -> dict[str, Any]:
+  """What must be the same when a run goes on, by its dotted name."""
+  values = flatten_dict(config.to_dict(), sep=".")
+  values = {
+    name: list(value) if isinstance(value, tuple) else value
+    for name, value in values.items()
+    if name.split(".")[0] not in _FREE
+  }
+  return {**values, "dataset": cache.fingerprint, "base": pipeline.fingerprint}
+
+
+def jit_train_step(
+  config: Any, pipeline: Any, mesh: Any, tx: Any, shardings: Any
+) -> Any:
+  """The compiled step of this config, `(state, params, batch) → (state, metrics)`.
+
+  Args:
+    config: the run's config.
+    pipeline: has `unet`, `text_encoders`, `schedule` and `scaling_factor`.
+    mesh: the devices.
+    tx: the optimizer.
+    shardings: where the base weights are, as `sharding.base_shardings` says.
+  """
+  replicated = NamedSharding(mesh, sharding.REPLICATED)
+
+  def encode_text(params, token_ids):
+    context, _ = clip.encode_text(pipeline.text_encoders, params, token_ids)
+    return context, None
+
+  return jax.jit(
+    dpo.make_train_step(
+      unet=pipeline.unet,
+      schedule=pipeline.schedule,
+      encode_text=encode_text,
+      optimizer=tx,
+      loss=config.dpo.loss,
+      beta=config.dpo.beta,
+      lora_scale=config.lora.alpha / config.lora.rank,
+      scaling_factor=pipeline.scaling_factor,
+      devices=mesh.size,
+      accumulation=config.accumulation,
+      seed=config.seed,
+    ),
+    in_shardings=(replicated, shardings, NamedSharding(mesh, sharding.BATCH)),
+    out_shardings=replicated,
+    donate_argnums=0,
+  )
 
 
 def print_plan(config: Any, pipeline: Pipeline, cache: Any, mesh: Any, state: Any):
@@ -129,6 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
   """Reads, prepares, trains, writes: in the order things happen."""
   config, workdir = parse_arguments(arguments)
   sharding.initialize_hosts()
+  sharding.use_precision(config.dtype)
   check_config(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   replicated = NamedSharding(mesh, sharding.REPLICATED)
@@ -141,16 +209,17 @@ def main(arguments: list[str] | None = None) -> None:
     dtype=config.dtype,
     attention=config.attention,
     remat=config.remat,
+    variant=config.variant or None,
   )
   records.check_cache_fits(cache, pipeline)
 
   # State is born on the devices; base weights are placed once.
   tx = optimizer.make_optimizer(config)
-  unet_shapes = jax.eval_shape(lambda: pipeline.params["unet"])
 
   def init_state():
     key = jax.random.key(config.lora.seed)
-    tree = lora.init_lora(key, unet_shapes, config.lora.rank, config.lora.targets)
+    shapes = pipeline.unet_shapes()
+    tree = lora.init_lora(key, shapes, config.lora.rank, config.lora.targets)
     return dpo.init_state(tree, tx)
 
   state = jax.jit(init_state, out_shardings=replicated)()
@@ -159,11 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
   pipeline.params.clear()
 
   # A stopped run goes on from its newest checkpoint.
-  settings = {
-    "dataset": cache.fingerprint,
-    "base": pipeline.fingerprint,
-    **{name: config[name] for name in ("category", "mixture", "batch_size", "seed")},
-  }
+  settings = run_settings(config, pipeline, cache)
   checkpoints = checkpoint.open_checkpoints(workdir)
   if checkpoints.latest_step() is not None:
     if not config.resume:
@@ -173,35 +238,17 @@ def main(arguments: list[str] | None = None) -> None:
       )
     state = checkpoint.restore(checkpoints, state, settings)
   start = int(state.step)
+  if start > config.steps:
+    raise InputError(
+      f"{workdir} is at step {start} already, config.steps is {config.steps}; choose "
+      "another --workdir"
+    )
   if jax.process_index() == 0:
     print_plan(config, pipeline, cache, mesh, state)
     if start:
       print(f"resume from step {start}", flush=True)
 
-  def encode_text(params, token_ids):
-    context, _ = clip.encode_text(pipeline.text_encoders, params, token_ids)
-    return context, None
-
-  lora_scale = config.lora.alpha / config.lora.rank
-  train_step = jax.jit(
-    dpo.make_train_step(
-      unet=pipeline.unet,
-      schedule=pipeline.schedule,
-      encode_text=encode_text,
-      optimizer=tx,
-      loss=config.dpo.loss,
-      beta=config.dpo.beta,
-      lora_scale=lora_scale,
-      scaling_factor=pipeline.scaling_factor,
-      devices=mesh.size,
-      accumulation=config.accumulation,
-      seed=config.seed,
-    ),
-    in_shardings=(replicated, base_shardings, NamedSharding(mesh, sharding.BATCH)),
-    out_shardings=replicated,
-    donate_argnums=0,
-    compiler_options=sharding.COMPILER_OPTIONS.get(jax.default_backend()),
-  )
+  train_step = jit_train_step(config, pipeline, mesh, tx, base_shardings)
   feed = batches.train_batches(
     cache,
     category=config.category,
@@ -215,18 +262,21 @@ def main(arguments: list[str] | None = None) -> None:
     caption_dropout=config.caption_dropout,
     flip=config.flip,
   )
-  tracker = tracking.Tracker(workdir, start, config.steps, config.batch_size)
+  tracker = tracking.Tracker(
+    workdir, start, config.steps, config.batch_size, config.log_every
+  )
 
   def report(step, metrics):
-    scalars = tracking.to_scalars(metrics)
-    if not math.isfinite(scalars["loss"]):
-      raise InputError(
-        f"the loss is {scalars['loss']} at step {step}; the last checkpoint is step "
-        f"{checkpoints.latest_step()}; lower config.learning_rate, or check the cache"
-      )
-    if step % config.log_every == 0 or step in (1, config.steps):
-      tracker.log(step, scalars)
-    tracker.advance(scalars)
+    metrics = jax.device_get(metrics)
+    for name in ("loss", "gradient_norm", "lora_norm"):
+      if not math.isfinite(metrics[name]):
+        last = checkpoints.latest_step()
+        raise InputError(
+          f"{name} is {metrics[name]} at step {step}; "
+          + (f"the last checkpoint is step {last}" if last else "no checkpoint yet")
+          + "; lower config.learning_rate, or check the cache"
+        )
+    tracker.log(step, metrics)
 
   # Metrics are read while the next step runs, so the host never waits for a step.
   # Leaving the block, for whatever reason, completes what is being saved.
@@ -248,12 +298,13 @@ def main(arguments: list[str] | None = None) -> None:
     "alpha": config.lora.alpha,
     "targets": list(config.lora.targets),
     "base": {"name": config.model, "fingerprint": pipeline.fingerprint},
-    "step": config.steps,
+    "step": int(state.step),
     "seed": config.seed,
     "dataset": cache.fingerprint,
     "config": config.to_dict(),
   }
-  expert.write_expert(workdir, lora.scale(state.lora, lora_scale), about)
+  tree = lora.scale(state.lora, config.lora.alpha / config.lora.rank)
+  expert.write_expert(workdir, tree, about)
   if jax.process_index() == 0:
     print(f"expert written to {workdir}", flush=True)
 

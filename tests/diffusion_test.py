@@ -16,6 +16,7 @@ CONFIGS = {
   "sd15": SCHEDULER,
   "v": {**SCHEDULER, "prediction_type": "v_prediction", "steps_offset": 0},
   "linear": {"beta_schedule": "linear", "beta_end": 0.006, "clip_sample": False},
+  "clipped": {key: SCHEDULER[key] for key in SCHEDULER if key != "clip_sample"},
 }
 
 
@@ -105,6 +106,7 @@ def test_the_schedule_is_a_pytree_of_numbers():
     ("prediction_type", "sample"),
     ("beta_schedule", "squaredcos_cap_v2"),
     ("rescale_betas_zero_snr", True),
+    ("thresholding", True),
   ],
 )
 def test_a_schedule_we_do_not_have_is_named(field, value):

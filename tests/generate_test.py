@@ -245,7 +245,7 @@ def test_an_interrupted_run_goes_on_with_the_same_settings_alone(
   ("change", "message"),
   [
     (["--guidance=3"], "guidance 7.5, now it is 3.0"),
-    (["--lora"], "lora_fingerprint"),
+    (["--lora"], "lora_sha256"),
     (["--prompts"], "prompts_sha256"),
     (["--latents"], "latents_sha256"),
   ],

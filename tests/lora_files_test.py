@@ -137,6 +137,38 @@ def test_a_lora_trained_by_peft_predicts_the_same_here(
   )
 
 
+def test_layers_of_unequal_rank_are_padded_to_one_that_diffusers_loads(
+  pipeline, tree, inputs, tiny_checkpoint, tmp_path
+):
+  smaller = lora.init_lora(jax.random.key(1), pipeline.params["unet"], 2, ("to_q",))
+  mixed = jax.device_get(lora.add([tree, jax.tree.map(lambda x: x + 0.1, smaller)]))
+  lora_files.write_diffusers(tmp_path, mixed, TARGETS)
+  theirs = StableDiffusionPipeline.from_pretrained(tiny_checkpoint)
+  theirs.load_lora_weights(tmp_path)
+  np.testing.assert_allclose(
+    predict_ours(pipeline, mixed, inputs), predict_torch(theirs.unet, inputs), atol=1e-4
+  )
+
+
+SETTINGS = {
+  "rslora": ('{"unet.use_rslora": true}', "use_rslora, which is not supported"),
+  "pattern": ('{"unet.rank_pattern": {"to_q": 8}}', "rank_pattern, which is not"),
+  "alpha": ('{"unet.lora_alpha": "four"}', "unet.lora_alpha is 'four'"),
+  "list": ("[]", "no JSON object"),
+  "cut": ('{"unet.r"', "no JSON"),
+}
+
+
+@pytest.mark.parametrize(("metadata", "message"), SETTINGS.values(), ids=SETTINGS)
+def test_settings_that_would_change_the_product_are_refused(
+  metadata, message, exported, tmp_path
+):
+  file = tmp_path / "other.safetensors"
+  save_file(load_file(exported), file, metadata={"lora_adapter_metadata": metadata})
+  with pytest.raises(InputError, match=message):
+    load_lora(str(file))
+
+
 def test_alpha_tensors_scale_the_product(tree, exported, tmp_path):
   tensors = load_file(exported)
   for name in list(tensors):

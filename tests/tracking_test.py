@@ -10,11 +10,10 @@ from safetydpo_jax import tracking
 from safetydpo_jax.errors import InputError
 
 
-def track(workdir, steps, start=0, **scalars):
-  with tracking.Tracker(workdir, start, 10, batch_size=16) as tracker:
+def track(workdir, steps, start=0, log_every=1, **scalars):
+  with tracking.Tracker(workdir, start, 10, 16, log_every) as tracker:
     for step in steps:
       tracker.log(step, {"loss": 0.5 * step, **scalars})
-      tracker.advance({"loss": 0.5 * step, "accuracy": 0.5})
 
 
 def read(workdir):
@@ -34,8 +33,26 @@ def test_one_line_for_each_step(tmp_path):
   assert list((tmp_path / "tensorboard").glob("events*"))
 
 
+def test_a_line_is_the_mean_since_the_line_before(tmp_path):
+  track(tmp_path, range(1, 11), log_every=4)
+  assert read(tmp_path) == [
+    {"step": 1, "loss": 0.5},
+    {"step": 4, "loss": 1.5},  # of 1.0, 1.5, 2.0
+    {"step": 8, "loss": 3.25},
+    {"step": 10, "loss": 4.75},
+  ]
+
+
+def test_accuracy_by_timestep_weighs_pairs_and_not_steps(tmp_path):
+  with tracking.Tracker(tmp_path, 1, 10, 16, 3) as tracker:
+    for step, share, correct in ((2, 0.25, 0.25), (3, 0.75, 0.0)):
+      arrays = {"share_by_timestep": [share], "correct_by_timestep": [correct]}
+      tracker.log(step, {"loss": 0.5, **arrays})
+  assert read(tmp_path)[0]["accuracy_timestep_quarter_1"] == 0.25
+
+
 def test_lines_are_there_before_the_run_ends(tmp_path):
-  with tracking.Tracker(tmp_path, 0, 10, 16) as tracker:
+  with tracking.Tracker(tmp_path, 0, 10, 16, 1) as tracker:
     tracker.log(1, {"loss": 1.0})
     assert len(read(tmp_path)) == 1
 
@@ -105,4 +122,4 @@ def test_other_processes_than_the_first_write_nothing(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_named():
   with pytest.raises(InputError, match=r"cannot write /proc/metrics\.jsonl"):
-    tracking.Tracker("/proc", 0, 10, 16)
+    tracking.Tracker("/proc", 0, 10, 16, 1)

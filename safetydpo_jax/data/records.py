@@ -150,6 +150,12 @@ class PairCache:
         f"unknown mixture {mixture!r}; expected one of {', '.join(MIXTURES)}"
       )
     name = categories.selection(category)
+    encoded = self.manifest.get("category", "all")
+    if encoded not in ("all", name):
+      raise InputError(
+        f"{self.path} holds {encoded} alone, category {name or 'all'} was asked for; "
+        "encode the dataset again without --category"
+      )
     examples = [
       (number, SLOTS.index(slot))
       for number, entry in enumerate(self.index)
@@ -240,7 +246,14 @@ def check_cache_fits(cache: PairCache, pipeline: Any) -> None:
     "the base model's fingerprint": (cache.manifest["base"], pipeline.fingerprint),
     "latent channels": (channels, pipeline.latent_channels),
     "pixels per latent": (cache.manifest["resolution"] // height, pipeline.vae_scale),
-    "text encoders": (len(cache.empty_token_ids), len(pipeline.text_encoders)),
+    "the VAE's scaling factor": (
+      cache.manifest["scaling_factor"],
+      pipeline.scaling_factor,
+    ),
+    "the tokens of an empty caption": (
+      cache.empty_token_ids.tolist(),
+      [ids[0].tolist() for ids in pipeline.tokenize([""])],
+    ),
   }
   for what, (ours, theirs) in rows.items():
     if ours != theirs:

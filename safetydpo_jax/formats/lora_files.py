@@ -52,14 +52,19 @@ def write_diffusers(folder: Path, lora: Any, targets: tuple[str, ...]) -> Path:
   Returns:
     The file, written through a temporary name.
   """
-  tensors = {}
+  tensors, rank = {}, rank_of(lora)
   for path, leaf in flatten_dict(lora).items():
     part = {"a": "down", "b": "up"}[path[-1]]
+    # One rank for all layers is what the header can say; zeros change no product.
+    missing = rank - leaf.shape[1 if path[-1] == "a" else 0]
+    leaf = np.pad(
+      np.asarray(leaf, np.float32),
+      [(0, 0), (0, missing)][:: 1 if part == "down" else -1],
+    )
     # A transposed view would be written in its old order: safetensors ignores strides.
     tensors[f"unet.{torch_name(path[:-1])}.lora.{part}.weight"] = np.ascontiguousarray(
-      np.asarray(leaf, np.float32).T
+      leaf.T
     )
-  rank = rank_of(lora)
   about = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": targets}
   header = {"format": "pt", "lora_adapter_metadata": json.dumps(about)}
   file = Path(folder) / FILE_NAME
@@ -75,6 +80,25 @@ def write_diffusers(folder: Path, lora: Any, targets: tuple[str, ...]) -> Path:
   return file
 
 
+def _read_metadata(file: Path, header: dict[str, str]) -> dict[str, Any]:
+  """The adapter's settings in the header; refuses those that change the product."""
+  try:
+    metadata = json.loads(header.get("lora_adapter_metadata", "{}"))
+  except json.JSONDecodeError as error:
+    raise InputError(f"{file}: lora_adapter_metadata is no JSON: {error}") from error
+  if not isinstance(metadata, dict):
+    raise InputError(f"{file}: lora_adapter_metadata is no JSON object")
+  for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+    if metadata.get(f"unet.{name}"):
+      raise InputError(
+        f"{file} was made with {name}, which is not supported; save it as a plain LoRA"
+      )
+  alpha = metadata.get("unet.lora_alpha")
+  if not isinstance(alpha, int | float | None):
+    raise InputError(f"{file}: unet.lora_alpha is {alpha!r}; expected a number")
+  return metadata
+
+
 def read_lora_file(file: Path) -> dict:
   """Reads a LoRA file in diffusers or PEFT naming → LoRA tree, float32 numpy.
 
@@ -83,10 +107,7 @@ def read_lora_file(file: Path) -> dict:
       layer whose factors do not belong together, or a number that is not finite.
   """
   tensors, header = open_safetensors(file)
-  try:
-    metadata = json.loads(header.get("lora_adapter_metadata", "{}"))
-  except json.JSONDecodeError as error:
-    raise InputError(f"{file}: lora_adapter_metadata is no JSON: {error}") from error
+  metadata = _read_metadata(file, header)
   layers: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
   for name, tensor in tensors.items():
     ending = next((end for end in _PARTS if name.endswith(end)), None)
@@ -112,7 +133,7 @@ def read_lora_file(file: Path) -> dict:
         f"{where} has factors {a.shape} and {b.shape}; expected one rank, (in, r) and "
         "(r, out)"
       )
-    alpha = parts.get("alpha", metadata.get("unet.lora_alpha", a.shape[1]))
+    alpha = parts.get("alpha", metadata.get("unet.lora_alpha") or a.shape[1])
     b = b * (np.float32(alpha) / a.shape[1])
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
       raise InputError(f"{where} holds NaN or infinity")

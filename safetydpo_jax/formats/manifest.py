@@ -5,9 +5,10 @@ fingerprints. It is written last and by rename, so a directory with a manifest i
 complete, and one without is not.
 """
 
+import contextlib
 import json
 import os
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from safetydpo_jax.errors import InputError
 _PACKAGES = ("safetydpo-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
 
-def versions() -> dict[str, str]:
-  """Versions of the packages that decide a result's digits."""
-  return {package: version(package) for package in _PACKAGES}
+def versions() -> dict[str, str | None]:
+  """Versions of the packages that decide a result's digits; None: not installed."""
+  found = dict.fromkeys(_PACKAGES)
+  for package in _PACKAGES:
+    with contextlib.suppress(PackageNotFoundError):  # a checkout on the path will do
+      found[package] = version(package)
+  return found
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
