@@ -14,6 +14,7 @@ as stored. A JAX of any platform will do.
 
 import argparse
 import datetime
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -29,6 +30,7 @@ from safetydpo_jax.toyworld import (
   networks,
   pretrain_unet,
   pretrain_vae,
+  scenes,
   vocabulary,
 )
 from safetydpo_jax.toyworld.training import Run
@@ -77,6 +79,15 @@ def make_run(options: argparse.Namespace, name: str, ema_decay: float) -> Run:
     save_every=options.save_every,
     evaluate_every=options.evaluate_every,
   )
+
+
+def world_fingerprint() -> str:
+  """16 hexadecimal digits of words and pictures: weights are of one world only."""
+  digest = hashlib.sha256(" ".join(scenes.vocabulary()).encode())
+  for scene, concept in pretrain_vae.draw(168, 0):
+    texts = pretrain_unet.captions(scene, concept)
+    digest.update("\n".join(texts).encode() + scenes.render(scene, concept).tobytes())
+  return digest.hexdigest()[:16]
 
 
 def machine() -> dict[str, Any]:
@@ -139,6 +150,7 @@ def stage_unet(options: argparse.Namespace) -> None:
     {
       "what": "a tiny Stable Diffusion of the toy world, pretrained from scratch",
       "command": "python -m safetydpo_jax.toyworld.pretrain",
+      "world": world_fingerprint(),
       "date": datetime.date.today().isoformat(),
       "parameters": {
         name: sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree))
