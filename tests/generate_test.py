@@ -288,13 +288,17 @@ def test_hosts_share_the_rows_whatever_exists_when_they_look(
   run, tmp_path, base, monkeypatch
 ):
   """The second host looks when the first has written its share."""
-  monkeypatch.setattr(
-    generate.multihost_utils, "sync_global_devices", lambda name: None
-  )
+  waits = []
+
+  def wait(name):
+    assert not (tmp_path / "out" / "generate.json").exists() or len(waits) > 1
+    waits.append(name)
+
+  monkeypatch.setattr(generate.multihost_utils, "sync_global_devices", wait)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  for host in (1, 0):
+  for host in (0, 1):
     with monkeypatch.context() as patch:
       patch.setattr(jax, "process_index", lambda host=host: host)
       run(tmp_path / "out")
-    assert (tmp_path / "out" / "generate.json").exists() == (host == 0)
+  assert len(waits) == 4
   assert_equal_to_rounding(read_images(tmp_path / "out"), read_images(base))
