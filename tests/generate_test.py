@@ -93,11 +93,8 @@ def write_csv(path, columns, *rows):
 
 
 def read_images(out):
-  return {file.name: read_image(file) for file in sorted(out.glob("[!.]*.png"))}
-
-
-def read_image(file):
-  return np.asarray(Image.open(file)).astype(int)
+  files = sorted(out.glob("[!.]*.png"))
+  return {file.name: np.asarray(Image.open(file)).astype(int) for file in files}
 
 
 def assert_equal_to_rounding(ours, expected):
@@ -253,8 +250,7 @@ def test_an_interrupted_run_goes_on_with_the_same_settings_alone(
 def test_images_of_other_settings_do_not_mix(
   change, message, base, run, tmp_path, lora_folder
 ):
-  noise = np.zeros((3, 4, 8, 12), np.float32)
-  np.save(tmp_path / "noise.npy", noise)
+  np.save(tmp_path / "noise.npy", np.zeros((3, 4, 8, 12), np.float32))
   values = {
     "--lora": lora_folder,
     "--prompts": write_csv(tmp_path / "p.csv", ["prompt"], ["x"], ["y"], ["z"]),
