@@ -9,8 +9,8 @@ Three contenders train SD1.5 at rank 4 on random weights and random pairs:
 
 Each is a process of its own and only one lives at a time; they take turns, so a
 machine that slows down slows all of them. A row gives the median step over all turns.
-Each turn's first step (compilation, allocation) is not counted. PyTorch runs eagerly, as
-the released code does.
+Each turn's first step (compilation, allocation) is not counted. PyTorch runs eagerly,
+as the released code does.
 
 On a CPU set XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false: the
 default schedule holds policy and reference activations at once, 23.4 GiB of temporaries

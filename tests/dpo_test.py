@@ -233,6 +233,28 @@ def test_state_holds_nothing_of_the_base_model(schedule, layer, layer_lora, batc
   assert len(jax.tree.leaves(state)) == 2 + 3 * 2
 
 
+def test_the_step_is_the_loss_of_its_own_draws(schedule, layer, layer_lora, batch):
+  optimizer = optax.sgd(0.0)
+  state = dpo.init_state(layer_lora, optimizer).replace(step=jnp.int32(7))
+  _, metrics = make_step(schedule, optimizer, seed=3)(state, layer, batch)
+  key = jax.random.fold_in(jax.random.key(3), 7)
+  latents, noise, timesteps = dpo.draw(key, batch.moments, schedule, 0.18215)
+  _, expected = dpo.dpo_loss(
+    layer_lora,
+    layer["unet"],
+    latents,
+    batch.token_ids[0],
+    noise,
+    timesteps,
+    unet=OneLayer(),
+    schedule=schedule,
+    beta=50.0,
+  )
+  assert abs(float(expected["margin"])) > 1e-3
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(("devices", "accumulation"), [(1, 4), (4, 1), (2, 2)])
 def test_splitting_the_batch_changes_memory_and_not_the_step(
   schedule, layer, layer_lora, batch, devices, accumulation

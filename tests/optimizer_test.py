@@ -15,26 +15,26 @@ from safetydpo_jax.errors import InputError
 STEPS = 6
 
 
-def gradients():
+def gradients(shape):
   rng = np.random.default_rng(0)
-  return rng.standard_normal((STEPS, 7, 5)).astype(np.float32) * 3
+  return rng.standard_normal((STEPS, *shape)).astype(np.float32) * 3
 
 
-def run_optax(config):
+def run_optax(config, shape=(7, 5)):
   tx = optimizer.make_optimizer(config)
-  weights = {"a": jnp.ones((7, 5))}
+  weights = {"a": jnp.ones(shape)}
   state = tx.init(weights)
-  for gradient in gradients():
+  for gradient in gradients(shape):
     updates, state = tx.update({"a": jnp.asarray(gradient)}, state, weights)
     weights = optax.apply_updates(weights, updates)
   return weights["a"]
 
 
-def run_torch(make, clip, warmup_steps):
-  weights = torch.nn.Parameter(torch.ones(7, 5))
+def run_torch(make, clip, warmup_steps, shape=(7, 5)):
+  weights = torch.nn.Parameter(torch.ones(shape))
   tx = make([weights])
   schedule = get_scheduler("constant_with_warmup", tx, num_warmup_steps=warmup_steps)
-  for gradient in gradients():
+  for gradient in gradients(shape):
     weights.grad = torch.from_numpy(gradient.copy())
     if clip:
       torch.nn.utils.clip_grad_norm_([weights], clip)
@@ -60,7 +60,8 @@ def test_adamw_with_clipping_and_warmup_equals_pytorch(config):
   assert not np.allclose(expected, run_torch(make, config.clip_norm, 2), atol=1e-4)
 
 
-def test_adafactor_equals_transformers(config):
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (7, 1), (1, 7)])
+def test_adafactor_equals_transformers(config, shape):
   config.optimizer, config.warmup_steps = "adafactor", 0
 
   def make(weights):
@@ -68,7 +69,8 @@ def test_adafactor_equals_transformers(config):
       weights, lr=0.01, scale_parameter=False, relative_step=False, weight_decay=0.1
     )
 
-  np.testing.assert_allclose(run_optax(config), run_torch(make, None, 0), atol=1e-6)
+  expected = run_torch(make, None, 0, shape)
+  np.testing.assert_allclose(run_optax(config, shape), expected, atol=1e-6)
 
 
 def test_the_scaled_rate_is_that_of_the_released_launcher():
