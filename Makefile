@@ -7,7 +7,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 .PHONY: test test-slow lint format environment clean
 
 test: environment lint  ## the fast suite (under 15 minutes on two cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: environment  ## full-size models and long runs (10 GB of memory)
 	$(BIN)/python -m pytest -m slow

@@ -163,6 +163,11 @@ def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
     raise InputError(f"steps is {steps}; expected 1 to {total}")
   if schedule.timestep_spacing == "leading":
     ascending = np.arange(steps) * (total // steps) + schedule.steps_offset
+    if ascending[-1] >= total:
+      raise InputError(
+        f"{steps} steps with steps_offset {schedule.steps_offset} go beyond the "
+        f"schedule's {total} timesteps; take fewer"
+      )
     return ascending[::-1].astype(np.int32)
   if schedule.timestep_spacing == "trailing":
     return (np.round(np.arange(total, 0, -total / steps)) - 1).astype(np.int32)

@@ -86,6 +86,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=line)
   try:
     values(line)
+    values.config.to_dict()  # a file that is not there shows only here
     return values.config, known.workdir
   except _CONFIG_ERRORS as error:
     raise InputError(f"--config {known.config}: {error}") from error

@@ -114,7 +114,10 @@ def test_a_schedule_we_do_not_have_is_named(field, value):
     diffusion.Schedule.from_config({**SCHEDULER, field: value})
 
 
-@pytest.mark.parametrize("steps", [0, 1001])
-def test_a_step_count_outside_the_schedule_is_refused(steps):
-  with pytest.raises(InputError, match="expected 1 to 1000"):
+@pytest.mark.parametrize(
+  ("steps", "message"),
+  [(0, "expected 1 to 1000"), (1001, "expected 1 to 1000"), (1000, "beyond the")],
+)
+def test_a_step_count_outside_the_schedule_is_refused(steps, message):
+  with pytest.raises(InputError, match=message):
     diffusion.sampling_timesteps(diffusion.Schedule.from_config(SCHEDULER), steps)

@@ -188,6 +188,11 @@ def test_wrong_input_is_one_clear_line(
   assert not (tmp_path / "run" / "expert.json").exists()
 
 
+def test_a_config_file_that_is_not_there_is_named(tmp_path):
+  with pytest.raises(InputError, match=r"hats\.py"):
+    train.main(["--config=configs/hats.py", f"--workdir={tmp_path}"])
+
+
 def test_an_empty_split_is_named(tiny_checkpoint, tmp_path):
   lookalike.write_folder_layout(tmp_path / "pairs", pairs=2)
   arguments = ["--model", tiny_checkpoint, "--pairs", tmp_path / "pairs"]
