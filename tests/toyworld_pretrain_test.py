@@ -1,6 +1,7 @@
 """The toy Stable Diffusion is made by a command, resumably, and PyTorch can use it."""
 
 import json
+from pathlib import Path
 
 import diffusers
 import jax
@@ -225,3 +226,28 @@ def test_unet_and_text_encoder_learn_together(small_networks, tokenizer):
     path[-3:] for path, leaf in flatten_dict(gradient).items() if not np.any(leaf)
   }
   assert not silent
+
+
+@pytest.fixture
+def shipped():
+  folder = Path(pretrain.__file__).parent / "model"
+  return folder, read_json(folder / "toy.json", "toy model")
+
+
+def test_the_shipped_model_is_of_this_world_and_small(shipped, tmp_path):
+  folder, about = shipped
+  assert about["world"] == pretrain.world_fingerprint()
+  vocabulary.write_tokenizer(tmp_path)
+  for file in tmp_path.iterdir():
+    assert (folder / "tokenizer" / file.name).read_bytes() == file.read_bytes()
+  size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+  assert size <= 12e6
+
+
+def test_the_shipped_model_reached_its_targets(shipped):
+  _, about = shipped
+  assert about["vae"]["figures"]["symbol right"] == 1.0
+  for shares in about["unet"]["figures"].values():
+    assert shares["symbol right"] >= 0.9
+    assert shares["symbol in safe"] <= 0.02
+    assert shares["attributes"] >= 0.85
