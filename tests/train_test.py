@@ -93,7 +93,12 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
 ):
   def arguments(name):
     return runs.train_arguments(
-      tiny_checkpoint, cache, tmp_path / name, "all_single", checkpoint_every=4
+      tiny_checkpoint,
+      cache,
+      tmp_path / name,
+      "all_single",
+      steps=40,
+      checkpoint_every=4,
     )
 
   whole = runs.start("train", arguments("whole"))
@@ -115,7 +120,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
   output, _ = again.communicate(timeout=300)
   assert again.returncode == 0, output
   assert "resume from step" in output
-  assert "resume from step 20" not in output
+  assert "resume from step 40" not in output
   chex.assert_trees_all_equal(
     load_lora(str(tmp_path / "killed")), load_lora(str(tmp_path / "whole"))
   )
