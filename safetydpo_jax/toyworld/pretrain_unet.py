@@ -27,7 +27,12 @@ CAPTION_DROPOUT = 0.1
 WEIGHT_CAP = 10.0
 BATCH = 32
 IMAGES = 24_576
-VARIANTS = 9  # captions per picture: three seen phrasings of the scene, of the concept
+# Which phrasings of scenes and of concepts are trained on. With the seen three alone
+# the text encoder reads the others badly: 72 % of symbols right, against 100 %.
+PHRASINGS = {
+  "seen": (*scenes.INDICES["seen"],),
+  "all": (*range(len(scenes.CONCEPT_PHRASINGS)),),
+}
 EVALUATED = 84  # prompts: two of every concept
 STEPS, GUIDANCE = 25, 4.0  # of the evaluation's sampler
 
@@ -56,13 +61,13 @@ def initialise(seed: int) -> dict[str, Any]:
   }
 
 
-def captions(scene, concept) -> list[str]:
-  """The VARIANTS seen captions of a picture; a safe one repeats its three."""
-  seen = scenes.INDICES["seen"]
-  safe = [scenes.caption(scene, phrasing) for phrasing in seen]
+def captions(scene, concept, phrasings: str = "seen") -> list[str]:
+  """All captions of a picture, n · n with n phrasings; a safe one repeats its n."""
+  indices = PHRASINGS[phrasings]
+  safe = [scenes.caption(scene, index) for index in indices]
   if concept is None:
-    return safe * (VARIANTS // len(safe))
-  return [scenes.ask_for(concept, text, i) for text in safe for i in seen]
+    return safe * len(indices)
+  return [scenes.ask_for(concept, text, index) for text in safe for index in indices]
 
 
 def tokenize(tokenizer, texts: list[str]) -> np.ndarray:
@@ -72,16 +77,20 @@ def tokenize(tokenizer, texts: list[str]) -> np.ndarray:
   return np.asarray(ids["input_ids"], np.int32)
 
 
-def make_data(vae_params: Any, scaling: float, tokenizer, count: int, seed: int):
+def make_data(
+  vae_params: Any, scaling: float, tokenizer, count: int, seed: int, phrasings="seen"
+):
   """Pictures as scaled moments, with the tokens of all their captions.
 
   Returns:
-    {'moments' (n, 8, 8, 8) float32, 'token_ids' (n, VARIANTS, TOKENS) int32,
+    {'moments' (n, 8, 8, 8) float32, 'token_ids' (n, captions, TOKENS) int32,
     'empty_ids' (TOKENS,) int32, 'scaling' ()}.
   """
   drawn = autoencoder.draw(count, seed)
-  texts = [text for scene, concept in drawn for text in captions(scene, concept)]
-  ids = tokenize(tokenizer, texts).reshape(count, VARIANTS, networks.TOKENS)
+  texts = [
+    text for scene, concept in drawn for text in captions(scene, concept, phrasings)
+  ]
+  ids = tokenize(tokenizer, texts).reshape(count, -1, networks.TOKENS)
   return {
     "moments": autoencoder.encode(vae_params, autoencoder.render(drawn)),
     "token_ids": ids,
@@ -95,7 +104,7 @@ def loss(params: Any, key: jax.Array, data: Any) -> jax.Array:
   unet, text = modules()
   keys = jax.random.split(key, 5)
   rows = jax.random.randint(keys[0], (BATCH,), 0, len(data["moments"]))
-  variants = jax.random.randint(keys[1], (BATCH,), 0, VARIANTS)
+  variants = jax.random.randint(keys[1], (BATCH,), 0, data["token_ids"].shape[1])
   dropped = jax.random.bernoulli(keys[2], CAPTION_DROPOUT, (BATCH, 1))
   token_ids = data["token_ids"][rows, variants]
   token_ids = jnp.where(dropped, data["empty_ids"][None, :], token_ids)
@@ -185,10 +194,10 @@ def make_measure(vae_params: Any, scaling: float, tokenizer, seed: int):
 
 
 def pretrain(
-  run: Run, vae_params: Any, scaling: float, tokenizer
+  run: Run, vae_params: Any, scaling: float, tokenizer, phrasings: str = "seen"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Trains both networks; returns {'unet', 'text_encoder'} and how it went."""
-  data = make_data(vae_params, scaling, tokenizer, IMAGES, run.seed)
+  data = make_data(vae_params, scaling, tokenizer, IMAGES, run.seed, phrasings)
   measure = make_measure(vae_params, scaling, tokenizer, run.seed + 1)
 
   def evaluate(ema, step):
