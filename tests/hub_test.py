@@ -23,6 +23,12 @@ def test_a_single_file_checkpoint_says_how_to_convert(tmp_path):
     load_pipeline(file)
 
 
+def test_toy_is_the_model_that_ships():
+  pipeline = load_pipeline("toy", components=("unet",))
+  assert (pipeline.resolution, pipeline.vae_scale) == (32, 4)
+  assert pipeline.tokenize(["a small red circle"])[0].shape == (1, 24)
+
+
 def test_a_path_that_exists_wins_over_a_preset(tiny_checkpoint, tmp_path, monkeypatch):
   shutil.copytree(tiny_checkpoint, tmp_path / "sd15")
   monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Where a model is: a directory, or a repository of the Hugging Face hub."""
+"""Where a model is: a directory, the toy model here, or a repository of the hub."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,6 +7,7 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.weights import STEMS
 
 PRESETS = {
+  "toy": str(Path(__file__).parents[1] / "toyworld" / "model"),
   "sd15": "sd-legacy/stable-diffusion-v1-5",
   "sd21": "stabilityai/stable-diffusion-2-1",
   "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -26,6 +27,8 @@ def locate(
       "diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
     )
   repository = PRESETS.get(model, model)
+  if Path(repository).is_dir():
+    return Path(repository)
   # Imported here: it takes a second, and local directories do without.
   from huggingface_hub import snapshot_download
   from huggingface_hub.errors import HfHubHTTPError
