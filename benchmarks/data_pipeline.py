@@ -26,6 +26,7 @@ def write_cache(
   settings = {
     "format": records.FORMAT_VERSION,
     "base": "synthetic",
+    "scaling_factor": 0.18215,
     "resolution": 8 * latent_shape[0],
     "latent_shape": list(latent_shape),
     "shard_size": shard_size,

@@ -156,6 +156,8 @@ def pipeline():
     latent_channels=4,
     vae_scale=8,
     text_encoders=(None,),
+    scaling_factor=0.18215,
+    tokenize=lambda captions: (np.full((len(captions), 77), 49407),),
   )
 
 
@@ -163,6 +165,11 @@ MISFITS = {
   "fingerprint": ("other", "the base model's fingerprint synthetic and other"),
   "latent_channels": (16, "latent channels 4 and 16"),
   "vae_scale": (4, "pixels per latent 8 and 4"),
+  "scaling_factor": (1.0, "the VAE's scaling factor 0.18215 and 1.0"),
+  "tokenize": (
+    lambda captions: (np.zeros((len(captions), 77), int),),
+    "an empty caption's first and last token",
+  ),
   "text_encoders": ((None, None), "text encoders 1 and 2"),
 }
 
@@ -177,3 +184,12 @@ def test_a_cache_of_another_model_is_refused(path, pipeline, name):
   setattr(pipeline, name, value)
   with pytest.raises(InputError, match=f"synthetic, which does not fit m: {message}"):
     records.check_cache_fits(records.open_cache(path), pipeline)
+
+
+def test_a_cache_of_one_category_is_not_taken_for_another(path):
+  edit(path, category="hate")
+  cache = records.open_cache(path)
+  assert len(cache.select("hate")) > 0
+  for category in (None, "violence"):
+    with pytest.raises(InputError, match="holds hate alone"):
+      cache.select(category)

@@ -250,9 +250,10 @@ def check_cache_fits(cache: PairCache, pipeline: Any) -> None:
       cache.manifest["scaling_factor"],
       pipeline.scaling_factor,
     ),
-    "the tokens of an empty caption": (
-      cache.empty_token_ids.tolist(),
-      [ids[0].tolist() for ids in pipeline.tokenize([""])],
+    "text encoders": (len(cache.empty_token_ids), len(pipeline.text_encoders)),
+    "an empty caption's first and last token": (
+      cache.empty_token_ids[:, [0, -1]].tolist(),
+      [ids[0, [0, -1]].tolist() for ids in pipeline.tokenize([""])],
     ),
   }
   for what, (ours, theirs) in rows.items():
