@@ -64,17 +64,15 @@ def test_every_step_is_logged_once_with_its_errors(finished):
   assert list((finished / "tensorboard").iterdir())
 
 
-def test_a_checkpoint_holds_the_lora_and_its_optimizer_alone(finished, tiny_checkpoint):
-  base = load_pipeline(str(tiny_checkpoint), components=("unet",)).params["unet"]
+def test_a_checkpoint_holds_the_lora_and_its_optimizer_alone(finished):
   newest = max((finished / "checkpoints").iterdir(), key=lambda path: int(path.name))
   metadata = json.loads((newest / "state" / "_METADATA").read_text())
   names = metadata["tree_metadata"].keys()
   factors = len(jax.tree.leaves(load_lora(str(finished))))
   assert len([name for name in names if "'lora'" in name]) == factors
   assert not [name for name in names if "kernel" in name]
-  size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
-  base_size = sum(leaf.nbytes for leaf in flatten_dict(base).values())
-  assert size < base_size / 2
+  # Adam's two moments of each factor, and at most a few counters.
+  assert 3 * factors < len(names) <= 3 * factors + 4
 
 
 def assert_same_training(run, other):
