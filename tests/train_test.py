@@ -71,8 +71,9 @@ def test_a_checkpoint_holds_the_lora_and_its_optimizer_alone(finished):
   factors = len(jax.tree.leaves(load_lora(str(finished))))
   assert len([name for name in names if "'lora'" in name]) == factors
   assert not [name for name in names if "kernel" in name]
-  # Adam's two moments of each factor, and at most a few counters.
-  assert 3 * factors < len(names) <= 3 * factors + 4
+  # Adam's two moments of each factor, a few counters and empty states; the base has
+  # more than a hundred weights.
+  assert 3 * factors < len(names) <= 3 * factors + 8
 
 
 def assert_same_training(run, other):
