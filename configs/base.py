@@ -16,6 +16,20 @@ from ml_collections import ConfigDict
 # What differs between model families. Sources: the launchers released with SafetyDPO.
 VARIANTS = {
   "sd15": {"model": "sd15"},
+  # The toy world on a CPU: minutes instead of hours. A flip would move its symbols.
+  "toy": {
+    "model": "toy",
+    "flip": "none",
+    "steps": 100,
+    "accumulation": 1,
+    "learning_rate": 1e-3,
+    "scale_lr": False,
+    "warmup_steps": 10,
+    "checkpoint_every": 100,
+    "dpo": {"beta": 500.0},
+    "lora": {"rank": 4},
+    "dtype": "float32",
+  },
 }
 
 
