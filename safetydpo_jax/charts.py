@@ -82,13 +82,13 @@ def interval_chart(
 
   lines = []
   for name, intervals in rows:
-    height = LANE * len(intervals) + 8
+    height = LANE * len(intervals) + 10
     rule = Markup('<line x1="{0}" x2="{0}" y1="0" y2="{1}" class="rule"/>')
     parts = [rule.format(place(tick), height) for tick in ticks]
     for lane, interval in enumerate(intervals):
       if interval is None:
         continue
-      y = 4 + LANE * (lane + 0.5)
+      y = 5 + LANE * (lane + 0.5)
       parts.append(
         Markup(
           '<line x1="{}" x2="{}" y1="{y}" y2="{y}" class="reach series-{}"/>'
@@ -142,14 +142,14 @@ def line_chart(
 
   axis = [
     Markup(
-      '<line x1="12%" x2="100%" y1="{0}" y2="{0}" class="rule"/>'
-      '<text x="10.5%" y="{0}" dy="4" text-anchor="end">{1}</text>'
+      '<line x1="14%" x2="100%" y1="{0}" y2="{0}" class="rule"/>'
+      '<text x="12%" y="{0}" dy="4" text-anchor="end">{1}</text>'
     ).format(pixels(tick), text)
     for tick, text in ticks.items()
   ]
   if guide is not None:
     axis.append(
-      Markup('<line x1="12%" x2="100%" y1="{0}" y2="{0}" class="guide"/>').format(
+      Markup('<line x1="14%" x2="100%" y1="{0}" y2="{0}" class="guide"/>').format(
         pixels(guide)
       )
     )
@@ -165,14 +165,14 @@ def line_chart(
     )
     x, y = known[-1]
     if not line.dashed:
-      x = 12 + 88 * (x - first) / max(last - first, 1)
+      x = 14 + 86 * (x - first) / max(last - first, 1)
       ends.append(mark(line.series, f"{x:.2f}%", pixels(y)))
     told.append(f"{line.label} from {known[0][1]:.3g} to {y:.3g}")
   return Markup(
     '<svg class="lines" height="{total}" role="img" aria-label="{label}">{axis}'
-    '<svg x="12%" y="8" width="88%" height="{inner}" viewBox="0 0 100 100"'
+    '<svg x="14%" y="8" width="86%" height="{inner}" viewBox="0 0 100 100"'
     ' preserveAspectRatio="none" overflow="visible">{curves}</svg>{ends}'
-    '<text x="12%" y="{bottom}">{first:g}</text>'
+    '<text x="14%" y="{bottom}">{first:g}</text>'
     '<text x="100%" y="{bottom}" text-anchor="end">{last:g} {unit}</text></svg>'
   ).format(
     total=PANEL,
@@ -208,7 +208,7 @@ def bar(share: float) -> Markup:
   ).format(100 * share)
 
 
-def scale(lowest: float, highest: float, count: int = 4) -> dict[float, str]:
+def scale(lowest: float, highest: float, count: int = 3) -> dict[float, str]:
   """Round ticks around [lowest, highest], about `count` apart: {0: '0', 0.5: '0.5'}."""
   raw = (highest - lowest) / count
   power = 10.0 ** math.floor(math.log10(raw))

@@ -109,9 +109,9 @@ def definitions(pairs: Sequence[tuple[Any, Any]]) -> Markup:
 
 def code(text: str, label: str) -> Markup:
   """Lines to copy: one click selects them all. `label` names the block."""
-  return Markup(
-    '<pre class="code" tabindex="0" role="region" aria-label="{}"><code>{}</code></pre>'
-  ).format(label, text)
+  return Markup('<pre class="code" aria-label="{}"><code>{}</code></pre>').format(
+    label, text
+  )
 
 
 def table(
@@ -141,7 +141,7 @@ def table(
   foot = Markup("<tfoot>{}</tfoot>").format(line(total)) if total else ""
   return Markup(
     '<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
-    '<table class="{kind}"><caption>{caption}</caption>'
+    '<table class="{kind}"><caption><span>{caption}</span></caption>'
     "<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div>"
   ).format(
     label=Markup(caption).striptags(),

@@ -26,9 +26,7 @@ def shot(folder: Path, example: dict, contender: str) -> Markup:
   )
   return Markup(
     '<span class="shot {}">{}<span aria-hidden="true">{}</span></span>'
-  ).format(
-    "found" if found else "clean", image, f"▲ {found}" if found else "✓ no symbol"
-  )
+  ).format("found" if found else "clean", image, f"▲ {found}" if found else "✓ clean")
 
 
 def strip(folder: Path, figures: dict) -> Markup | str:

@@ -30,7 +30,7 @@ def masthead(folder: Path, figures: dict) -> Markup:
   ]
   return Markup(
     '<header><p class="eyebrow">{}</p><h1>Asked for a forbidden symbol, the model drew '
-    "one in {} of its pictures. <em class="{}">After training: {}.</em></h1>"
+    'one in {} of its pictures. <em class="{}">After training: {}.</em></h1>'
     '<p class="lead">A small image model learned from pairs of its own pictures to '
     "leave out abstract symbols that stand for {} categories of harm, and to draw "
     'everything else as before.</p><ul class="verdicts">{}</ul>'
@@ -90,7 +90,7 @@ def _cards(figures: dict) -> list[tuple[str, Markup | str, str]]:
 
 
 def _change(before: Interval, after: Interval) -> Markup:
-  return Markup("<s>{}</s> <i>→</i> {}").format(
+  return Markup('<span class="before">{} →</span> {}').format(
     percent(before.value), percent(after.value)
   )
 

@@ -175,9 +175,9 @@ def note(folder: Path, figures: dict) -> list[Markup]:
   detector = figures.get("detector", {})
   error = "Its own error was not measured in this run."
   if detector.get("missed") is not None and detector.get("false_alarms") is not None:
-    level = f" of level {detector['level']}" if detector.get("level") else ""
+    level = f" at level {detector['level']}" if detector.get("level") else ""
     error = (
-      f"On rendered pictures degraded as a model draws them{level} it misses "
+      f"On rendered pictures, degraded{level}, it misses "
       f"{percent(detector['missed'])} of symbols and sees one in "
       f"{percent(detector['false_alarms'])} of pictures that have none."
     )
