@@ -14,7 +14,7 @@ import numpy as np
 
 from safetydpo_jax.data import batches, records, shards
 from safetydpo_jax.data.categories import CATEGORIES
-from safetydpo_jax.data.layouts import SLOTS
+from safetydpo_jax.data.pairs import SLOTS
 
 
 def write_cache(

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from safetydpo_jax import encode
+from safetydpo_jax import encode, moments
 from safetydpo_jax.data import layouts, records
 from safetydpo_jax.data.images import load_image
+from safetydpo_jax.data.pairs import SLOTS, SourcePair
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.pipeline import load_pipeline
 from tests.caches import PAIRS, contents, run
@@ -43,7 +44,7 @@ def pixels(dataset, cache):
 
 
 @pytest.fixture(scope="module")
-def moments(pipeline, pixels):
+def encoded(pipeline, pixels):
   """(images…) → moments, straight through the VAE."""
   apply = jax.jit(
     lambda x: pipeline.vae.apply({"params": pipeline.params["vae"]}, x, method="encode")
@@ -62,17 +63,17 @@ def test_both_layouts_give_the_same_cache(tiny_checkpoint, cache, tmp_path):
   assert contents(tmp_path / "cache") == contents(cache.path)
 
 
-def test_records_are_the_images_moments_in_order(cache, moments, pixels):
+def test_records_are_the_images_moments_in_order(cache, encoded, pixels):
   stored = np.stack([cache[number]["moments"][0] for number in range(PAIRS)])
-  np.testing.assert_allclose(stored, moments(pixels), rtol=2e-3, atol=2e-3)
+  np.testing.assert_allclose(stored, encoded(pixels), rtol=2e-3, atol=2e-3)
 
 
 def test_the_flip_is_the_mirrored_image_encoded_and_not_mirrored_latents(
-  cache, moments, pixels
+  cache, encoded, pixels
 ):
   stored = np.stack([cache[number]["moments"] for number in range(PAIRS)])
   np.testing.assert_allclose(
-    stored[:, 1], moments(pixels[..., ::-1, :]), rtol=2e-3, atol=2e-3
+    stored[:, 1], encoded(pixels[..., ::-1, :]), rtol=2e-3, atol=2e-3
   )
   assert np.abs(stored[:, 1] - stored[:, 0, ..., ::-1, :]).max() > 0.1
 
@@ -80,7 +81,7 @@ def test_the_flip_is_the_mirrored_image_encoded_and_not_mirrored_latents(
 def test_token_ids_are_the_captions(cache, pipeline):
   for number in range(PAIRS):
     captions = cache.about(number)["captions"]
-    for slot, name in enumerate(layouts.SLOTS):
+    for slot, name in enumerate(SLOTS):
       (ids,) = pipeline.tokenize([captions[name]])
       np.testing.assert_array_equal(cache[number]["token_ids"][0, slot], ids[0])
   np.testing.assert_array_equal(cache.empty_token_ids, pipeline.tokenize([""])[0])
@@ -103,6 +104,8 @@ def test_counts_say_what_became_of_every_row(cache):
     "captions": 12,
     "ties": 2,
     "repeated": 4,
+    "skipped": 0,
+    "uncategorised": 0,
     "other_categories": 0,
     "truncated": 0,
   }
@@ -111,10 +114,10 @@ def test_counts_say_what_became_of_every_row(cache):
 def test_long_captions_are_cut_and_counted(pipeline, tmp_path):
   """A tokenizer's content is 75 tokens; one letter is one token here."""
   pairs = [
-    layouts.SourcePair(str(n), tmp_path, tmp_path, ("q " * n, None), ())
+    SourcePair(str(n), tmp_path, tmp_path, ("q " * n, None), ())
     for n in (74, 75, 76, 200)
   ]
-  token_ids, _, truncated = encode.tokenize(pipeline, pairs)
+  token_ids, _, truncated = moments.tokenize(pipeline, pairs)
   assert token_ids.shape == (4, 1, 2, 77)
   assert truncated == 3, "75 fill the last place, and count"
 
@@ -214,7 +217,7 @@ def test_moments_that_overflow_are_named(
 
     return overflow, 8
 
-  monkeypatch.setattr(encode, "make_encoder", make_encoder)
+  monkeypatch.setattr(moments, "make_encoder", make_encoder)
   message = (
     r"moments of .*u_idx_0000001_0\.jpg are not finite.*--dtype float32.*fp16-fix"
   )

@@ -228,12 +228,13 @@ def test_an_unclosed_quote_does_not_swallow_the_rest(table):
 
 def test_paths_that_are_no_dataset(folder, table, tmp_path):
   (tmp_path / "empty").mkdir()
-  shutil.copy(table / "train.csv", table / "test.csv")
+  for name in "ab":
+    shutil.copy(table / "train.csv", tmp_path / f"{name}.csv")
   for path, message in {
     tmp_path / "nowhere": "nowhere does not exist",
-    tmp_path / "empty": "holds neither metadata.jsonl nor a CSV",
+    tmp_path / "empty": "holds neither metadata.jsonl nor parquet",
     folder / "u_idx_0000000_0.jpg": "is neither a .csv file",
-    table: r"several CSV files \(test.csv, train.csv\); give one",
+    tmp_path: r"several CSV files \(a.csv, b.csv\); give one",
   }.items():
     with pytest.raises(InputError, match=message):
       read_pairs(path)

@@ -40,7 +40,7 @@ class Draw(NamedTuple):
 
   Attributes:
     record: its number in the cache.
-    slot: whose prompt, an index of `layouts.SLOTS`.
+    slot: whose prompt, an index of `pairs.SLOTS`.
     flips: for the preferred and the dispreferred image 0, or 1 for the mirrored one.
     drop: whether the caption becomes the empty one.
   """
@@ -92,6 +92,8 @@ def train_batches(
   process_count: int = 1,
   caption_dropout: float = 0.2,
   flip: str = "independent",
+  held_out: float = 0.0,
+  part: str = "train",
   threads: int = 2,
   prefetch: int = 4,
 ) -> Iterator[Batch]:
@@ -105,6 +107,8 @@ def train_batches(
     start_step, steps: the first step and the one after the last.
     process_index, process_count: which host this is, and of how many.
     caption_dropout, flip: see `draws`.
+    held_out, part: the share of pairs kept out, and which part to read, see
+      `PairCache.select`.
     threads: that read and assemble; each makes a whole batch.
     prefetch: batches made ahead, which bounds the memory.
 
@@ -121,7 +125,7 @@ def train_batches(
     raise InputError(f"caption_dropout {caption_dropout} is no probability")
   if not 0 <= seed < 2**32:
     raise InputError(f"seed {seed} is not between 0 and 2^32 - 1")
-  examples = cache.select(category, mixture)
+  examples = cache.select(category, mixture, held_out, part)
   places = draws(examples, seed=seed, caption_dropout=caption_dropout, flip=flip)
   rows = batch_size // process_count
   empty = cache.empty_token_ids

@@ -4,30 +4,37 @@ Resize the shorter side to the resolution (bilinear with antialiasing, the longe
 rounded down), then crop the centre. What is not RGB with 8 bits becomes it.
 """
 
-from pathlib import Path
+import io
+import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from safetydpo_jax.data import pairs
 from safetydpo_jax.errors import InputError
 
 
-def load_image(file: Path, resolution: int) -> np.ndarray:
-  """Reads an image file of any format, orientation and colour mode PIL knows.
+def load_image(image: pairs.Image | os.PathLike, resolution: int) -> np.ndarray:
+  """Decodes an image of any format, orientation and colour mode PIL knows.
 
   Returns:
     (resolution, resolution, 3) uint8.
 
   Raises:
-    InputError: the file is truncated, corrupt, or no image.
+    InputError: it is not there, truncated, corrupt, or no image.
   """
+  content = pairs.read_image(image)
   try:
-    with Image.open(file) as image:
-      image = to_rgb(ImageOps.exif_transpose(image))
+    with Image.open(io.BytesIO(content)) as opened:
+      decoded = to_rgb(ImageOps.exif_transpose(opened))
+  except UnidentifiedImageError as error:
+    raise InputError(
+      f"image {image} cannot be read: its {len(content)} bytes are no image; replace it"
+    ) from error
   except Exception as error:  # PIL's decoders raise anything for a corrupt file
     reason = str(error) or type(error).__name__
-    raise InputError(f"image {file} cannot be read: {reason}; replace it") from error
-  return np.asarray(crop_square(image, resolution))
+    raise InputError(f"image {image} cannot be read: {reason}; replace it") from error
+  return np.asarray(crop_square(decoded, resolution))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -4,27 +4,31 @@
   plan.json     the settings an encode was started with; gone when it is finished
   index.jsonl   one line per record: {"id": …, "categories": […], "slots": […]}
   pairs-00000-of-0000N.arrayrecord      the records, see `data/shards.py`
+  pairs-00000-of-0000N.skipped.json     {id: why}, only where pairs were left out
 
 The manifest holds the settings that decide the cache's bytes, their `fingerprint`, and
 `model`, the base as it was named; `fields`, the table of a record's arrays; `shards`,
-the files and their numbers of records; `counts`, what became of the dataset's rows;
-`empty_token_ids`; `versions`.
+the files and their numbers of records; `counts`, what became of the dataset's rows, and
+`skipped`, a line for each pair or file that could not be read; `empty_token_ids`;
+`versions`.
 """
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from etils import epath
 
-from safetydpo_jax.data import categories, shards
-from safetydpo_jax.data.layouts import SLOTS
+from safetydpo_jax.data import categories, holdout, places, shards
+from safetydpo_jax.data.pairs import SLOTS, SourcePair
 from safetydpo_jax.data.shards import Field
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import manifest
@@ -33,6 +37,7 @@ FORMAT_VERSION = 1
 MANIFEST = "cache.json"
 PLAN = "plan.json"
 INDEX = "index.jsonl"
+PARTS = ("train", "holdout")
 MIXTURES = {"both": SLOTS, "unsafe": ("unsafe",), "safe": ("safe",)}
 AGAIN = "run the same encode command again, it goes on where it stopped"
 
@@ -45,11 +50,18 @@ class Entry(NamedTuple):
   slots: tuple[str, ...]
 
 
+def entry(pair: SourcePair) -> Entry:
+  """A pair's line of the index."""
+  about = pair.about()
+  return Entry(about["id"], tuple(about["categories"]), tuple(about["captions"]))
+
+
 def complete_cache(
-  path: Path,
+  path: epath.Path,
   settings: dict[str, Any],
   entries: Sequence[Entry],
   fields: Sequence[Field],
+  without: Collection[str] = (),
   **more: Any,
 ) -> None:
   """Writes the index and the manifest of a cache whose shards are all there.
@@ -57,31 +69,38 @@ def complete_cache(
   Args:
     path: the cache's folder.
     settings: what decides its bytes.
-    entries: the index, in the order of records.
+    entries: the index, in the order of records, of all pairs.
     fields: the arrays of a record.
-    **more: the manifest's other rows: model, counts, empty_token_ids.
+    without: ids of pairs that were skipped and have no record.
+    **more: the manifest's other rows: model, counts, skipped, empty_token_ids.
 
   Raises:
-    InputError: they cannot be written.
+    InputError: they cannot be written, or no pair is left.
   """
+  path = places.as_path(path)
   size = settings["shard_size"]
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-  lines = [json.dumps(entry._asdict()) + "\n" for entry in entries]
-  with shards.named(path / INDEX):
-    (path / INDEX).write_text("".join(lines), encoding="utf-8")
+  kept = [entry for entry in entries if entry.id not in without]
+  if not kept:
+    raise InputError(f"{path}: not one of {len(entries)} pairs could be encoded")
+  with places.writing(path / INDEX) as local, places.named(path / INDEX):
+    lines = (json.dumps(entry._asdict()) + "\n" for entry in kept)
+    local.write_text("".join(lines), encoding="utf-8")
+  blocks = [entries[i : i + size] for i in range(0, len(entries), size)]
   content = {
     **settings,
     "fingerprint": digest.hexdigest()[:16],
     "fields": fields,
     "shards": [
-      {"file": name, "records": len(entries[i * size : (i + 1) * size])}
-      for i, name in enumerate(shards.shard_names(len(entries), size))
+      {"file": name, "records": sum(entry.id not in without for entry in block)}
+      for name, block in zip(shards.shard_names(len(entries), size), blocks)
     ],
     **more,
     "versions": manifest.versions(),
   }
-  manifest.write_json(path / MANIFEST, content)
-  (path / PLAN).unlink(missing_ok=True)
+  places.write_json(path / MANIFEST, content)
+  if (path / PLAN).exists():
+    (path / PLAN).unlink()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +114,7 @@ class PairCache:
     fields: the arrays of a record.
   """
 
-  path: Path
+  path: epath.Path
   manifest: dict[str, Any]
   index: tuple[Entry, ...]
   fields: tuple[Field, ...]
@@ -131,20 +150,32 @@ class PairCache:
     try:
       return self._source[number]
     except RuntimeError as error:
-      shard = self.manifest["shards"][number // self.manifest["shard_size"]]["file"]
+      table = self.manifest["shards"]
+      ends = list(itertools.accumulate(shard["records"] for shard in table))
+      shard = table[bisect.bisect_right(ends, number)]["file"]
       raise InputError(_damaged(self.path / shard, error)) from error
 
-  def select(self, category: str | None = None, mixture: str = "both") -> np.ndarray:
+  def select(
+    self,
+    category: str | None = None,
+    mixture: str = "both",
+    held_out: float = 0.0,
+    part: str = "train",
+  ) -> np.ndarray:
     """The training examples of a category: (n, 2) int64 of (record, slot).
 
     Args:
       category: any spelling of one; None or "all" for every pair. A pair under two
         categories belongs to both.
       mixture: "both" captions of a pair make an example each; or only "unsafe", "safe".
+      held_out: share of the pairs kept out of training, see `holdout.is_held_out`.
+      part: "train", or "holdout" for the pairs kept out.
 
     Raises:
-      InputError: the category or mixture is unknown, or nothing is left.
+      InputError: an argument is unknown or out of range, or nothing is left.
     """
+    if part not in PARTS:
+      raise InputError(f"unknown part {part!r}; expected {' or '.join(PARTS)}")
     if mixture not in MIXTURES:
       raise InputError(
         f"unknown mixture {mixture!r}; expected one of {', '.join(MIXTURES)}"
@@ -160,34 +191,38 @@ class PairCache:
       (number, SLOTS.index(slot))
       for number, entry in enumerate(self.index)
       if name is None or name in entry.categories
+      if holdout.is_held_out(entry.id, held_out) == (part == "holdout")
       for slot in MIXTURES[mixture]
       if slot in entry.slots
     ]
     if not examples:
+      where = f" in the {part} part at holdout {held_out}" if held_out else ""
       there = Counter(tag for entry in self.index for tag in entry.categories)
       counts = ", ".join(f"{tag} {n}" for tag, n in sorted(there.items())) or "none"
       raise InputError(
         f"{self.path} has no examples of category {name or 'all'} with mixture "
-        f"{mixture}; its {len(self)} pairs by category: {counts}"
+        f"{mixture}{where}; its {len(self)} pairs by category: {counts}"
       )
     return np.asarray(examples, np.int64)
 
-  def count(self, category: str | None, mixture: str) -> tuple[int, int]:
-    """How many pairs and how many examples `select` gives."""
-    examples = self.select(category, mixture)
+  def count(
+    self, category: str | None, mixture: str, held_out: float = 0.0
+  ) -> tuple[int, int]:
+    """How many pairs and how many examples `select` gives for training."""
+    examples = self.select(category, mixture, held_out)
     return len(np.unique(examples[:, 0])), len(examples)
 
 
 def open_cache(path: str | os.PathLike) -> PairCache:
-  """Opens a finished cache.
+  """Opens a finished cache; the shards of a URL are copied to this machine first.
 
   Raises:
     InputError: it is unfinished, of another version, or a file is missing or damaged.
   """
-  path = Path(path)
-  if (path / PLAN).is_file() and not (path / MANIFEST).is_file():
+  path = places.as_path(path)
+  if (path / PLAN).exists() and not (path / MANIFEST).exists():
     raise InputError(f"{path} is an unfinished pair cache; {AGAIN}")
-  about_cache = manifest.read_json(path / MANIFEST, "pair cache")
+  about_cache = places.read_json(path / MANIFEST, "pair cache")
   version = about_cache.get("format") if isinstance(about_cache, dict) else None
   if version != FORMAT_VERSION:
     raise InputError(
@@ -196,11 +231,12 @@ def open_cache(path: str | os.PathLike) -> PairCache:
     )
   files = [path / shard["file"] for shard in about_cache["shards"]]
   counts = [shard["records"] for shard in about_cache["shards"]]
-  if missing := [file.name for file in files if not file.is_file()]:
+  if missing := [file.name for file in files if not file.exists()]:
     raise InputError(f"{path} lacks {', '.join(missing)}; {AGAIN}")
-  for file, count in zip(files, counts):
+  local = places.local_files(files)
+  for file, copy, count in zip(files, local, counts):
     try:
-      records = len(ArrayRecordDataSource(str(file)))
+      records = len(ArrayRecordDataSource(copy))
     except RuntimeError as error:
       raise InputError(_damaged(file, error)) from error
     if records != count:
@@ -212,11 +248,11 @@ def open_cache(path: str | os.PathLike) -> PairCache:
     fields=tuple(
       Field(name, dtype, tuple(shape)) for name, dtype, shape in about_cache["fields"]
     ),
-    _source=ArrayRecordDataSource([str(file) for file in files]),
+    _source=ArrayRecordDataSource(local),
   )
 
 
-def _read_index(file: Path, records: int) -> tuple[Entry, ...]:
+def _read_index(file: epath.Path, records: int) -> tuple[Entry, ...]:
   try:
     lines = map(json.loads, file.read_text(encoding="utf-8").split("\n")[:-1])
     entries = [Entry(x["id"], tuple(x["categories"]), tuple(x["slots"])) for x in lines]
@@ -227,7 +263,7 @@ def _read_index(file: Path, records: int) -> tuple[Entry, ...]:
   return tuple(entries)
 
 
-def _damaged(file: Path, why: object) -> str:
+def _damaged(file: epath.Path, why: object) -> str:
   return f"{file} is damaged ({why}); delete it, and {AGAIN}"
 
 

@@ -14,19 +14,20 @@ A shard is an ArrayRecord file of group size 1, for random access, and uncompres
 noise does not compress. zstd takes 8 % off and costs three quarters of the speed.
 """
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 
-from safetydpo_jax.data.layouts import SLOTS
-from safetydpo_jax.errors import InputError
+from safetydpo_jax.data import places
+from safetydpo_jax.data.pairs import SLOTS
+
+SKIPPED = ".skipped.json"
 
 
 class Field(NamedTuple):
@@ -88,27 +89,38 @@ def shard_names(records: int, shard_size: int) -> list[str]:
   return [f"pairs-{i:05d}-of-{count:05d}.arrayrecord" for i in range(count)]
 
 
-def write_shard(file: Path, records: Iterable[bytes]) -> None:
+def write_shard(file: epath.Path | os.PathLike, records: Iterable[bytes]) -> None:
   """Writes a shard under a temporary name and renames it when it is complete.
+
+  A shard on a store is written here and uploaded: ArrayRecord knows local files only.
 
   Raises:
     InputError: it cannot be written. What `records` raises passes through.
   """
-  temporary = file.with_name(f".{file.name}.unfinished")
-  with named(file):
-    writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-  for record in records:
-    with named(file):
-      writer.write(record)
-  with named(file):
-    writer.close()
-    os.replace(temporary, file)
+  with places.writing(places.as_path(file)) as local:
+    with places.named(file):
+      writer = ArrayRecordWriter(str(local), "group_size:1,uncompressed")
+    for record in records:
+      with places.named(file):
+        writer.write(record)
+    with places.named(file):
+      writer.close()
 
 
-@contextlib.contextmanager
-def named(file: Path) -> Iterator[None]:
-  """A failure to write becomes an `InputError` that names the file."""
-  try:
-    yield
-  except (RuntimeError, OSError) as error:
-    raise InputError(f"cannot write {file}: {error}") from error
+def note_skipped(shard: epath.Path, skipped: dict[str, str]) -> None:
+  """Writes beside a shard which pairs it lacks and why, {id: why}; {}: none."""
+  file = shard.with_suffix(SKIPPED)
+  if skipped:
+    places.write_json(file, skipped)
+  elif file.exists():  # of an encode that was stopped
+    file.unlink()
+
+
+def read_skipped(shard_files: Sequence[epath.Path]) -> dict[str, str]:
+  """What `note_skipped` wrote for these shards, together."""
+  there = {file.name for file in shard_files[0].parent.iterdir()}
+  found = {}
+  for shard in shard_files:
+    if (file := shard.with_suffix(SKIPPED)).name in there:
+      found |= places.read_json(file, "list of skipped pairs")
+  return found

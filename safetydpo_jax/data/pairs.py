@@ -1,0 +1,232 @@
+"""Preference pairs, whatever files they came from, and how rows become pairs.
+
+A published pair stands twice, once under each prompt. Its rows become one pair with two
+caption slots, so that each image is encoded once. A row that repeats one is counted and
+adds only its category; so does a whole pair with the prompts of another one and images
+named as CoProV2 names them, u_idx_N_K.jpg and s_idx_N_K.jpg, with the same K. A further
+caption of an occupied slot makes a further pair, "ID#2".
+
+Every row ends as a caption, a tie, a repeat, or with a pair that was left out.
+
+An image is a path, or anything else with `read_bytes()` and a `str` that says where it
+is: images inside parquet or record files are never unpacked to disk.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from safetydpo_jax.data import categories
+from safetydpo_jax.errors import InputError
+
+SLOTS = ("unsafe", "safe")
+COPRO_IMAGE = re.compile(r"([us])_idx_(\d+)_(\d+)\.\w+")
+_PROBES = 16  # pairs whose images' bytes go into a dataset's fingerprint
+
+
+class Image(Protocol):
+  """An encoded image of a dataset."""
+
+  def read_bytes(self) -> bytes: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SourcePair:
+  """Two images of which one is preferred, and the prompts that made them.
+
+  Attributes:
+    id: "PREFERRED>DISPREFERRED", the images' names; it depends neither on the order of
+      rows, nor on the layout, nor on where the dataset lies.
+    preferred, dispreferred: the images.
+    captions: one for each of `SLOTS`, None where the dataset has none.
+    categories: our names, sorted; empty if the dataset has none.
+    names: the images' names. A name is the last part of the path in the dataset, or
+      all of it where two images share the last part.
+  """
+
+  id: str
+  preferred: Image
+  dispreferred: Image
+  captions: tuple[str | None, str | None]
+  categories: tuple[str, ...]
+  names: tuple[str, str] = ("", "")
+
+  def about(self) -> dict[str, Any]:
+    """Id, categories, and {slot: caption} of the captions that are there."""
+    texts = {slot: text for slot, text in zip(SLOTS, self.captions) if text is not None}
+    return {"id": self.id, "categories": list(self.categories), "captions": texts}
+
+
+class Row(NamedTuple):
+  """One caption of one pair; `where` is its file and line, for messages."""
+
+  where: str
+  preferred: str
+  dispreferred: str
+  slot: str
+  caption: str
+  categories: tuple[str, ...] = ()
+
+
+class Table(NamedTuple):
+  """What a layout's reader gives.
+
+  Attributes:
+    place: where the images are, for messages.
+    rows: the captions that are no ties.
+    images: those that are there, by their path in the dataset.
+    ties: how many rows were ties.
+  """
+
+  place: str
+  rows: list[Row]
+  images: Mapping[str, Image]
+  ties: int = 0
+
+
+def report(message: str, skipped: list[str] | None) -> None:
+  """Notes trouble in `skipped`; raises it as `InputError` where that is None."""
+  if skipped is None:
+    raise InputError(message)
+  skipped.append(message)
+
+
+def merge(table: Table, skipped: list[str] | None) -> tuple[list[SourcePair], int]:
+  """Rows → pairs sorted by id, and how many rows repeated another one.
+
+  Args:
+    table: the rows and images.
+    skipped: takes a line for every pair whose image is not there, and the pair is left
+      out; None: that is an error.
+
+  Raises:
+    InputError: an image is not there, or a category is unknown.
+  """
+  short = _short_names(table.rows)
+  captions, tags, first_row = {}, {}, {}
+  repeated = 0
+  for row in table.rows:
+    slot = SLOTS.index(row.slot)
+    name = f"{short[row.preferred]}>{short[row.dispreferred]}"
+    for id in _numbered(name):
+      present = captions.setdefault(id, [None, None])
+      if present[slot] in (None, row.caption):
+        break
+    repeated += present[slot] is not None
+    present[slot] = row.caption
+    first_row.setdefault(id, row)
+    tags.setdefault(id, set()).update(_normalise(row))
+  pairs, keys = {}, {}
+  for id in sorted(captions):
+    row, names = first_row[id], frozenset(tags[id])
+    sides = (row.preferred, row.dispreferred)
+    if lost := [side for side in sides if side not in table.images]:
+      place = f"{table.place}/{lost[0]}"
+      report(f"{row.where}: image {place} does not exist", skipped)
+      continue
+    images = [table.images[side] for side in sides]
+    texts = tuple(captions[id])
+    short_sides = tuple(short[side] for side in sides)
+    pair = SourcePair(id, *images, texts, tuple(sorted(names)), short_sides)
+    key = _same_prompts(pair)
+    first = pairs.get(keys.setdefault(key, id)) if key else None
+    if first:
+      names = sorted(names.union(first.categories))
+      pair = dataclasses.replace(first, categories=tuple(names))
+      repeated += sum(caption is not None for caption in texts)
+    pairs[pair.id] = pair
+  return list(pairs.values()), repeated
+
+
+def fingerprint(pairs: Sequence[SourcePair]) -> str:
+  """16 hexadecimal digits over ids, captions, categories and some images.
+
+  Of the images, the bytes of 16 pairs spread over the dataset: CoProV2's images for
+  SD1.5 and for SDXL differ in nothing else, and it holds for every layout.
+  """
+  digest = hashlib.sha256()
+  for pair in pairs:
+    row = [pair.id, pair.captions, pair.categories]
+    digest.update(json.dumps(row).encode())
+  for pair in pairs[:: -(-len(pairs) // _PROBES)]:
+    for image in (pair.preferred, pair.dispreferred):
+      digest.update(hashlib.sha256(read_image(image, b"")).digest())
+  return digest.hexdigest()[:16]
+
+
+def read_image(image: Image, otherwise: bytes | None = None) -> bytes:
+  """An image's bytes.
+
+  Args:
+    image: where they are.
+    otherwise: what to give if they cannot be read; None: that is an error.
+
+  Raises:
+    InputError: the file is not there, is damaged, or holds none.
+  """
+  try:
+    return image.read_bytes()
+  except (OSError, ValueError, RuntimeError, InputError) as error:
+    if otherwise is not None:
+      return otherwise
+    raise InputError(f"image {image} cannot be read: {error}; replace it") from error
+
+
+def text(where: str, what: str, value: object) -> str:
+  """`value` if it is valid text.
+
+  Raises:
+    InputError: naming the place.
+  """
+  if not isinstance(value, str):
+    raise InputError(f"{where}: {what} is {value!r}, expected text")
+  try:
+    value.encode()
+  except UnicodeEncodeError as error:  # half a surrogate pair, which JSON allows
+    raise InputError(f"{where}: {what} is no valid Unicode: {error}") from None
+  return value
+
+
+def preferred_side(where: str, label: object) -> int | None:
+  """0 or 1: which of jpg_0 and jpg_1 `label_0` prefers; None for a tie.
+
+  Raises:
+    InputError: the label is no number.
+  """
+  if not isinstance(label, int | float | None):
+    raise InputError(f"{where}: label_0 is {label!r}, expected a number")
+  return {1: 0, 0: 1}.get(label)
+
+
+def _short_names(rows: Sequence[Row]) -> dict[str, str]:
+  """{path in the dataset: name}."""
+  paths = {path for row in rows for path in (row.preferred, row.dispreferred)}
+  sharing = collections.Counter(map(os.path.basename, paths))
+  return {
+    path: base if sharing[base := os.path.basename(path)] == 1 else path
+    for path in paths
+  }
+
+
+def _same_prompts(pair: SourcePair) -> tuple | None:
+  """Equal for CoProV2's pairs that repeat each other under other numbers."""
+  name = COPRO_IMAGE.fullmatch(os.path.basename(pair.names[0]))
+  return (*pair.captions, name.group(3)) if name and None not in pair.captions else None
+
+
+def _numbered(id: str) -> Iterator[str]:
+  """ID, ID#2, ID#3, …"""
+  return itertools.chain([id], (f"{id}#{number}" for number in itertools.count(2)))
+
+
+def _normalise(row: Row) -> set[str]:
+  try:
+    return {categories.normalise(name) for name in row.categories}
+  except InputError as error:
+    raise InputError(f"{row.where}: {error}") from None
