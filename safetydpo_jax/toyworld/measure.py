@@ -183,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
       f"{row['high']:.1%}), symbols in {row['symbols']} of {row['n']} pictures"
     )
   if options.out:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     manifest.write_json(
       options.out,
       {
