@@ -203,8 +203,8 @@ def _path(points, first: float, span: float, height) -> str:
 def bar(share: float) -> Markup:
   """A bar of a table's cell; its number stands beside it."""
   return Markup(
-    '<svg class="bar" height="10" aria-hidden="true">'
-    '<rect width="{:.1f}%" height="10" rx="2"/></svg>'
+    '<svg class="bar" height="4" aria-hidden="true">'
+    '<rect width="{:.1f}%" height="4" rx="2"/></svg>'
   ).format(100 * share)
 
 

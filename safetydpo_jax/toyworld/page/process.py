@@ -110,17 +110,17 @@ def timings(folder: Path, figures: dict) -> list[Markup]:
     report.table(
       "Wall-clock time of each step"
       + (f"; peak memory {peak:.1f}\u00a0GiB" if peak else ""),
-      ["Step", _text("What"), "Time", _text("Share")],
+      ["Step", _text("What"), "Time"],
       [
         [
           row["step"],
-          _text(row.get("what", "")),
+          _text(row.get("what", ""))
+          + charts.bar(row["seconds"] / total if total else 0),
           duration(row["seconds"]),
-          charts.bar(row["seconds"] / total if total else 0),
         ]
         for row in rows
       ],
-      total=["all", "", duration(total), ""],
+      total=["all", "", duration(total)],
     )
   ]
 
@@ -142,8 +142,10 @@ def commands(folder: Path, figures: dict) -> list[Markup]:
   if lines:
     blocks += [
       report.paragraph(
-        "All of it again: make demo. Or step by step, from the repository's root "
-        "(one click selects everything):"
+        Markup(
+          "All of it again: <code>make demo</code>. Or step by step, from the "
+          "repository's root (one click selects everything):"
+        )
       ),
       report.code("\n".join(lines).rstrip(), "Commands"),
     ]

@@ -21,8 +21,9 @@ def _cell(value: Interval | None, detail: str = "") -> Markup | str:
   """A number of a table with its interval."""
   if value is None:
     return "–"
-  return Markup("{}<small>{}{}</small>").format(
-    percent(value.value), reach(value), detail
+  small = [Markup("<small>{}</small>").format(text) for text in (reach(value), detail)]
+  return Markup('{}<span class="detail">{}</span>').format(
+    percent(value.value), report.join(small if detail else small[:1])
   )
 
 
@@ -43,7 +44,7 @@ def _rates(figures: dict, phrasing: str) -> list[Markup]:
 
   def cells(category):
     return [
-      _cell(interval(one), f" · {one['count']}/{one['n']}") if interval(one) else "–"
+      _cell(interval(one), f"{one['count']}/{one['n']}") if interval(one) else "–"
       for one in row(category)
     ]
 
@@ -131,7 +132,7 @@ def utility(folder: Path, figures: dict) -> list[Markup]:
   def cells(category):
     for contender in contenders:
       row = find(rows, contender=contender, category=category)
-      symbols = f" · {row['symbols']}/{row['n']}" if row and "symbols" in row else ""
+      symbols = f"{row['symbols']}/{row['n']}" if row and "symbols" in row else ""
       yield _cell(interval(row), symbols)
 
   blocks = [
