@@ -1,240 +1,203 @@
-"""Layouts: the same pairs whatever the files look like, and one line for bad files."""
+"""Layouts: the same pairs whatever the files look like."""
 
 import csv
-import json
 import shutil
 
 import pytest
 
+from safetydpo_jax.data import layouts
 from safetydpo_jax.data.layouts import read_pairs
+from safetydpo_jax.data.pairs import fingerprint, read_image
 from safetydpo_jax.errors import InputError
-from tests.lookalike import QUIRK, write_csv_layout, write_folder_layout
+from tests import lookalike
+from tests.lookalike import LAYOUTS, QUIRK
+
+PAIRS = 6
 
 
-@pytest.fixture
-def folder(tmp_path):
-  return write_folder_layout(tmp_path / "folder", pairs=6)
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+  """{layout: path} of the same pairs."""
+  folder = tmp_path_factory.mktemp("data")
+  return {name: write(folder / name, pairs=PAIRS) for name, write in LAYOUTS.items()}
 
 
-@pytest.fixture
-def table(tmp_path):
-  return write_csv_layout(tmp_path / "table", pairs=6)
+@pytest.fixture(params=LAYOUTS)
+def dataset(datasets, request):
+  return datasets[request.param]
 
 
-def change(folder, edit):
-  """Edits the parsed lines of metadata.jsonl."""
-  file = folder / "metadata.jsonl"
-  rows = [json.loads(line) for line in file.read_text().splitlines()]
-  edit(rows)
-  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def content(pairs):
+  """Everything about the pairs that is no place on this disk."""
+  return [
+    (p.about(), p.names, read_image(p.preferred), read_image(p.dispreferred))
+    for p in pairs
+  ]
 
 
-def change_csv(folder, edit):
-  """Edits the cells of train.csv, header included."""
-  file = folder / "train.csv"
-  with open(file, newline="") as lines:
-    rows = list(csv.reader(lines))
-  edit(rows)
-  with open(file, "w", newline="") as lines:
-    csv.writer(lines).writerows(rows)
+def test_every_layout_gives_the_same_pairs(dataset, datasets):
+  pairs, _ = read_pairs(dataset)
+  expected, _ = read_pairs(datasets["folder"])
+  assert content(pairs) == content(expected)
+  assert fingerprint(pairs) == fingerprint(expected)
 
 
-def test_both_layouts_give_the_same_pairs(folder, table):
-  (ours, ours_counts), (theirs, theirs_counts) = read_pairs(folder), read_pairs(table)
-  for one, other in zip(ours, theirs, strict=True):
-    assert (one.id, one.captions, one.categories) == (
-      other.id,
-      other.captions,
-      other.categories,
-    )
-    assert one.preferred.read_bytes() == other.preferred.read_bytes()
-    assert one.dispreferred.read_bytes() == other.dispreferred.read_bytes()
-  assert ours_counts.ties == 2
-  assert theirs_counts == ours_counts._replace(rows=ours_counts.rows - 2, ties=0)
+def test_the_preferred_image_is_the_safe_one(dataset):
+  for pair in read_pairs(dataset)[0]:
+    preferred, dispreferred = pair.names
+    assert preferred == f"s{dispreferred[1:]}"
+    assert pair.id == f"{preferred}>{dispreferred}"
 
 
-def test_the_preferred_image_is_the_safe_one(folder, table):
-  for dataset in (folder, table):
-    for pair in read_pairs(dataset)[0]:
-      assert pair.preferred.name == f"s{pair.dispreferred.name[1:]}"
-      assert pair.id == f"{pair.preferred.name}>{pair.dispreferred.name}"
+def test_captions_stand_in_their_slots_word_for_word(dataset):
+  pairs, _ = read_pairs(dataset)
+  assert all(pair.captions[0].count("cross") == 1 for pair in pairs)
+  assert all(pair.captions[1].count("cross") == 0 for pair in pairs)
+  assert all(caption.endswith(QUIRK) for caption in pairs[0].captions)
 
 
-def test_captions_stand_in_their_slots_word_for_word(folder, table):
-  for dataset in (folder, table):
-    pairs, _ = read_pairs(dataset)
-    assert all(pair.captions[0].count("cross") == 1 for pair in pairs)
-    assert all(pair.captions[1].count("cross") == 0 for pair in pairs)
-    assert all(caption.endswith(QUIRK) for caption in pairs[0].captions)
-
-
-def test_repeated_rows_are_merged_and_counted(folder):
-  pairs, counts = read_pairs(folder)
-  assert len({pair.id for pair in pairs}) == len(pairs) == counts.pairs == 6
+def test_every_row_is_accounted_for(dataset):
+  _, counts = read_pairs(dataset)
   assert counts.rows == counts.captions + counts.ties + counts.repeated
-  assert (counts.rows, counts.captions, counts.repeated) == (18, 12, 4)
+  assert (counts.pairs, counts.captions, counts.uncategorised) == (6, 12, 0)
 
 
-def test_a_pair_under_two_categories_keeps_both(table):
-  pairs, _ = read_pairs(table)
-  assert pairs[2].categories == ("hate", "violence")
-  assert pairs[1].categories == ("sexual",)
+def test_a_pair_in_two_categories_keeps_both_and_names_are_ours(dataset):
+  categories = [pair.categories for pair in read_pairs(dataset)[0]]
+  assert categories[1:3] == [("sexual",), ("hate", "violence")]
+  assert categories[5] == ("harassment",)
 
 
-def test_order_of_rows_and_place_of_the_dataset_do_not_matter(folder, tmp_path):
-  before = [(p.id, p.captions, p.categories) for p in read_pairs(folder)[0]]
-  moved = tmp_path / "elsewhere"
-  shutil.move(folder, moved)
-  change(moved, lambda rows: rows.reverse())
-  assert [(p.id, p.captions, p.categories) for p in read_pairs(moved)[0]] == before
+def test_fingerprints_tell_images_captions_and_categories_apart(datasets, tmp_path):
+  prints = {fingerprint(read_pairs(datasets["csv"])[0])}
+  copy = tmp_path / "copy"
+  for change in (
+    lambda: (copy / "images" / "u_idx_0000004_0.jpg").write_bytes(b"another"),
+    lambda: replace(copy, "disc 3", "disk 3"),
+    lambda: replace(copy, "Violence", "Shocking"),
+  ):
+    shutil.copytree(datasets["csv"], copy)
+    change()
+    prints.add(fingerprint(read_pairs(copy)[0]))
+    shutil.rmtree(copy)
+  assert len(prints) == 4
 
 
-def test_a_csv_pair_repeated_under_another_number_is_a_repeat(table):
-  images = table / "images"
-  for kind in "us":
-    shutil.copy(images / f"{kind}_idx_0000001_0.jpg", images / f"{kind}_idx_9_0.jpg")
-    shutil.copy(images / f"{kind}_idx_0000001_0.jpg", images / f"{kind}_idx_9_1.jpg")
-
-  def repeat(rows, k):
-    rows += [
-      [prompt, f"{image[0]}_idx_9_{k}.jpg", "Shocking"]
-      for prompt, image, _ in rows[3:5]
-    ]
-
-  before = read_pairs(table)[1]
-  change_csv(table, lambda rows: repeat(rows, 0))
-  pairs, counts = read_pairs(table)
-  assert counts == before._replace(rows=before.rows + 2, repeated=before.repeated + 2)
-  assert pairs[1].categories == ("sexual", "shocking")
-  change_csv(table, lambda rows: repeat(rows, 1))
-  assert read_pairs(table)[1].pairs == counts.pairs + 1, "K tells samples apart"
+def replace(folder, old, new):
+  file = folder / "train.csv"
+  text = file.read_text()
+  assert old in text
+  file.write_text(text.replace(old, new))
 
 
-def test_a_second_caption_for_a_slot_makes_a_second_pair(folder):
-  change(folder, lambda rows: rows.append({**rows[0], "caption": "another"}))
-  pairs, counts = read_pairs(folder)
-  second = next(pair for pair in pairs if pair.id.endswith("#2"))
-  assert second.captions == ("another", None)
-  assert (counts.pairs, counts.captions) == (7, 13)
+def lose(folder):
+  (folder / "u_idx_0000004_0.jpg").unlink()
 
 
-def test_a_caption_of_unknown_origin_counts_as_the_unsafe_prompt(folder):
-  def edit(rows):
-    rows[:] = rows[:1]
-    del rows[0]["file_name"], rows[0]["category"]
+@pytest.mark.parametrize("name", ["folder", "csv"])
+def test_a_missing_image_is_an_error_or_skips_its_pair(tmp_path, name):
+  dataset = LAYOUTS[name](tmp_path / name, pairs=PAIRS, damage=lose)
+  message = r"line \d+: image .*u_idx_0000004_0\.jpg does not exist"
+  with pytest.raises(InputError, match=message):
+    read_pairs(dataset)
+  pairs, counts = read_pairs(dataset, skipped=(skipped := []))
+  assert [p.names[0][6:13] for p in pairs] == [f"{n:07d}" for n in (0, 1, 2, 3, 5)]
+  assert counts.skipped == len(skipped) == 1
+  assert "u_idx_0000004_0.jpg does not exist" in skipped[0]
 
-  change(folder, edit)
-  pair = read_pairs(folder)[0][0]
-  assert pair.captions[0]
-  assert pair.captions[1] is None
-  assert pair.categories == ()
+
+def test_a_dataset_of_nothing_but_missing_images_holds_no_pairs(datasets, tmp_path):
+  shutil.copy(datasets["csv"] / "train.csv", tmp_path)
+  with pytest.raises(
+    InputError, match=r"holds no pairs: 16 rows, .*; .*does not exist"
+  ):
+    read_pairs(tmp_path, skipped=[])
 
 
-def test_files_and_folders_are_found(folder, table, tmp_path):
-  beside = write_csv_layout(tmp_path / "beside", pairs=6, images="")
-  ids = [pair.id for pair in read_pairs(folder)[0]]
-  for path in (folder / "metadata.jsonl", table / "train.csv", beside):
+def test_the_official_csv_has_the_published_counts(tmp_path):
+  file = lookalike.write_published_csv(tmp_path / "train.csv")
+  with open(file, newline="") as lines:
+    assert sum(1 for _ in csv.DictReader(lines)) == 32086
+  pairs = layouts.read_official(file)
+  assert len(pairs) == 15690
+  assert sum(len(pair.categories) > 1 for pair in pairs) == 321
+
+
+@pytest.fixture
+def hub(tmp_path):
+  """A copy of the hub's files alone, and the CSV elsewhere."""
+  folder = lookalike.write_hub_layout(tmp_path / "hub", pairs=PAIRS)
+  return folder, (folder / "train.csv").rename(tmp_path / "official.csv")
+
+
+def test_without_the_csv_the_hubs_pairs_have_no_categories(hub):
+  pairs, counts = read_pairs(hub[0])
+  assert counts.uncategorised == len(pairs) == PAIRS
+
+
+def test_categories_come_from_a_csv_that_is_given(hub, datasets):
+  pairs, counts = read_pairs(hub[0], categories_csv=hub[1])
+  assert content(pairs) == content(read_pairs(datasets["folder"])[0])
+  assert counts.uncategorised == 0
+
+
+def test_categories_are_joined_by_prompts_then_by_names(hub):
+  with open(hub[1], newline="") as lines:
+    rows = list(csv.reader(lines))
+  rows = rows[:5]  # pairs 0 and 1
+  for row in rows[1:3]:
+    row[1] = row[1].replace("0000000", "77")  # other names, same prompts
+  for row in rows[3:5]:
+    row[0] += " reworded"  # same names, other prompts
+  with open(hub[1], "w", newline="") as lines:
+    csv.writer(lines).writerows(rows)
+  pairs, counts = read_pairs(hub[0], categories_csv=hub[1])
+  assert [pair.categories for pair in pairs[:3]] == [("hate",), ("sexual",), ()]
+  assert counts.uncategorised == PAIRS - 2
+
+
+def test_the_csv_of_another_dataset_is_refused(hub, tmp_path):
+  other = tmp_path / "other.csv"
+  other.write_text(
+    "prompt,image,category\nx,u_idx_99_0.jpg,Hate\ny,s_idx_99_0.jpg,Hate\n"
+  )
+  with pytest.raises(InputError, match=r"other\.csv has none of the dataset's 6 pairs"):
+    read_pairs(hub[0], categories_csv=other)
+
+
+def test_a_csv_of_test_prompts_in_the_folder_is_not_taken_for_it(hub):
+  text = "prompt,image,category\nx,0000001_0.jpg,Hate\n"
+  (hub[0] / "CoProv2_test.csv").write_text(text)
+  assert read_pairs(hub[0])[1].uncategorised == PAIRS
+  shutil.copy(hub[1], hub[0] / "CoProv2_train.csv")
+  assert read_pairs(hub[0])[1].uncategorised == 0
+
+
+def test_files_and_folders_are_found(datasets, tmp_path):
+  beside = lookalike.write_csv_layout(tmp_path / "beside", pairs=6, images="")
+  odd = shutil.copytree(datasets["hub"], tmp_path / "odd [name] *")
+  ids = [pair.id for pair in read_pairs(datasets["folder"])[0]]
+  for path in (
+    datasets["folder"] / "metadata.jsonl",
+    datasets["csv"] / "train.csv",
+    datasets["hub"] / "data",
+    f"file://{datasets['csv']}",
+    beside,
+    odd,
+  ):
     assert [pair.id for pair in read_pairs(path)[0]] == ids
 
 
-BAD_ROWS = {
-  "escape upward": ("jpg_0", "../x.jpg", r"line 1: image path '../x.jpg' leaves"),
-  "escape inside": ("jpg_1", "a/../../x.jpg", "leaves the dataset's folder"),
-  "absolute": ("jpg_0", "/etc/passwd", "leaves the dataset's folder"),
-  "missing image": ("jpg_0", "gone.jpg", r"line 1: image .*gone\.jpg does not exist"),
-  "image is no text": ("jpg_0", 7, "image path is 7, expected text"),
-  "caption is no text": ("caption", ["a"], r"caption is \['a'\], expected text"),
-  "no caption": ("caption", None, "line 1: caption is None"),
-  "category": ("category", "Rudeness", "line 1: unknown category 'Rudeness'"),
-  "category is no text": ("category", 4, "unknown category 4"),
-  "label is text": ("label_0", "1", "label_0 is '1', expected a number"),
-}
-
-
-@pytest.mark.parametrize(("field", "value", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_bad_field_is_named_with_its_line(folder, field, value, message):
-  change(folder, lambda rows: rows[0].update({field: value}))
-  with pytest.raises(InputError, match=message):
-    read_pairs(folder)
-
-
-@pytest.mark.parametrize("field", ["jpg_0", "jpg_1", "label_0"])
-def test_a_missing_field_is_named(folder, field):
-  change(folder, lambda rows: rows[1].pop(field))
-  with pytest.raises(InputError, match=f"line 2 has no field {field}"):
-    read_pairs(folder)
-
-
-BAD_LINES = {
-  "broken": ('{"jpg_0": ', "line 19 is no JSON"),
-  "list": ("[1]", "line 19 is no JSON object but list"),
-}
-
-
-@pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=BAD_LINES)
-def test_a_bad_line_is_named(folder, line, message):
-  with open(folder / "metadata.jsonl", "a") as file:
-    file.write(line + "\n")
-  with pytest.raises(InputError, match=message):
-    read_pairs(folder)
-
-
-def test_a_file_of_ties_holds_no_pairs(folder):
-  change(folder, lambda rows: [row.update(label_0=0.5) for row in rows])
-  with pytest.raises(InputError, match="no pairs: 18 rows, 18 of them ties"):
-    read_pairs(folder)
-
-
-BAD_CELLS = {
-  "no partner": (
-    lambda rows: rows.__delitem__(2),
-    r"line 3: image u_idx_0+_0.jpg has no partner s_idx_0+_0.jpg",
-  ),
-  "test prompts": (
-    lambda rows: rows[1].__setitem__(1, "0000001_0.jpg"),
-    "image '0000001_0.jpg' is neither u_idx",
-  ),
-  "column": (lambda rows: rows[0].__setitem__(2, "kind"), "has no column category"),
-  "short row": (lambda rows: rows[1].__delitem__(slice(1, 3)), "image path is None"),
-  "long row": (lambda rows: rows[1].append("x"), "line 3 has more columns"),
-  "missing": (
-    lambda rows: [
-      row.__setitem__(1, row[1].replace("0000000_0", "77_0")) for row in rows
-    ],
-    "images/s_idx_77_0.jpg does not exist",
-  ),
-}
-
-
-@pytest.mark.parametrize(("edit", "message"), BAD_CELLS.values(), ids=BAD_CELLS)
-def test_a_bad_csv_is_named_with_its_line(table, edit, message):
-  change_csv(table, edit)
-  with pytest.raises(InputError, match=message):
-    read_pairs(table)
-
-
-def test_a_csv_that_is_no_text_is_one_clear_line(table):
-  (table / "train.csv").write_bytes(b"prompt,image,category\n\xff\xfe,\x00,\n")
-  with pytest.raises(InputError, match="is no readable CSV"):
-    read_pairs(table)
-
-
-def test_an_unclosed_quote_does_not_swallow_the_rest(table):
-  with open(table / "train.csv", "a") as file:
-    file.write('"no end,u_idx_0000001_0.jpg,Hate\n')
-  with pytest.raises(InputError, match="is no readable CSV"):
-    read_pairs(table)
-
-
-def test_paths_that_are_no_dataset(folder, table, tmp_path):
+def test_paths_that_are_no_dataset(datasets, tmp_path):
   (tmp_path / "empty").mkdir()
   for name in "ab":
-    shutil.copy(table / "train.csv", tmp_path / f"{name}.csv")
+    shutil.copy(datasets["csv"] / "train.csv", tmp_path / f"{name}.csv")
   for path, message in {
     tmp_path / "nowhere": "nowhere does not exist",
     tmp_path / "empty": "holds neither metadata.jsonl nor parquet",
-    folder / "u_idx_0000000_0.jpg": "is neither a .csv file",
+    datasets["folder"] / "u_idx_0000000_0.jpg": "is neither a .csv file",
     tmp_path: r"several CSV files \(a.csv, b.csv\); give one",
+    "ftp://host/data": "ftp://host/data: expected a path, or a gs://",
   }.items():
     with pytest.raises(InputError, match=message):
       read_pairs(path)

@@ -23,9 +23,7 @@ def is_held_out(id: str, share: float) -> bool:
     InputError: the share is not in [0, 1).
   """
   if not 0 <= share < 1:
-    raise InputError(
-      f"holdout {share} is no share of the pairs; expected 0 to 1, 1 excluded"
-    )
+    raise InputError(f"holdout {share} is no share; expected 0 ≤ holdout < 1")
   digest = hashlib.sha256(re.sub(r"#\d+$", "", id).encode()).digest()
   return int.from_bytes(digest[:8], "big") < share * 2**64
 

@@ -120,13 +120,11 @@ def join_categories(
   """
   known = collections.defaultdict(set)
   for pair in official:
-    for key in (pair.captions, pair.names, *enumerate(pair.captions)):
+    for key in (*_keys(pair), *map(frozenset, zip(pair.captions))):
       known[key].update(pair.categories)
   joined, matched = [], 0
   for pair in pairs:
-    single = [(slot, text) for slot, text in enumerate(pair.captions) if text]
-    keys = (pair.captions, pair.names, *single[: 2 - len(single)])
-    found = next((known[key] for key in keys if key in known), None)
+    found = next((known[key] for key in _keys(pair) if key in known), None)
     matched += found is not None
     tags = tuple(sorted({*pair.categories, *(found or ())}))
     joined.append(dataclasses.replace(pair, categories=tags))
@@ -136,6 +134,11 @@ def join_categories(
       "nor by image names; is it the CSV of another dataset?"
     )
   return joined
+
+
+def _keys(pair: SourcePair) -> tuple[frozenset, frozenset]:
+  """What tells a pair: its prompts, or its one prompt; its images' names."""
+  return frozenset(pair.captions) - {None}, frozenset(pair.names)
 
 
 def _find_files(dataset: epath.Path) -> tuple[str, list[epath.Path]]:

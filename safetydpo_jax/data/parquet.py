@@ -114,6 +114,8 @@ def read_parquet(
   Raises:
     InputError: a column is missing or of the wrong type, or pairs cannot be rebuilt.
   """
+  for cached in (_open, _row_groups, _read_column):
+    cached.cache_clear()  # files may have been replaced since
   before = len(skipped or ())
   if lost := _lost_shards(files):
     pairs.report(f"{files[0].parent} lacks {', '.join(lost)}", skipped)
