@@ -1,37 +1,45 @@
 """Merges experts into one LoRA: `python -m safetydpo_jax.merge --experts A,B …`.
 
-In: run directories, merged directories and LoRA files. Out: an expert's directory
-(`formats/expert.py`) that `generate` and `export` take like any other: lora/ and
-expert.json, whose category is "merged", whose alpha is its rank (the scale is folded
-in), and which names the method, its options and every expert with the sha256 of its
-factors.
+In: run directories, merged directories and LoRA files; for Co-Merge (`comerge.py`) also
+a pair cache and the base model. Out: an expert's directory (`formats/expert.py`) that
+`generate` and `export` take like any other:
+  lora/, expert.json   category "merged", alpha = rank (the scale is folded in), the
+                       method, its options, the calibration, and every expert with the
+                       sha256 of its factors
+  statistics/          Co-Merge: activations of each expert, for the next merge
+  winners.txt .png     Co-Merge: which expert won how much of each layer
 """
 
 import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from safetydpo_jax import activations, calibration, comerge, experts, merging, sharding
 from safetydpo_jax import lora as lora_lib
-from safetydpo_jax import merging, sharding
+from safetydpo_jax.data import records
+from safetydpo_jax.data.categories import CATEGORIES
 from safetydpo_jax.errors import InputError, run_command
+from safetydpo_jax.experts import Expert
 from safetydpo_jax.export import adapted_layers
-from safetydpo_jax.formats import expert, loras, manifest
+from safetydpo_jax.formats import expert, manifest, statistics
 from safetydpo_jax.formats.pipeline import load_pipeline
 
 EXAMPLE = """example:
-  python -m safetydpo_jax.merge --experts runs/hate,runs/violence --method linear \\
-    --out merged
+  python -m safetydpo_jax.merge --experts runs/hate,runs/violence --method co_merge \\
+    --calibration cache --out merged
 """
 MERGED = "merged"  # the category of what this command writes
+STATISTICS = "statistics"
 
-# Which options a method reads, besides experts and model.
+# Which options a method reads, besides experts, model and variant.
+_COMERGE = ("calibration", "statistics", "pairs", "timesteps", "seed", "dtype")
+_COMERGE += ("batch_size", "experts_at_once")
 OPTIONS = {
   "linear": ("weights",),
   "svd": ("weights", "rank"),
@@ -39,21 +47,23 @@ OPTIONS = {
   "dare_linear": ("weights", "rank", "density", "seed"),
   "dare_ties": ("weights", "rank", "density", "seed"),
   "magnitude": ("weights", "rank", "density"),
+  "co_merge_factor": _COMERGE,
+  "co_merge_product": (*_COMERGE, "rank"),
 }
-DEFAULTS = {"density": merging.DENSITY, "seed": 0}
-
-
-class Expert(NamedTuple):
-  """One LoRA to merge: what it was called, its tree, its expert.json ({}: foreign)."""
-
-  name: str
-  lora: dict
-  about: dict[str, Any]
-  sha256: str
+# Those that change the result; the calibration has a row of its own in expert.json.
+RECORDED = ("weights", "rank", "density", "seed")
+DEFAULTS = {
+  "density": merging.DENSITY,
+  "seed": 0,
+  "pairs": 4,
+  "dtype": "float32",
+  "batch_size": 2,
+  "experts_at_once": 1,
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-  """The command line."""
+  """The command line; an option is None where it is not given."""
   parser = argparse.ArgumentParser(
     prog="python -m safetydpo_jax.merge",
     description="Merges LoRA experts of one base model into a single LoRA.",
@@ -62,26 +72,58 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--experts", required=True, metavar="L,L,…", help="runs or LoRA files")
-  add("--method", required=True, choices=tuple(OPTIONS))
+  methods = ("co_merge", *OPTIONS)
+  add(
+    "--method",
+    required=True,
+    choices=methods,
+    help=f"co_merge is {comerge.DEFAULT}; one of {', '.join(methods)}",
+    metavar="METHOD",
+  )
   add("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
-  add("--model", metavar="M", help="the base model, for LoRA files that do not say it")
+  add("--model", metavar="M", help="the base model (default: what the experts say)")
+  add("--variant", help='of the model\'s files, for example "fp16"')
   add(
     "--weights",
     metavar="W[,W…]",
     help="one number for all experts or one for each (default: 1/N for N experts, "
     "their mean; 1 gives their sum, as diffusers' set_adapters does)",
   )
-  add("--rank", type=int, help="of the result (default: the experts' largest)")
+  add(
+    "--rank",
+    type=int,
+    help="of the result (default: the experts' largest; co_merge_product: exact, the "
+    "sum of their ranks)",
+  )
   add(
     "--density", type=float, help=f"share of entries kept (default: {merging.DENSITY})"
   )
-  add("--seed", type=int, help="of what DARE drops (default: 0)")
-  add("--variant", help='of the model\'s files, for example "fp16"')
+  add("--seed", type=int, help="of what DARE drops or Co-Merge samples (default: 0)")
+  group = parser.add_argument_group("Co-Merge").add_argument
+  group("--calibration", type=Path, metavar="CACHE", help="what `encode` wrote")
+  group("--pairs", type=int, help="calibration pairs of each category (default: 4)")
+  group(
+    "--timesteps",
+    metavar="T,T,…",
+    help="that each pair is noised to (default: four, evenly spaced)",
+  )
+  group(
+    "--statistics",
+    type=Path,
+    metavar="DIR",
+    help="of the activations: what is there is not measured again (default: "
+    f"OUT/{STATISTICS})",
+  )
+  group("--batch_size", type=int, help="pairs per device (default: 2)")
+  group("--experts_at_once", type=int, help="that share a UNet call (default: 1)")
+  group("--dtype", choices=["float32", "bfloat16"], help="default: float32")
   return parser.parse_args(arguments)
 
 
 def check_options(options: argparse.Namespace) -> None:
-  """Refuses what the method does not read and numbers that cannot be meant."""
+  """Fills in defaults; refuses what the method does not read or cannot be meant."""
+  if options.method == "co_merge":
+    options.method = comerge.DEFAULT
   read = OPTIONS[options.method]
   for name in dict.fromkeys(name for names in OPTIONS.values() for name in names):
     if getattr(options, name) is not None and name not in read:
@@ -92,12 +134,17 @@ def check_options(options: argparse.Namespace) -> None:
       )
     if name in read and getattr(options, name) is None:
       setattr(options, name, DEFAULTS.get(name))
-  if options.rank is not None and options.rank < 1:
-    raise InputError(f"--rank is {options.rank}; expected 1 or more")
+  for name in ("rank", "pairs", "batch_size", "experts_at_once"):
+    if getattr(options, name) is not None and getattr(options, name) < 1:
+      raise InputError(f"--{name} is {getattr(options, name)}; expected 1 or more")
   if options.density is not None and not 0 < options.density <= 1:
     raise InputError(f"--density is {options.density}; expected above 0, up to 1")
   if options.seed is not None and not 0 <= options.seed < 2**32:
     raise InputError(f"--seed is {options.seed}; expected 0 to 2^32 - 1")
+  if "calibration" in read and not options.calibration:
+    raise InputError(
+      f"--method {options.method} needs --calibration, a folder that `encode` wrote"
+    )
 
 
 def parse_weights(text: str | None, count: int) -> list[float]:
@@ -128,115 +175,118 @@ def check_out(out: Path, names: Sequence[str]) -> None:
     about = manifest.read_json(out / expert.MANIFEST, "merged expert")
     if isinstance(about, dict) and about.get("category") == MERGED:
       return
-  elif set(there) <= {"lora"}:  # a merge that was stopped before its manifest
-    return
-  raise InputError(
-    f"--out {out} holds something else than a merged expert ({there[0]}); choose "
-    "another --out"
-  )
-
-
-def read_experts(names: Sequence[str]) -> list[Expert]:
-  """The LoRAs, each checked by itself and against the ones before it.
-
-  Raises:
-    InputError: one is not there, damaged, holds NaN, or stands there twice.
-  """
-  experts: list[Expert] = []
-  for name in names:
-    if not name:
-      raise InputError("--experts has an empty name; expected L,L,… without spaces")
-    tree, about = loras.load_lora(name)
-    for path, leaf in flatten_dict(tree).items():
-      if not np.isfinite(leaf).all():
-        raise InputError(
-          f"{name}: {'/'.join(path)} holds NaN or infinity; train the expert again"
-        )
-    this = Expert(name, tree, about, merging.factors_sha256(tree))
-    for other in experts:
-      if other.sha256 == this.sha256:
-        raise InputError(
-          f"{other.name} and {name} are the same LoRA; give each expert once"
-        )
-      check_same_model(other, this)
-    experts.append(this)
-  return experts
-
-
-def check_same_model(one: Expert, other: Expert) -> None:
-  """Refuses two LoRAs that cannot belong to one base model."""
-  bases = [e.about["base"] for e in (one, other) if e.about]
-  if len({base["fingerprint"] for base in bases}) > 1:
+  # A merge that was stopped before its manifest.
+  ours = {"lora", STATISTICS, statistics.TABLE, statistics.PICTURE}
+  if foreign := [name for name in there if name not in ours]:
     raise InputError(
-      f"{one.name} was trained on {bases[0]['name']} (fingerprint "
-      f"{bases[0]['fingerprint']}), {other.name} on {bases[1]['name']} "
-      f"({bases[1]['fingerprint']}); merge experts of one base model"
+      f"--out {out} holds something else than a merged expert ({foreign[0]}); choose "
+      "another --out"
     )
-  shapes = [
-    {path: leaf.shape[path[-1] == "b"] for path, leaf in flatten_dict(e.lora).items()}
-    for e in (one, other)
-  ]
-  for path in shapes[0].keys() & shapes[1].keys():
-    if shapes[0][path] != shapes[1][path]:
-      raise InputError(
-        f"{'/'.join(path)} is for {shapes[0][path]} features in {one.name} and for "
-        f"{shapes[1][path]} in {other.name}; merge experts of one base model"
-      )
 
 
-def find_base(experts: Sequence[Expert], options: argparse.Namespace) -> dict[str, str]:
-  """Name and fingerprint of the base model, from --model or the experts.
+def measure(
+  options: argparse.Namespace, loaded: Sequence[Expert], base: dict[str, str]
+) -> tuple[list[dict], dict[str, Any]]:
+  """Each expert's activations, from the statistics or measured now, and on what.
 
   Raises:
-    InputError: neither says it, or they disagree.
+    InputError: experts, model, cache and statistics do not fit each other.
   """
-  if options.model:
-    pipeline = load_pipeline(options.model, components=(), variant=options.variant)
-    for this in experts:
-      loras.check_fits(this.name, this.about, pipeline.fingerprint)
-      lora_lib.check_shapes(pipeline.unet_shapes(), this.lora)
-    return {"name": options.model, "fingerprint": pipeline.fingerprint}
-  for this in experts:
-    if this.about:
-      return this.about["base"]
-  raise InputError(
-    f"{experts[0].name} does not say which model it was made for; give --model"
+  cache = records.open_cache(options.calibration)
+  pipeline = load_pipeline(base["name"], components=(), variant=options.variant)
+  records.check_cache_fits(cache, pipeline)
+  categories = calibration.categories_of(cache)
+  for this in loaded:
+    category = this.about.get("category")
+    if category in CATEGORIES and category not in categories:
+      raise InputError(
+        f"{cache.path} has no pairs of {category}, the category of {this.name}; it has "
+        f"{', '.join(categories)}: encode pairs of all categories for --calibration"
+      )
+  pairs = calibration.choose_pairs(cache, options.pairs, options.seed)
+  timesteps = calibration.parse_timesteps(
+    options.timesteps, pipeline.schedule.num_timesteps
   )
-
-
-def describe(this: Expert) -> dict[str, Any]:
-  """An expert's row in expert.json."""
-  about, lora = this.about, this.lora
-  config = about.get("config") or {}
-  return {
-    "path": this.name,
-    "sha256": this.sha256,
-    "category": about.get("category"),
-    "rank": lora_lib.rank_of(lora),
-    "targets": about.get("targets") or adapted_layers(lora),
-    "step": about.get("step"),
-    "seed": about.get("seed"),
-    "lora_seed": (config.get("lora") or {}).get("seed"),
-    "dataset": about.get("dataset"),
+  about = {
+    "cache": cache.fingerprint,
+    "base": base["fingerprint"],
+    "categories": categories,
+    "pairs": options.pairs,
+    "timesteps": timesteps,
+    "seed": options.seed,
+    "dtype": options.dtype,
   }
+  inputs = 2 * len(pairs) * len(timesteps)
+
+  folder = options.statistics or options.out / STATISTICS
+  found = [
+    statistics.read_activations(folder, this.lora, this.sha256, about, inputs)
+    for this in loaded
+  ]
+  multihost_utils.sync_global_devices("every host has seen the statistics")
+  missing = [n for n, tree in enumerate(found) if tree is None]
+  if jax.process_index() == 0:
+    print(f"{len(missing)} experts on {inputs} inputs of {', '.join(categories)}")
+  if missing:
+    components = ("unet", "text_encoder", "text_encoder_2")
+    measured = activations.measure(
+      load_pipeline(
+        base["name"],
+        components=components,
+        dtype=options.dtype,
+        variant=options.variant,
+      ),
+      [loaded[n].lora for n in missing],
+      cache,
+      pairs,
+      timesteps,
+      seed=options.seed,
+      batch_size=options.batch_size,
+      mesh=sharding.make_mesh(),
+      experts_at_once=options.experts_at_once,
+    )
+    for n, tree in zip(missing, measured):
+      found[n] = tree
+      if jax.process_index() == 0:
+        statistics.write_activations(folder, tree, experts.describe(loaded[n]), about)
+  return found, about
 
 
 def main(arguments: list[str] | None = None) -> None:
-  """Reads, checks, merges, writes."""
+  """Reads, checks, measures if the method needs it, merges, writes."""
   options = parse_arguments(arguments)
   names = options.experts.split(",")
   check_options(options)
   sharding.initialize_hosts()
+  sharding.use_precision(options.dtype or "float32")
   check_out(options.out, names)
-  weights = parse_weights(options.weights, len(names))
-  experts = read_experts(names)
-  base = find_base(experts, options)
+  if "weights" in OPTIONS[options.method]:
+    options.weights = parse_weights(options.weights, len(names))
+  loaded = experts.read_experts(names)
+  pipeline = None
+  if options.model:
+    pipeline = load_pipeline(options.model, components=(), variant=options.variant)
+  base = experts.find_base(loaded, pipeline)
 
-  settings = {name: getattr(options, name) for name in OPTIONS[options.method]}
-  settings["weights"] = weights
-  merged = merging.METHODS[options.method]([this.lora for this in experts], **settings)
+  read = [name for name in RECORDED if name in OPTIONS[options.method]]
+  settings = {name: getattr(options, name) for name in read}
+  about: dict[str, Any] = {"method": options.method, "options": settings}
+  trees = [this.lora for this in loaded]
+  if options.method in comerge.METHODS:
+    experts.check_same_layers(loaded)
+    if options.method == "co_merge_factor":
+      experts.check_same_units(loaded)
+    found, about["calibration"] = measure(options, loaded, base)
+    merged = comerge.METHODS[options.method](trees, found, rank=options.rank)
+  else:
+    merged = merging.METHODS[options.method](trees, **settings)
 
-  # Orbax writes one tree of all hosts.
+  # Orbax writes one tree of all hosts; the manifest is written last.
+  if options.method in comerge.METHODS and jax.process_index() == 0:
+    wins = comerge.count_wins(found, comerge.PARTS[options.method])
+    labels = experts.labels(loaded)
+    print(statistics.write_table(options.out, wins, found, labels))
+    statistics.draw_winners(options.out, wins, labels)
   replicated = NamedSharding(sharding.make_mesh(), sharding.REPLICATED)
   rank = lora_lib.rank_of(merged)
   about = {
@@ -244,15 +294,14 @@ def main(arguments: list[str] | None = None) -> None:
     "rank": rank,
     "alpha": rank,
     "targets": adapted_layers(merged),
-    "base": {"name": base["name"], "fingerprint": base["fingerprint"]},
-    "method": options.method,
-    "options": settings,
-    "experts": [describe(this) for this in experts],
+    "base": base,
+    **about,
+    "experts": [experts.describe(this) for this in loaded],
   }
   expert.write_expert(options.out, sharding.place(merged, replicated), about)
   if jax.process_index() == 0:
     print(
-      f"{options.out}: {options.method} of {len(experts)} experts, rank {rank}, "
+      f"{options.out}: {options.method} of {len(loaded)} experts, rank {rank}, "
       f"{lora_lib.num_parameters(merged):,} parameters"
     )
 

@@ -141,7 +141,7 @@ def truncate(lora: Tree, ranks: dict[Path, int]) -> dict:
     a, b = (np.asarray(factors[(*path, part)], np.float32) for part in "ab")
     left, left_triangle = np.linalg.qr(a)
     right, right_triangle = np.linalg.qr(b.T)
-    u, s, v = np.linalg.svd(left_triangle @ right_triangle.T)
+    u, s, v = np.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
     merged |= _balanced(path, left @ u, s, v @ right.T, rank)
   return unflatten_dict(merged)
 
