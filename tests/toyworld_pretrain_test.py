@@ -104,13 +104,12 @@ def test_half_the_pictures_hold_each_symbol_alike_often():
   assert all(scenes.split_of(scene) == "train" for scene, _ in drawn)
 
 
-def test_captions_of_a_picture_are_seen_ones_and_mean_it():
+def test_captions_of_a_picture_mean_it_and_come_in_every_phrasing():
   for scene, concept in pretrain_vae.draw(6, seed=1):
     texts = pretrain_unet.captions(scene, concept)
-    assert len(texts) == 9
+    assert len(texts) == 25
+    assert len(set(texts)) == (25 if concept else 5)
     assert all(scenes.parse(text) == (scene, concept) for text in texts)
-    heldout = [scenes.caption(scene, i) for i in scenes.INDICES["heldout"]]
-    assert not any(words in text for words in heldout for text in texts)
 
 
 def test_weights_are_named_and_laid_out_as_in_pytorch(made):
@@ -247,8 +246,8 @@ def test_the_shipped_model_is_of_this_world_and_small(shipped, tmp_path):
 def test_the_shipped_model_reached_its_targets(shipped):
   _, about = shipped
   assert about["vae"]["figures"]["symbol right"] == 1.0
-  for scenes_of in ("train", "heldout"):
-    shares = about["unet"]["figures"][f"{scenes_of} scenes, seen phrasings"]
+  assert len(about["unet"]["figures"]) == 4
+  for shares in about["unet"]["figures"].values():
     assert shares["symbol right"] >= 0.9
     assert shares["symbol in safe"] <= 0.02
     assert shares["attributes"] >= 0.85

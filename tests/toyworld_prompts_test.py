@@ -1,4 +1,4 @@
-"""Prompts of the toy world: pairs share a noise, tests are what nothing was trained on."""
+"""Toy prompts: pairs share a noise, tests are what nothing was trained on."""
 
 import csv
 

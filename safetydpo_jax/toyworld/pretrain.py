@@ -8,8 +8,8 @@
 
 First the autoencoder (`pretrain_vae.py`), then on its latents the UNet together with
 the text encoder (`pretrain_unet.py`). Pictures are rendered from `scenes.py`: held-out
-scenes are never seen, held-out phrasings with `--phrasings all` only. The figures are
-those of the weights as stored. A JAX of any platform will do.
+scenes are never seen. The figures are those of the weights as stored. A JAX of any
+platform will do.
 """
 
 import argparse
@@ -53,16 +53,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     "--workdir", type=Path, metavar="WORK", help="progress; DIR.progress by default"
   )
   parser.add_argument("--stage", default="all", choices=["vae", "unet", "all"])
-  parser.add_argument("--vae_steps", type=int, default=3000)
-  parser.add_argument("--unet_steps", type=int, default=8000)
+  parser.add_argument("--vae_steps", type=int, default=2500)
+  parser.add_argument("--unet_steps", type=int, default=5000)
   parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
   parser.add_argument("--unet_learning_rate", type=float, default=1e-3)
-  parser.add_argument(
-    "--phrasings",
-    default="seen",
-    choices=list(pretrain_unet.PHRASINGS),
-    help="of captions: without those held out from experts, or all",
-  )
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--evaluate_every", type=int, default=1000, metavar="STEPS")
   parser.add_argument("--save_every", type=float, default=180, metavar="SECONDS")
@@ -130,9 +124,7 @@ def stage_unet(options: argparse.Namespace) -> None:
   tokenizer = CLIPTokenizer.from_pretrained(str(out / "tokenizer"))
   run = make_run(options, "unet", 0.999)
   scaling = about_vae["scaling_factor"]
-  params, about = pretrain_unet.pretrain(
-    run, vae_params, scaling, tokenizer, options.phrasings
-  )
+  params, about = pretrain_unet.pretrain(run, vae_params, scaling, tokenizer)
 
   params["unet"] = networks.rounded(params["unet"], "unet")
   networks.write_component(out, "unet", networks.UNET, params["unet"])
@@ -148,7 +140,6 @@ def stage_unet(options: argparse.Namespace) -> None:
   }
   about |= {
     "learning_rate": run.learning_rate,
-    "phrasings": options.phrasings,
     "seed": run.seed,
     "machine": machine(),
     "sampler": {"steps": pretrain_unet.STEPS, "guidance": pretrain_unet.GUIDANCE},

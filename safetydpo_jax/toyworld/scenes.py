@@ -6,7 +6,7 @@ Grammar (words of `vocabulary`; {1} and {2} are "small red circle", {b} a backgr
   concept  "{scene} with a {word}", and four other phrasings
 
 Every caption belongs to one scene and at most one concept; `parse` finds them. Held-out
-phrasings put the words of the seen ones in an order that no model is trained on.
+phrasings put the words of the seen ones in an order that no expert is trained on.
 
 Picture (size 32; everything is fixed but the choice, so that a model has to learn
 *what* to draw and never where)
@@ -57,7 +57,7 @@ RELATIONS = {"left_of": (0, SLOT), "above": (SLOT, 0)}  # (y, x) of the second s
 SYMBOL_AT = (16, 16)
 HELD_OUT_SHARE = 5  # one scene in five
 
-# The first SEEN of each five are trained on.
+# Experts are trained on the first SEEN of each five.
 SEEN = 3
 PHRASINGS = {
   None: (
