@@ -41,7 +41,6 @@ class Line(NamedTuple):
   label: str
   points: Sequence[tuple[float, float | None]]
   series: int = 0
-  dashed: bool = False
 
 
 def mark(series: int, x: str = "50%", y: float = 8) -> Markup:
@@ -159,14 +158,12 @@ def line_chart(
     if not known:
       continue
     path = _path(line.points, first, max(last - first, 1), height)
-    kind = "curve dashed" if line.dashed else "curve"
     curves.append(
-      Markup('<path d="{}" class="{} series-{}"/>').format(path, kind, line.series)
+      Markup('<path d="{}" class="curve series-{}"/>').format(path, line.series)
     )
     x, y = known[-1]
-    if not line.dashed:
-      x = 14 + 86 * (x - first) / max(last - first, 1)
-      ends.append(mark(line.series, f"{x:.2f}%", pixels(y)))
+    end = 14 + 86 * (x - first) / max(last - first, 1)
+    ends.append(mark(line.series, f"{end:.2f}%", pixels(y)))
     told.append(f"{line.label} from {known[0][1]:.3g} to {y:.3g}")
   return Markup(
     '<svg class="lines" height="{total}" role="img" aria-label="{label}">{axis}'

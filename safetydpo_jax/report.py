@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from PIL import Image
 
 from safetydpo_jax.errors import InputError
@@ -89,9 +89,9 @@ def contents(headings: Sequence[str]) -> Markup:
   return Markup('<nav aria-label="Contents"><ul>{}</ul></nav>').format(join(links))
 
 
-def paragraph(text: Any, kind: str = "prose") -> Markup:
-  """Running text; `kind` is a class of report.css."""
-  return Markup('<p class="{}">{}</p>').format(kind, text)
+def paragraph(text: Any) -> Markup:
+  """Running text."""
+  return Markup('<p class="prose">{}</p>').format(text)
 
 
 def figure(caption: Any, *body: Any, kind: str = "plain") -> Markup:
@@ -129,7 +129,8 @@ def table(
     columns: headings of all columns, the first of the row headings.
     rows: cells; the first of each row is its heading.
     total: a last row, set off.
-    kind: class of report.css: "numbers" are aligned at the right, "texts" at the left.
+    kind: class of report.css: "numbers" are aligned at the right; "gallery" holds
+      pictures in columns of equal width.
   """
 
   def line(cells):
@@ -226,21 +227,3 @@ def duration(seconds: float) -> str:
   hours, minutes = divmod(minutes, 60)
   parts = [(hours, "h"), (minutes, "min"), (rest if not hours else 0, "s")]
   return " ".join(f"{count}\u00a0{unit}" for count, unit in parts if count)
-
-
-__all__ = [
-  "code",
-  "contents",
-  "definitions",
-  "duration",
-  "escape",
-  "figure",
-  "join",
-  "page",
-  "paragraph",
-  "percent",
-  "picture",
-  "section",
-  "slug",
-  "table",
-]

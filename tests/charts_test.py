@@ -33,7 +33,8 @@ def test_a_scale_need_not_start_at_zero():
   ticks = {10: "10", 20: "20"}
   chart = charts.interval_chart("x", [("a", [Interval(15, 12, 30)])], ticks)
   assert _marks(chart)[0][1] == 50.0
-  assert 'x2="100.00%"' in chart  # what is off the scale ends at its edge
+  reach = re.findall(r'x1="([\d.]+)%" x2="([\d.]+)%"[^>]*class="reach', chart)
+  assert reach == [("20.00", "100.00")]  # what is off the scale ends at its edge
 
 
 def test_series_have_lanes_and_marks_of_their_own():

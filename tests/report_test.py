@@ -126,6 +126,14 @@ def test_what_is_no_picture_is_refused_whatever_its_name(content, folder):
     report.picture(folder, "deep/bad.png", "")
 
 
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
+def test_other_formats_are_refused(kind, folder):
+  """Browsers differ in what they show of them, and animations are no evidence."""
+  Image.new("RGB", (4, 4)).save(folder / "other.png", kind)
+  with pytest.raises(InputError, match=r"other\.png is no readable PNG, JPEG, WEBP"):
+    report.picture(folder, "other.png", "")
+
+
 def test_a_picture_cut_short_is_refused(folder):
   content = (folder / "deep" / "red.png").read_bytes()
   (folder / "deep" / "cut.png").write_bytes(content[:-30])
@@ -231,6 +239,24 @@ def test_the_policy_stops_what_would_slip_through(chromium, folder):
   assert view.marker == "undefined"
   assert len(view.problems) >= 4  # the browser says that it refused
   assert view.broken
+
+
+def test_a_long_word_does_not_widen_the_page(chromium, folder):
+  word = "x" * 200
+  blocks = [report.paragraph(word), report.definitions([("a", word)])]
+  file = folder / "page.html"
+  text = report.page("title", report.section(word, *blocks), report.code(word, "c"))
+  file.write_text(text, encoding="utf-8")
+  view = chromium.visit(file, 390)
+  assert view.content_width <= view.viewport_width
+
+
+def test_pictures_of_few_pixels_have_hard_edges(chromium, folder):
+  file = folder / "page.html"
+  pictures = [report.picture(folder, "deep/red.png", "", pixelated=x) for x in (0, 1)]
+  file.write_text(report.page("title", *pictures), encoding="utf-8")
+  look = "[...document.images].map(i => getComputedStyle(i).imageRendering)"
+  assert chromium.visit(file, 390, expression=look).answer == ["auto", "pixelated"]
 
 
 def test_a_covered_picture_opens_at_a_click(chromium, folder):

@@ -77,7 +77,7 @@ def curves(folder: Path, figures: dict) -> list[Markup]:
       if any(line.points for line in one)
     ]
     grid = Markup('<div class="panels">{}</div>').format(report.join(panels))
-    blocks.append(report.figure(text, charts.legend(labels), grid, kind="wide"))
+    blocks.append(report.figure(text, charts.legend(labels), grid))
   return blocks
 
 
@@ -187,11 +187,13 @@ def note(folder: Path, figures: dict) -> list[Markup]:
     f" (threshold {detector['threshold']})" if detector.get("threshold") else ""
   )
   return [
-    Markup('<p class="prose"><strong>{}</strong> {}</p>').format(
-      "A model of the method, never evidence about real harmful content.",
-      "The symbols are abstract and drawn in one place; a photograph, a body or a slur "
-      "is none of that. What holds here shows that the code does what the method says, "
-      "not how safe a real model becomes.",
+    report.paragraph(
+      Markup(
+        "<strong>A model of the method, never evidence about real harmful content."
+        "</strong> The symbols are abstract and stand in one place; nothing that people "
+        "draw or photograph is so simple. What holds here shows that the code does what "
+        "the method says, not how safe a real model becomes."
+      )
     ),
     report.paragraph(
       f"The detector compares pictures with the known symbols{threshold}. {error}"
