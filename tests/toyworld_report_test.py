@@ -1,141 +1,22 @@
 """The demo's report: what it says follows the figures, and it shows them all."""
 
 import copy
-import itertools
 import json
 import re
 import subprocess
 import sys
 
 import pytest
-from PIL import Image
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.toyworld import scenes
 from safetydpo_jax.toyworld.report import main, write_report
-from tests import browser
-
-CATEGORIES = ["hate", "illegal_activity"]
-CONTENDERS = ["base", "experts", "merged"]
-ATTACK = "<script>window.injected = 1</script>"
-IMAGE_ATTACK = '"><img src=x onerror="window.injected = 2">'
-
-
-def _rate(contender, category, phrasing, count, n):
-  share = count / n
-  low, high = max(share - 0.05, 0.0), min(share + 0.05, 1.0)
-  fields = (contender, category, phrasing, count, n, low, high)
-  names = ("contender", "category", "phrasing", "count", "n", "low", "high")
-  return dict(zip(names, fields))
-
-
-def _metrics(step):
-  return {
-    "step": step,
-    "loss": 0.7 / step,
-    "accuracy": 1 - 0.5 / step,
-    "preferred_error": 0.05,
-    "dispreferred_error": 0.05 + 0.001 * step,
-    "reference_preferred_error": 0.05,
-    "reference_dispreferred_error": 0.05,
-    "margin": None,
-  }
+from tests.demos import CONTENDERS, write_demo
 
 
 @pytest.fixture
 def demo(tmp_path):
-  """(folder, figures) of a small demo."""
-  examples, pairs = [], []
-  for category in CATEGORIES:
-    pair = scenes.prompt_pairs(1, 0, category)[0]
-    with_symbol, without = f"{category}_u.png", f"{category}_s.png"
-    Image.fromarray(scenes.render(pair.scene, pair.concept)).save(
-      tmp_path / with_symbol
-    )
-    Image.fromarray(scenes.render(pair.scene)).save(tmp_path / without)
-    examples.append(
-      {
-        "category": category,
-        "prompt": pair.unsafe,
-        "concept": pair.concept.word,
-        "images": {"base": with_symbol, "experts": without, "merged": without},
-        "found": {"base": pair.concept.word, "experts": None, "merged": None},
-      }
-    )
-    examples.append(
-      {
-        "category": category,
-        "prompt": pair.safe,
-        "concept": None,
-        "images": dict.fromkeys(CONTENDERS, without),
-        "found": dict.fromkeys(CONTENDERS),
-      }
-    )
-    pairs.append(
-      {
-        "category": category,
-        "prompt": pair.unsafe,
-        "safe_prompt": pair.safe,
-        "preferred": without,
-        "dispreferred": with_symbol,
-      }
-    )
-  counts = {"base": 47, "experts": 5, "merged": 2}
-  figures = {
-    "title": "toy world",
-    "date": "2026-11-21",
-    "seed": 3,
-    "machine": {"platform": "cpu", "cores": 2, "architecture": "x86_64"},
-    "versions": {"jax": "0.10.2"},
-    "model": {"name": "toy", "fingerprint": "0123456789abcdef"},
-    "sampler": {"steps": 12, "guidance": 4.0},
-    "detector": {
-      "threshold": 0.6,
-      "missed": 0.003,
-      "false_alarms": 0.0,
-      "level": "light",
-    },
-    "training": {"steps": 100, "beta": 500.0, "rank": 4, "pairs": 84},
-    "categories": CATEGORIES,
-    "contenders": CONTENDERS,
-    "rates": [
-      _rate(contender, category, phrasing, counts[contender] - late, 48)
-      for contender in CONTENDERS
-      for category in (*CATEGORIES, "all")
-      for phrasing, late in (("seen", 0), ("heldout", 1), ("all", 0))
-    ],
-    "utility": [
-      {
-        "contender": contender,
-        "category": category,
-        "attributes": 0.99,
-        "low": 0.98,
-        "high": 1.0,
-        "n": 48,
-        "symbols": 0,
-        "parts": {"background": 1.0, "scene": 0.9},
-      }
-      for contender in CONTENDERS
-      for category in (*CATEGORIES, "all")
-    ],
-    "curves": {name: [_metrics(step) for step in (1, 5, 10)] for name in CATEGORIES},
-    "examples": examples,
-    "pairs": pairs,
-    "timings": [
-      {"step": "pairs", "what": "rendered", "seconds": 61.0, "commands": ["python a"]},
-      {"step": "train", "what": "experts", "seconds": 90.0, "commands": ["python b"]},
-    ],
-    "peak_memory_gib": 2.1,
-  }
-  return tmp_path, figures
-
-
-@pytest.fixture(scope="module")
-def chromium():
-  if not browser.find():
-    pytest.skip(f"no browser: none of {', '.join(browser.NAMES)} is installed")
-  with browser.Browser() as running:
-    yield running
+  """(folder, figures)."""
+  return tmp_path, write_demo(tmp_path)
 
 
 def _text(folder, figures):
@@ -296,62 +177,3 @@ def test_the_command_answers_a_wrong_folder_in_one_line(tmp_path):
   )
   assert done.returncode == 1
   assert done.stderr == f"error: {tmp_path} is no demo: it has no figures.json\n"
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_shows_it_whole(chromium, demo, width, dark):
-  folder, figures = demo
-  file = write_report(folder, figures)
-  background = "getComputedStyle(document.body).backgroundColor"
-  view = chromium.visit(file, width, dark=dark, expression=background)
-  assert view.problems == []
-  assert view.requests == [file.as_uri()]
-  assert view.broken == []
-  assert view.images == 20
-  assert view.content_width <= view.viewport_width == width
-  assert view.answer == ("rgb(21, 24, 28)" if dark else "rgb(251, 250, 247)")
-
-
-def test_nothing_in_figures_runs_in_a_browser(chromium, demo):
-  """Every text of the figures, wherever it is shown, is text."""
-  folder, figures = demo
-
-  def spoil(value, key=None):
-    if isinstance(value, dict):
-      return {k: spoil(v, k) for k, v in value.items()}
-    if isinstance(value, list):
-      return [spoil(v, key) for v in value]
-    shown = ("title", "date", "prompt", "safe_prompt", "what", "step", "commands")
-    if isinstance(value, str) and key in (*shown, "name", "jax", "level", "platform"):
-      return f"{value} {ATTACK} {IMAGE_ATTACK}"
-    return value
-
-  spoiled = spoil(figures)
-  category = f"hate {ATTACK}{IMAGE_ATTACK}"
-  text = json.dumps(spoiled).replace('"hate"', json.dumps(category))
-  file = write_report(folder, json.loads(text))
-  view = chromium.visit(file, 390)
-  assert view.content_width <= view.viewport_width
-  assert view.marker == "undefined"
-  assert view.scripts == 0
-  assert view.problems == []
-  assert view.requests == [file.as_uri()]
-  assert view.images == 20
-  assert view.text.count(ATTACK) > 20
-  assert IMAGE_ATTACK in view.text
-
-
-def test_headings_are_in_order_and_every_picture_has_words(chromium, demo):
-  file = write_report(*demo)
-  look = """[
-    [...document.querySelectorAll('h1, h2, h3')].map(h => Number(h.tagName[1])),
-    [...document.images].filter(i => !i.alt).length,
-    [...document.links].filter(a => !document.querySelector(a.hash)).length,
-    document.documentElement.lang,
-  ]"""
-  levels, silent, lost, language = chromium.visit(file, 390, expression=look).answer
-  assert levels[0] == 1
-  assert levels.count(1) == 1
-  assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-  assert (silent, lost, language) == (0, 0, "en")

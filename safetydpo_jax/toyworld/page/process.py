@@ -190,9 +190,9 @@ def note(folder: Path, figures: dict) -> list[Markup]:
     report.paragraph(
       Markup(
         "<strong>A model of the method, never evidence about real harmful content."
-        "</strong> The symbols are abstract and stand in one place; nothing that people "
-        "draw or photograph is so simple. What holds here shows that the code does what "
-        "the method says, not how safe a real model becomes."
+        "</strong> The symbols are abstract and stand in one place; nothing that "
+        "people draw or photograph is so simple. What holds here shows that the code "
+        "does what the method says, not how safe a real model becomes."
       )
     ),
     report.paragraph(

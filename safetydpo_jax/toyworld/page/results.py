@@ -102,9 +102,9 @@ def phrasings(folder: Path, figures: dict) -> list[Markup]:
   ]
   return [
     report.paragraph(
-      "Half of the test prompts put their words in an order that training never used. "
-      "Where the two marks of a model lie together, it learned the symbol and not the "
-      "sentence."
+      "Half of the test prompts put their words in an order that no expert met in "
+      "training. Where the two marks of a model lie together, it learned about the "
+      "symbol and not about the sentence."
     ),
     report.figure(
       "IP over all categories, with 95\u00a0% intervals.",
