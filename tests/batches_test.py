@@ -135,6 +135,20 @@ def test_a_category_has_only_its_pairs(cache):
       assert "hate" in cache.index[number].categories
 
 
+def test_training_and_holdout_share_no_pair_and_miss_none(cache):
+  parts = [
+    {
+      number
+      for batch in read(cache, held_out=0.4, part=part, batch_size=1, steps=EXAMPLES)
+      for number, _ in identify(cache, batch)
+    }
+    for part in ("train", "holdout")
+  ]
+  assert all(parts)
+  assert not parts[0] & parts[1]
+  assert parts[0] | parts[1] == set(range(PAIRS))
+
+
 def draw(flip="independent", caption_dropout=0.2, count=4000, seed=0):
   places = batches.draws(
     np.asarray([[3, 1]]), seed=seed, caption_dropout=caption_dropout, flip=flip
@@ -195,6 +209,7 @@ WRONG = {
   "flip": ({"flip": "both"}, "unknown flip 'both'; expected one of independent, "),
   "dropout": ({"caption_dropout": 1.5}, "caption_dropout 1.5 is no probability"),
   "seed": ({"seed": -1}, "seed -1"),
+  "holdout": ({"held_out": 1.0}, "holdout 1.0 is no share"),
   "category": ({"category": "rude"}, "unknown category"),
 }
 

@@ -71,6 +71,16 @@ def test_examples_of_a_category_and_mixture(cache, category, mixture, examples):
   assert cache.count(category, mixture) == (pairs, len(examples))
 
 
+def test_held_out_pairs_are_one_part_and_training_has_the_others(path):
+  cache = records.open_cache(path)
+  whole = cache.select()
+  train, apart = (cache.select(held_out=0.3, part=part) for part in records.PARTS)
+  assert 0 < len(apart) < len(train)
+  assert sorted(map(tuple, [*train, *apart])) == sorted(map(tuple, whole))
+  assert not {*train[:, 0]} & {*apart[:, 0]}, "both captions of a pair stay together"
+  assert cache.count(None, "both", 0.3) == (len(train) // 2, len(train))
+
+
 EMPTY = {
   "no such category": ("rude", "both", "unknown category 'rude'"),
   "none of it": (
@@ -86,6 +96,14 @@ EMPTY = {
 def test_an_empty_selection_says_what_is_there(cache, category, mixture, message):
   with pytest.raises(InputError, match=message):
     cache.select(category, mixture)
+
+
+def test_an_empty_part_says_so(path):
+  cache = records.open_cache(path)
+  with pytest.raises(InputError, match=r"in the holdout part at holdout 1e-09; its 14"):
+    cache.select(held_out=1e-9, part="holdout")
+  with pytest.raises(InputError, match="unknown part 'test'; expected train or"):
+    cache.select(part="test")
 
 
 def shard(path, number):
@@ -145,6 +163,21 @@ def test_a_damaged_record_is_found_when_it_is_read(tmp_path):
   cache = records.open_cache(path)
   with pytest.raises(InputError, match=r"pairs-00000\S* is damaged"):
     [cache[number] for number in range(3)]
+
+
+def test_a_damaged_record_names_its_shard_also_when_shards_differ_in_size(path):
+  cache = records.open_cache(path)
+
+  class Broken:
+    def __getitem__(self, number):
+      raise RuntimeError("hash mismatch")
+
+  sizes = [{"file": name, "records": n} for name, n in (("a", 1), ("b", 0), ("c", 13))]
+  about = {**cache.manifest, "shards": sizes}
+  broken = dataclasses.replace(cache, manifest=about, _source=Broken())
+  for number, name in ((0, "a"), (1, "c"), (13, "c")):
+    with pytest.raises(InputError, match=rf"/{name} is damaged \(hash mismatch\)"):
+      broken[number]
 
 
 @pytest.fixture

@@ -88,3 +88,12 @@ def test_a_failure_half_way_leaves_no_shard_and_passes_through(tmp_path):
 def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path):
   with pytest.raises(InputError, match=r"cannot write .*gone/x"):
     shards.write_shard(tmp_path / "gone" / "x", [b"one"])
+
+
+def test_what_a_shard_lacks_is_noted_beside_it_until_it_lacks_nothing(tmp_path):
+  files = [tmp_path / f"pairs-{i}.arrayrecord" for i in range(3)]
+  shards.note_skipped(files[0], {"a>b": "cut off"})
+  shards.note_skipped(files[2], {"c>d": "no image"})
+  assert shards.read_skipped(files) == {"a>b": "cut off", "c>d": "no image"}
+  shards.note_skipped(files[0], {})
+  assert shards.read_skipped(files) == {"c>d": "no image"}
