@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from etils import epath
 
@@ -96,7 +97,7 @@ def _leaf(table: pa.Table, column: str) -> pa.Array:
   array = table.column(name).combine_chunks()
   if isinstance(array, pa.ChunkedArray):  # no rows at all
     array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.nulls(0)
-  return pa.compute.struct_field(array, field[0]) if field else array
+  return pc.struct_field(array, field[0]) if field else array
 
 
 def read_parquet(
