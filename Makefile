@@ -4,13 +4,16 @@ BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax-cache
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: test test-slow lint format environment clean
+.PHONY: test test-slow demo lint format environment clean
 
 test: environment lint  ## the fast suite (under 15 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: environment  ## full-size models and long runs (10 GB of memory)
 	$(BIN)/python -m pytest -m slow
+
+demo: environment  ## the whole method in the toy world, and its report (10 minutes)
+	$(BIN)/python -m safetydpo_jax.toyworld.demo --out demo
 
 lint: environment
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from safetydpo_jax.data import categories
 from safetydpo_jax.errors import run_command
 from safetydpo_jax.formats import manifest
 from safetydpo_jax.toyworld import report
-from safetydpo_jax.toyworld.figures import collect, totals
+from safetydpo_jax.toyworld.collect import collect, totals
 from safetydpo_jax.toyworld.stages import run_stage, stages
 
 EXAMPLE = """example:
