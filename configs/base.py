@@ -45,6 +45,7 @@ def get_config(variant: str = "sd15", category: str = "all") -> ConfigDict:
   config.cache = ""  # what `encode` wrote
   config.category = category
   config.mixture = "both"  # captions: both | unsafe | safe. [inferred] both, 1:1
+  config.holdout = 0.0  # share of the pairs kept out of training, chosen by their ids
   config.caption_dropout = 0.2  # share of captions replaced by ""
   config.flip = "independent"  # independent | shared | none; probability ½
 

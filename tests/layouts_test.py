@@ -1,6 +1,7 @@
 """Layouts: the same pairs whatever the files look like."""
 
 import csv
+import json
 import shutil
 
 import pytest
@@ -154,6 +155,19 @@ def test_categories_are_joined_by_prompts_then_by_names(hub):
   pairs, counts = read_pairs(hub[0], categories_csv=hub[1])
   assert [pair.categories for pair in pairs[:3]] == [("hate",), ("sexual",), ()]
   assert counts.uncategorised == PAIRS - 2
+
+
+def test_a_pair_with_one_prompt_is_found_by_it(hub, tmp_path):
+  rows = [
+    {"jpg_0": f"{n}.jpg", "jpg_1": "x.jpg", "label_0": 1, "caption": caption}
+    for n, caption in enumerate(read_pairs(hub[0])[0][1].captions)
+  ]
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  (tmp_path / "metadata.jsonl").write_text(lines)
+  for name in ("0.jpg", "1.jpg", "x.jpg"):
+    (tmp_path / name).touch()
+  pairs, _ = read_pairs(tmp_path / "metadata.jsonl", categories_csv=hub[1])
+  assert [pair.categories for pair in pairs] == [("sexual",)] * 2
 
 
 def test_the_csv_of_another_dataset_is_refused(hub, tmp_path):

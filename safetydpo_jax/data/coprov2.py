@@ -8,6 +8,10 @@ ArrayRecord files with the images' own bytes, so nothing is encoded twice:
       manual_dir=DATASET))
   source = builder.as_data_source("train")
 
+The same is done by `tfds build safetydpo_jax/data/coprov2.py --manual_dir DATASET
+--file_format array_record` where TensorFlow and mlcroissant are installed, which that
+command imports though it does not use them here.
+
 The folder OUT/coprov2/1.0.0 is a layout of its own: `encode --pairs` reads it. An
 example holds what a `SourcePair` holds; a pair's captions and categories are lists,
 empty where the dataset has none.
