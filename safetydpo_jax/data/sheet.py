@@ -19,7 +19,7 @@ from safetydpo_jax.errors import InputError
 
 SIDE, GAP, LINE = 96, 8, 14  # pixels: an image, between pairs, a line of text
 _COLUMNS, _ROWS = 4, 5
-_TEXT_WIDTH = 260
+_TEXT_WIDTH = 200
 
 
 def draw_sheet(
@@ -34,14 +34,14 @@ def draw_sheet(
   Args:
     pairs: the dataset's.
     counts: what became of its rows, by name.
-    blur: beyond recognition: radius a twelfth of the side.
+    blur: beyond recognition: radius an eighth of the side.
     seed: of the choice.
   """
   chosen = random.Random(seed).sample(pairs, min(len(pairs), _COLUMNS * _ROWS))
   cell = (2 * SIDE + GAP, SIDE + GAP)
-  lines = count_lines(pairs, counts)
+  rows = count_rows(pairs, counts)
   width = _COLUMNS * cell[0] + GAP + _TEXT_WIDTH
-  height = max(_ROWS * cell[1], len(lines) * LINE) + GAP
+  height = max(-(-len(chosen) // _COLUMNS) * cell[1], len(rows) * LINE) + GAP
   sheet = Image.new("RGB", (width, height), "white")
   draw = ImageDraw.Draw(sheet)
   for place, pair in enumerate(chosen):
@@ -49,18 +49,23 @@ def draw_sheet(
     for side, source in enumerate((pair.preferred, pair.dispreferred)):
       corner = (GAP + column * cell[0] + side * SIDE, GAP + row * cell[1])
       sheet.paste(_picture(source, blur), corner)
-  for row, line in enumerate(lines):
-    draw.text((_COLUMNS * cell[0] + GAP, GAP + row * LINE), line, fill="black")
+  left = _COLUMNS * cell[0] + 2 * GAP
+  for number, (name, count) in enumerate(rows.items()):
+    top = GAP + number * LINE
+    draw.text((left, top), name, fill="black")
+    draw.text((width - GAP, top), f"{count:,}", fill="black", anchor="ra")
   return sheet
 
 
-def count_lines(pairs: Sequence[SourcePair], counts: Mapping[str, int]) -> list[str]:
+def count_rows(
+  pairs: Sequence[SourcePair], counts: Mapping[str, int]
+) -> dict[str, int]:
   """What stands beside the pairs: rows by fate, pairs by category."""
   tags = Counter(tag for pair in pairs for tag in pair.categories)
   rows = {name.replace("_", " "): count for name, count in counts.items()}
   rows |= {name: tags[name] for name in CATEGORIES}
   rows["several categories"] = sum(len(pair.categories) > 1 for pair in pairs)
-  return [f"{name:<18} {count:>7,}" for name, count in rows.items()]
+  return rows
 
 
 def save_sheet(sheet: Image.Image, file: epath.Path) -> None:
@@ -83,4 +88,4 @@ def _picture(source, blur: bool) -> Image.Image:
     picture = Image.new("RGB", (SIDE, SIDE), "lightgrey")
     ImageDraw.Draw(picture).line((0, 0, SIDE, SIDE), fill="grey", width=2)
     return picture
-  return picture.filter(ImageFilter.GaussianBlur(SIDE / 12)) if blur else picture
+  return picture.filter(ImageFilter.GaussianBlur(SIDE / 8)) if blur else picture
