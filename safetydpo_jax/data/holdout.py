@@ -10,9 +10,11 @@ without those rows tell learning from remembering.
 """
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from safetydpo_jax.data import layouts, prompts
 from safetydpo_jax.errors import InputError
 
 
@@ -28,13 +30,16 @@ def is_held_out(id: str, share: float) -> bool:
   return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def leaked_prompts(prompts: Sequence[str], seen: Iterable[str]) -> list[bool]:
-  """Which of a test's prompts stand verbatim among the captions of training.
+def leaked_rows(test_csv: Path, train_csv: str | os.PathLike) -> list[bool]:
+  """Which rows of a test's prompts CSV stand verbatim in training, safe or unsafe.
 
   Args:
-    prompts: the test's, in order.
-    seen: captions of training; those of a dataset are
-      `[text for pair in read_official(CSV) for text in pair.captions]`.
+    test_csv: a CSV of prompts, see `data/prompts.py`.
+    train_csv: CoProV2's CSV of training pairs.
+
+  Raises:
+    InputError: a file cannot be read.
   """
-  known = set(seen)
-  return [prompt in known for prompt in prompts]
+  pairs = layouts.read_official(train_csv)
+  seen = {text for pair in pairs for text in pair.captions}
+  return [row.prompt in seen for row in prompts.read_prompts(test_csv, Path())]
