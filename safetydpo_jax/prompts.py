@@ -273,8 +273,8 @@ def main(arguments: list[str] | None = None) -> None:
   if not counts["accepted"] or (short and not options.allow_fewer):
     raise InputError(
       f"{len(short)} of {len(concepts)} concepts have fewer than {per_concept} pairs; "
-      f"what there is stays in {log_file}: run again with more --rounds, or with "
-      "--allow_fewer to take it"
+      f"what there is stays in {log_file}: run the same command again, with more "
+      "--rounds, or with --allow_fewer to take it"
     )
 
   pairs = [pair for mine in selection.pairs for pair in mine]

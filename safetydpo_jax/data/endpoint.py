@@ -185,7 +185,10 @@ class Endpoint:
         if trouble == "cut off":
           reason += "; raise --max_tokens or lower --per_request"
       except ssl.SSLCertVerificationError as error:
-        raise InputError(f"{self._host}: {error.verify_message}") from error
+        raise InputError(
+          f"{self._host}: {error.verify_message}; to trust its certificate, give it in "
+          "the environment's SSL_CERT_FILE"
+        ) from error
       except TimeoutError:
         trouble, reason = "time-out", f"no reply in {self._timeout:g} s"
       except (OSError, http.client.HTTPException) as error:
