@@ -90,6 +90,21 @@ def test_pairs_with_broken_images_are_left_out_if_asked(
   assert "is complete already" in capsys.readouterr().out
 
 
+def test_the_right_pairs_are_left_out_of_a_shard_of_several_batches(
+  tiny_checkpoint, cache, tmp_path
+):
+  """Eight images are a batch here, so pairs 4 and 5 are in the second one."""
+  dataset = LAYOUTS["hub"](tmp_path / "pairs", pairs=PAIRS, damage=damage)
+  arguments = ("--on_error", "skip", "--shard_size", PAIRS)
+  other = run(tiny_checkpoint, dataset, tmp_path / "cache", *arguments)
+  assert [other.about(n)["id"] for n in range(3)] == [
+    cache.index[n].id for n in (0, 1, 3)
+  ]
+  assert {line.split(":")[0] for line in other.manifest["skipped"]} == {
+    cache.index[n].id for n in (2, 4, 5)
+  }
+
+
 def test_what_was_left_out_is_remembered_over_a_restart(tiny_checkpoint, tmp_path):
   def cut(folder):
     for number in (0, 1, 2):

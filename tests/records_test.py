@@ -98,6 +98,15 @@ def test_an_empty_selection_says_what_is_there(cache, category, mixture, message
     cache.select(category, mixture)
 
 
+def test_a_manifest_cannot_name_files_outside_the_cache(path, tmp_path):
+  outside = shard(path, 0).rename(tmp_path / "outside.arrayrecord")
+  table = json.loads((path / "cache.json").read_text())["shards"]
+  for name in ("../outside.arrayrecord", str(outside)):
+    edit(path, shards=[{**table[0], "file": name}, *table[1:]])
+    with pytest.raises(InputError, match=r"lacks outside\.arrayrecord"):
+      records.open_cache(path)
+
+
 def test_an_empty_part_says_so(path):
   cache = records.open_cache(path)
   with pytest.raises(InputError, match=r"in the holdout part at holdout 1e-09; its 14"):

@@ -229,7 +229,7 @@ def open_cache(path: str | os.PathLike) -> PairCache:
       f"{path / MANIFEST} has format {version!r}, this program reads {FORMAT_VERSION}; "
       "encode the dataset again"
     )
-  files = [path / shard["file"] for shard in about_cache["shards"]]
+  files = [path / os.path.basename(shard["file"]) for shard in about_cache["shards"]]
   counts = [shard["records"] for shard in about_cache["shards"]]
   if missing := [file.name for file in files if not file.exists()]:
     raise InputError(f"{path} lacks {', '.join(missing)}; {AGAIN}")
