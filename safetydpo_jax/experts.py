@@ -36,6 +36,7 @@ def read_experts(names: Sequence[str]) -> list[Expert]:
     if not name:
       raise InputError("--experts has an empty name; expected L,L,… without spaces")
     tree, about = loras.load_lora(name)
+    check_is_lora(name, tree)
     for path, leaf in flatten_dict(tree).items():
       if not np.isfinite(leaf).all():
         raise InputError(
@@ -52,10 +53,25 @@ def read_experts(names: Sequence[str]) -> list[Expert]:
   return experts
 
 
+def check_is_lora(name: str, tree: dict) -> None:
+  """Refuses a tree whose layers are not {'a': (in, r), 'b': (r, out)}."""
+  shapes: dict[tuple, dict] = {}
+  for path, leaf in flatten_dict(tree).items():
+    shapes.setdefault(path[:-1], {})[path[-1]] = np.shape(leaf)
+  for path, parts in shapes.items() or [((), {})]:
+    if sorted(parts) != ["a", "b"] or not (
+      len(parts["a"]) == len(parts["b"]) == 2 and parts["a"][1] == parts["b"][0]
+    ):
+      raise InputError(
+        f"{name}: {'/'.join(path) or 'it'} is no LoRA layer, a (in, r) and b (r, out); "
+        "train the expert again"
+      )
+
+
 def check_same_model(one: Expert, other: Expert) -> None:
   """Refuses two LoRAs that cannot belong to one base model."""
   bases = [e.about["base"] for e in (one, other) if e.about]
-  if len({base["fingerprint"] for base in bases}) > 1:
+  if len(bases) == 2 and bases[0]["fingerprint"] != bases[1]["fingerprint"]:
     raise InputError(
       f"{one.name} was trained on {bases[0]['name']} (fingerprint "
       f"{bases[0]['fingerprint']}), {other.name} on {bases[1]['name']} "
@@ -97,7 +113,8 @@ def lora_seed(this: Expert) -> int | None:
   """The seed of the expert's first `a`, None where nothing says it."""
   config = this.about.get("config")
   lora = config.get("lora") if isinstance(config, dict) else None
-  return lora.get("seed") if isinstance(lora, dict) else None
+  seed = lora.get("seed") if isinstance(lora, dict) else None
+  return seed if isinstance(seed, int) else None
 
 
 def check_same_layers(experts: Sequence[Expert]) -> None:

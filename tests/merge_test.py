@@ -280,6 +280,9 @@ def bad(make_expert, experts, tmp_path_factory):
   broken = np.where(np.arange(flat[path].shape[1]) == 3, np.nan, flat[path])
   made["nan"] = folder / "nan"
   expert.write_expert(made["nan"], unflatten_dict({**flat, path: broken}), about)
+  made["half"] = folder / "half"
+  whole = {p: leaf for p, leaf in flat.items() if p != path}
+  expert.write_expert(made["half"], unflatten_dict(whole), about)
   made["twice"] = folder / "twice"
   expert.write_expert(made["twice"], load_lora(str(experts[0])), about)
   foreign = {**flat, path: flat[path][:, :5]}
@@ -296,6 +299,7 @@ def bad(make_expert, experts, tmp_path_factory):
       r"hate was trained on .*, .*base on another \(0123456789abcdef\)",
     ),
     ("twice", "linear", r"hate and .*twice are the same LoRA; give each expert once"),
+    ("half", "linear", r"half: .* is no LoRA layer, a \(in, r\) and b \(r, out\)"),
     ("nan", "svd", r"nan: .*/b holds NaN or infinity"),
     ("shape", "linear", r"/b is for \d+ features in .*hate and for 5 in .*safetensors"),
     ("rank", "co_merge_factor", r"hate has rank 2, .*rank rank 3.*co_merge_product"),
