@@ -20,14 +20,17 @@ VARIANTS = {
   "toy": {
     "model": "toy",
     "flip": "none",
-    "steps": 100,
+    # The base draws no symbol unasked: pairs under safe prompts would only lower the
+    # likelihood of pictures it never makes, at the cost of those it makes.
+    "mixture": "unsafe",
+    "steps": 80,
+    "batch_size": 16,
     "accumulation": 1,
-    "learning_rate": 1e-3,
+    "learning_rate": 1.5e-3,
     "scale_lr": False,
     "warmup_steps": 10,
-    "checkpoint_every": 100,
-    "dpo": {"beta": 500.0},
-    "lora": {"rank": 4},
+    "checkpoint_every": 40,
+    "dpo": {"beta": 200.0},
     "dtype": "float32",
   },
 }

@@ -172,7 +172,7 @@ def jit_train_step(
 
 def print_plan(config: Any, pipeline: Pipeline, cache: Any, mesh: Any, state: Any):
   """What this run will do, with the numbers that decide whether it learns."""
-  pairs, examples = cache.count(config.category, config.mixture)
+  pairs, examples = cache.count(config.category, config.mixture, config.holdout)
   rate = optimizer.effective_learning_rate(config)
   device = jax.devices()[0].device_kind
   rows = {
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
   replicated = NamedSharding(mesh, sharding.REPLICATED)
 
   # The data and the model must have been made for each other.
-  cache = records.open_cache(Path(config.cache))
+  cache = records.open_cache(config.cache)
   pipeline = load_pipeline(
     config.model,
     components=("unet", "text_encoder", "text_encoder_2"),
@@ -254,6 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     cache,
     category=config.category,
     mixture=config.mixture,
+    held_out=config.holdout,
     batch_size=config.batch_size,
     seed=config.seed,
     start_step=start,

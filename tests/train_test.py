@@ -33,6 +33,28 @@ def finished(tiny_checkpoint, cache, tmp_path_factory):
   return workdir
 
 
+class Fed(Exception):
+  """Raised instead of training, with what the feed was asked for."""
+
+
+def test_what_the_config_says_of_data_reaches_the_feed(
+  tiny_checkpoint, cache, tmp_path, monkeypatch
+):
+  def feed(cache, **asked):
+    raise Fed(asked)
+
+  monkeypatch.setattr(train.batches, "train_batches", feed)
+  changes = {"flip": "none", "caption_dropout": 0.5, "mixture": "unsafe"}
+  changes |= {"holdout": 0.3, "seed": 7, "steps": 5}
+  arguments = runs.train_arguments(tiny_checkpoint, cache, tmp_path / "x", **changes)
+  with pytest.raises(Fed) as caught:
+    train.main([*arguments, "--config.category=all"])
+  asked = caught.value.args[0]
+  assert asked["held_out"] == changes.pop("holdout")
+  assert {name: asked[name] for name in changes} == changes
+  assert (asked["category"], asked["batch_size"], asked["start_step"]) == ("all", 16, 0)
+
+
 def read_metrics(workdir):
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   return [json.loads(line) for line in lines]
