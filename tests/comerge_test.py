@@ -8,6 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from safetydpo_jax import activations, comerge, diffusion, encode, lora, sharding
+from safetydpo_jax.calibration import Batch
 from safetydpo_jax.data import records
 from safetydpo_jax.data.batches import Draw
 from safetydpo_jax.formats.pipeline import load_pipeline
@@ -195,6 +196,31 @@ def test_the_unet_predicts_the_same_while_it_is_listened_to(load, experts):
   np.testing.assert_allclose(heard, plain, rtol=0, atol=1e-5)
   found = flatten_dict(state[activations.COLLECTION])
   assert found.keys() == flatten_dict(experts[0]).keys()
+
+
+@pytest.mark.slow
+def test_experts_that_wait_take_no_memory(load):
+  """Seven in turn need little more than one, seven at once several times as much."""
+  pipeline, mesh = load(), sharding.make_mesh(devices=jax.devices()[:1])
+  one = make_experts(pipeline.unet_shapes(), 1)
+  moments = np.zeros((4, 2, 8, 8, 8), np.float16)
+  numbers = np.zeros(4, np.int32)
+  batch = Batch(moments, (np.zeros((4, 77), np.int32),), numbers, numbers)
+
+  def temporaries(count, experts_at_once):
+    step = activations.make_measure(
+      pipeline,
+      mesh,
+      sharding.base_shardings(mesh, pipeline.params),
+      seed=0,
+      experts_at_once=experts_at_once,
+    )
+    lowered = step.lower(activations.stack(one * count), pipeline.params, batch)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  alone = temporaries(1, 1)
+  assert temporaries(7, 1) < 1.5 * alone
+  assert temporaries(7, 7) > 3 * alone
 
 
 # The merge itself, on activations made up.
