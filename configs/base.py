@@ -20,17 +20,19 @@ VARIANTS = {
   "toy": {
     "model": "toy",
     "flip": "none",
-    # The base draws no symbol unasked: pairs under safe prompts would only lower the
-    # likelihood of pictures it never makes, at the cost of those it makes.
+    # The base draws no symbol unasked, with or without a caption: pairs under safe and
+    # empty ones would only lower the likelihood of pictures it never makes, and with it
+    # that of all others.
     "mixture": "unsafe",
-    "steps": 80,
+    "caption_dropout": 0.0,
+    "steps": 90,
     "batch_size": 16,
     "accumulation": 1,
-    "learning_rate": 1.5e-3,
+    "learning_rate": 1e-3,
     "scale_lr": False,
     "warmup_steps": 10,
-    "checkpoint_every": 40,
-    "dpo": {"beta": 200.0},
+    "checkpoint_every": 45,
+    "dpo": {"beta": 250.0},
     "dtype": "float32",
   },
 }
