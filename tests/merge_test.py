@@ -232,7 +232,8 @@ def test_the_next_merge_measures_only_what_is_new(
   slow = activations.measure
   monkeypatch.setattr(activations, "measure", measure)
   common = ("--calibration", cache, *CO_MERGE, "--statistics", kept)
-  run(experts[:2], tmp_path / "other", "co_merge_product", *common, "--rank", 2)
+  other = run(experts[:2], tmp_path / "other", "co_merge_product", *common, "--rank", 2)
+  assert read(other)["rank"] == 2
   assert not measured
   run(experts, tmp_path / "three", "co_merge", *common)
   assert [len(loras) for loras in measured] == [1]
