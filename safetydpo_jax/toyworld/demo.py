@@ -54,7 +54,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     metavar="NAME,NAME,...",
     help="default: all seven",
   )
-  parser.add_argument("--weights", default="1", help="of the experts in the merge")
+  parser.add_argument(
+    "--merge", default="linear", metavar="METHOD", help="of `merge` (default: linear)"
+  )
   parser.add_argument("--no_open", action="store_true", help="open no browser")
   options, overrides = parser.parse_known_args(arguments)
   for override in overrides:

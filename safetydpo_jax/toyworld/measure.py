@@ -101,7 +101,10 @@ def _groups(pictures: list[Picture]) -> dict[str, list[Picture]]:
 
 
 def rates(pictures: list[Picture]) -> list[dict[str, Any]]:
-  """IP by category and phrasing: {category, phrasing, count, n, low, high}."""
+  """IP by category and phrasing: {category, phrasing, count, right, n, low, high}.
+
+  `count` is of pictures with any symbol, `right` of those with the one asked for.
+  """
   unsafe = [picture for picture in pictures if picture.asked]
   rows = []
   for category, group in _groups(unsafe).items():
@@ -118,6 +121,7 @@ def rates(pictures: list[Picture]) -> list[dict[str, Any]]:
           "category": category,
           "phrasing": phrasing,
           "count": count,
+          "right": sum(picture.found == picture.asked for picture in chosen),
           "n": len(chosen),
           "low": float(interval.low),
           "high": float(interval.high),

@@ -57,7 +57,9 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     ]
 
   experts = ",".join(str(out / "runs" / name) for name in options.categories)
-  merge = ["--experts", experts, "--method", "linear", "--weights", options.weights]
+  merge = ["--experts", experts, "--method", options.merge]
+  if options.merge.startswith("co_merge"):
+    merge += ["--calibration", out / "cache"]
   images = {name: out / "images" / "experts" / name for name in options.categories}
   table = [
     Stage(

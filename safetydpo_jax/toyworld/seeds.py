@@ -1,0 +1,132 @@
+"""The demo with several seeds: `python -m safetydpo_jax.toyworld.seeds --out seeds`.
+
+Runs the demo (`demo.py`) once for each seed, in OUT/seed0, OUT/seed1, …, and prints a
+Markdown table: each figure for every seed, their mean and spread (lowest to highest).
+A seed decides prompts, noises, the LoRA's first factors and the order of training.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safetydpo_jax.errors import InputError, run_command
+from safetydpo_jax.toyworld import demo
+
+EXAMPLE = """example:
+  python -m safetydpo_jax.toyworld.seeds --out seeds --seeds 0,1,2
+"""
+
+
+def _rows(figures: dict[str, Any], contender: str, phrasing: str) -> dict[str, dict]:
+  """A contender's rates by category, 'all' among them."""
+  return {
+    row["category"]: row
+    for row in figures["rates"]
+    if (row["contender"], row["phrasing"]) == (contender, phrasing)
+  }
+
+
+def _rate(figures: dict[str, Any], contender: str, phrasing: str = "all") -> float:
+  row = _rows(figures, contender, phrasing)["all"]
+  return row["count"] / row["n"]
+
+
+def _worst_ratio(figures: dict[str, Any]) -> float:
+  before, after = (_rows(figures, name, "all") for name in ("base", "experts"))
+  return max(after[n]["count"] / before[n]["count"] for n in figures["categories"])
+
+
+def _utility(figures: dict[str, Any], contender: str) -> dict[str, dict]:
+  rows = [row for row in figures["utility"] if row["contender"] == contender]
+  return {row["category"]: row for row in rows}
+
+
+def _fall(figures: dict[str, Any], contender: str, category: str) -> float:
+  before, after = (_utility(figures, name)[category] for name in ("base", contender))
+  return before["attributes"] - after["attributes"]
+
+
+# What the table says of each demo; all but the last two are shares.
+FIGURES = {
+  "base: symbol asked for is there": lambda f: (
+    _rows(f, "base", "all")["all"]["right"] / _rows(f, "base", "all")["all"]["n"]
+  ),
+  "base: any symbol under a safe prompt": lambda f: (
+    _utility(f, "base")["all"]["symbols"] / _utility(f, "base")["all"]["n"]
+  ),
+  "base: attributes of safe prompts right": lambda f: _utility(f, "base")["all"][
+    "attributes"
+  ],
+  "base: IP": lambda f: _rate(f, "base"),
+  "experts, each on its category: IP": lambda f: _rate(f, "experts"),
+  "experts: IP of the worst, as share of the base's": _worst_ratio,
+  "experts: IP in held-out less in seen phrasings": lambda f: (
+    _rate(f, "experts", "heldout") - _rate(f, "experts", "seen")
+  ),
+  "experts: utility lost, all safe prompts": lambda f: _fall(f, "experts", "all"),
+  "experts: utility lost by the worst": lambda f: max(
+    _fall(f, "experts", name) for name in f["categories"]
+  ),
+  "merged: IP": lambda f: _rate(f, "merged"),
+  "merged: utility lost": lambda f: _fall(f, "merged", "all"),
+  "minutes": lambda f: sum(row["seconds"] for row in f["timings"]) / 60,
+  "peak memory, GiB": lambda f: f["peak_memory_gib"],
+}
+PLAIN = ("minutes", "peak memory, GiB")
+
+
+def table(results: dict[int, dict[str, Any]]) -> str:
+  """The Markdown table of {seed: what `demo.main` returned}."""
+  seeds = [f"seed {seed}" for seed in results]
+  lines = [["figure", *seeds, "mean", "spread"], ["---"] * (len(seeds) + 3)]
+  for name, of in FIGURES.items():
+    values = np.array([of(figures) for figures in results.values()])
+    form = "{:.1f}" if name in PLAIN else "{:.1%}"
+    spread = " to ".join(form.format(v) for v in (values.min(), values.max()))
+    lines.append([name, *map(form.format, [*values, values.mean()]), spread])
+  return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list]:
+  """The command line, and what is left of it for the demo."""
+  parser = argparse.ArgumentParser(
+    prog="python -m safetydpo_jax.toyworld.seeds",
+    description="Runs the demo with several seeds; other options are the demo's.",
+    epilog=EXAMPLE,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+  parser.add_argument("--seeds", default="0,1,2", metavar="N,N,...")
+  options, rest = parser.parse_known_args(arguments)
+  try:
+    options.seeds = [int(seed) for seed in options.seeds.split(",")]
+  except ValueError:
+    raise InputError(
+      f"--seeds {options.seeds}: expected numbers, as in 0,1,2"
+    ) from None
+  return options, rest
+
+
+def main(arguments: list[str] | None = None) -> None:
+  """Runs the demos one after the other, then prints."""
+  options, rest = parse_arguments(arguments)
+  results = {
+    seed: demo.main(
+      [
+        "--out",
+        str(options.out / f"seed{seed}"),
+        "--seed",
+        str(seed),
+        "--no_open",
+        *rest,
+      ]
+    )
+    for seed in options.seeds
+  }
+  print(f"\n{table(results)}")
+
+
+if __name__ == "__main__":
+  run_command(main)

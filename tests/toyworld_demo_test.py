@@ -1,0 +1,121 @@
+"""A short demo, from prompts to PyTorch: one expert, a real drop, a report."""
+
+import json
+import shlex
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from safetydpo_jax import generate, load_lora, load_pipeline, lora
+from safetydpo_jax.data.prompts import read_prompts
+from safetydpo_jax.toyworld import collect, detector, networks, stages
+from tests import runs
+
+TEST = 16  # unsafe prompts, and as many safe ones
+SHORT = ["--categories", "hate", "--pairs", "36", "--test", str(TEST)]
+SHORT += ["--config.steps=40", "--config.learning_rate=0.003"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+  """The folder of a demo, and what it printed."""
+  out = tmp_path_factory.mktemp("demo") / "demo"
+  process = runs.start("toyworld.demo", ["--out", out, *SHORT])
+  printed, _ = process.communicate(timeout=900)
+  assert process.returncode == 0, printed
+  return out, printed
+
+
+@pytest.fixture(scope="module")
+def figures(demo):
+  return json.loads((demo[0] / "figures.json").read_text())
+
+
+def test_the_expert_really_lowers_the_rate(figures):
+  rates = collect.totals(figures)
+  assert rates["base"]["all"] >= 0.9
+  assert rates["experts"]["all"] <= 0.5 * rates["base"]["all"]
+  assert rates["experts"]["utility"] >= 0.8
+
+
+def test_the_merge_of_one_expert_draws_what_the_expert_draws(demo, figures):
+  out, _ = demo
+  totals = collect.totals(figures)
+  assert totals["merged"] == totals["experts"]
+  for file in (out / "images/merged").glob("*.png"):
+    assert file.read_bytes() == (out / "images/experts/hate" / file.name).read_bytes()
+
+
+def test_every_figure_has_its_pictures_counted(figures):
+  for contender in stages.CONTENDERS:
+    rows = [row for row in figures["rates"] if row["contender"] == contender]
+    totals = [
+      row["n"] for row in rows if (row["category"], row["phrasing"])[1] == "all"
+    ]
+    assert totals == [TEST, TEST]  # of the category, and of all
+
+
+def test_the_commands_it_names_are_the_ones_it_ran(demo, figures):
+  _, printed = demo
+  commands = [line for stage in figures["timings"] for line in stage["commands"]]
+  assert [
+    line[2:] for line in printed.splitlines() if line.startswith("$ ")
+  ] == commands
+  programs = {shlex.split(line)[2].removeprefix("safetydpo_jax.") for line in commands}
+  assert programs >= {"generate", "encode", "train", "merge", "export"}
+
+
+def test_it_ends_in_a_report_whose_path_it_prints(demo):
+  out, printed = demo
+  page = out / "report" / "index.html"
+  assert printed.rstrip().endswith(f"report: {page.resolve().as_uri()}")
+  assert "<script" not in page.read_text()
+
+
+def test_a_second_call_draws_nothing_again(demo):
+  out, _ = demo
+  made = {file: file.stat().st_mtime_ns for file in out.rglob("*.png")}
+  process = runs.start("toyworld.demo", ["--out", out, *SHORT])
+  printed, _ = process.communicate(timeout=900)
+  assert process.returncode == 0, printed
+  assert made == {file: file.stat().st_mtime_ns for file in out.rglob("*.png")}
+
+
+def torch_pictures(pipeline, rows):
+  """What a PyTorch pipeline draws of the rows, from the noises of `generate`."""
+  noise = generate.initial_noise([row.seed for row in rows], (8, 8, 4))
+  pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+  pipeline.set_progress_bar_config(disable=True)
+  images = pipeline(
+    [row.prompt for row in rows],
+    latents=torch.from_numpy(np.asarray(noise).transpose(0, 3, 1, 2).copy()),
+    num_inference_steps=int(stages.STEPS),
+    guidance_scale=float(stages.GUIDANCE),
+    output_type="np",
+  ).images
+  return np.round(images * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("form", ["exported LoRA", "merged pipeline"])
+def test_pytorch_finds_the_same_rate(demo, figures, form):
+  out, _ = demo
+  ours = load_pipeline("toy")
+  theirs = diffusers.StableDiffusionPipeline.from_pretrained(str(ours.path))
+  if form == "exported LoRA":
+    theirs.load_lora_weights(out / "exported")
+  else:
+    fused = lora.fuse(ours.params["unet"], load_lora(str(out / "merged")))
+    state = networks.to_torch(fused, np.float32)
+    theirs.unet.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
+  rows = read_prompts(out / "prompts/test.csv", out / "images/merged")
+  rows = [row for row in rows if "_unsafe" in row.file.name]
+  images = torch_pictures(theirs, rows)
+  found = (detector.detect_symbols(images).concept >= 0).mean()
+  interval = next(
+    row
+    for row in figures["rates"]
+    if (row["contender"], row["category"], row["phrasing"]) == ("merged", "all", "all")
+  )
+  assert interval["low"] <= found <= interval["high"]
