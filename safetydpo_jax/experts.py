@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict
 from safetydpo_jax import lora as lora_lib
 from safetydpo_jax import merging
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.export import adapted_layers
 from safetydpo_jax.formats import loras
+from safetydpo_jax.formats.lora_files import adapted_layers
 from safetydpo_jax.formats.pipeline import Pipeline
 
 

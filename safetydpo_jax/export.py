@@ -12,20 +12,12 @@ from flax.traverse_util import flatten_dict
 from safetydpo_jax.errors import run_command
 from safetydpo_jax.formats import lora_files, loras, manifest
 from safetydpo_jax.formats.pipeline import load_pipeline
-from safetydpo_jax.formats.weights import torch_name
 from safetydpo_jax.lora import check_shapes, num_parameters, rank_of, scale
 
 EXAMPLE = """example:
   python -m safetydpo_jax.export --lora runs/hate --model sd15 --format diffusers \\
     --out exported/hate
 """
-
-
-def adapted_layers(lora: dict) -> list[str]:
-  """PyTorch names of the layer kinds a LoRA adapts: to_q, to_out.0, …"""
-  names = [torch_name(path[:-1]) for path in flatten_dict(lora) if path[-1] == "a"]
-  kinds = {".".join(name.split(".")[-2:]) for name in names}
-  return sorted({kind if kind[-1].isdigit() else kind.split(".")[-1] for kind in kinds})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
   check_shapes(pipeline.unet_shapes(), lora)
 
   file = lora_files.write_diffusers(
-    options.out, scale(lora, factor), adapted_layers(lora)
+    options.out, scale(lora, factor), lora_files.adapted_layers(lora)
   )
   manifest.write_json(
     options.out / "export.json",

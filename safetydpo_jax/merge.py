@@ -26,8 +26,8 @@ from safetydpo_jax.data import records
 from safetydpo_jax.data.categories import CATEGORIES
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.experts import Expert
-from safetydpo_jax.export import adapted_layers
 from safetydpo_jax.formats import expert, manifest, statistics
+from safetydpo_jax.formats.lora_files import adapted_layers
 from safetydpo_jax.formats.pipeline import load_pipeline
 
 EXAMPLE = """example:

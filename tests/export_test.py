@@ -115,7 +115,7 @@ def test_a_lora_of_sd15_is_256_tensors_with_797184_parameters(tmp_path):
   fresh = jax.eval_shape(lambda key: lora.init_lora(key, shapes, 4), jax.random.key(0))
   tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), fresh)
   lora.check_shapes(shapes, tree)
-  targets = export.adapted_layers(tree)
+  targets = lora_files.adapted_layers(tree)
   assert targets == sorted(lora.ATTENTION_TARGETS)
   with safe_open(lora_files.write_diffusers(tmp_path, tree, targets), "numpy") as file:
     sizes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
@@ -129,7 +129,7 @@ def test_a_lora_of_sd15_is_256_tensors_with_797184_parameters(tmp_path):
 def test_layer_kinds_are_named_as_peft_names_targets(pipeline):
   targets = ("attn2.to_q", "to_out.0", "net.0.proj", "net.2")
   tree = lora.init_lora(jax.random.key(0), pipeline.params["unet"], 2, targets)
-  assert export.adapted_layers(tree) == ["net.2", "proj", "to_out.0", "to_q"]
+  assert lora_files.adapted_layers(tree) == ["net.2", "proj", "to_out.0", "to_q"]
 
 
 def test_an_expert_of_another_model_is_refused(pipeline, run, tmp_path):

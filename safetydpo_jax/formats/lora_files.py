@@ -46,6 +46,13 @@ _PREFIX = re.compile(r"^(unet\.|base_model\.model\.)+")
 _UNET = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 
 
+def adapted_layers(lora: dict) -> list[str]:
+  """PyTorch names of the layer kinds a LoRA adapts: to_q, to_out.0, …"""
+  names = [torch_name(path[:-1]) for path in flatten_dict(lora) if path[-1] == "a"]
+  kinds = {".".join(name.split(".")[-2:]) for name in names}
+  return sorted({kind if kind[-1].isdigit() else kind.split(".")[-1] for kind in kinds})
+
+
 def write_diffusers(folder: Path, lora: Any, targets: tuple[str, ...]) -> Path:
   """Writes `lora` (scale folded in) so that `load_lora_weights(folder)` reads it.
 
