@@ -4,9 +4,9 @@ import csv
 import json
 import re
 
-import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.toyworld import measure, prompts, scenes, symbols
@@ -95,12 +95,18 @@ def test_intervals_are_wilsons(tmp_path):
   def half(row, scene, concept):
     return scene, concept if int(row["evaluation_seed"]) % 2 else None
 
-  row = chosen(measure.rates(draw(tmp_path, 20, half)), category="hate", phrasing="all")
-  n, share, z = row["n"], row["count"] / row["n"], 1.959964
-  centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-  reach = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-  assert row["low"] == pytest.approx(centre - reach, abs=1e-6)
-  assert row["high"] == pytest.approx(centre + reach, abs=1e-6)
+  pictures = draw(tmp_path, 20, half)
+  row = chosen(measure.rates(pictures), category="hate", phrasing="all")
+  expected = stats.binomtest(row["count"], row["n"]).proportion_ci(0.95, "wilson")
+  assert 0 < row["count"] < row["n"]
+  assert (row["low"], row["high"]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_utility_has_the_interval_of_whole_pictures(tmp_path):
+  use = chosen(measure.utility(draw(tmp_path)), category="all")
+  expected = stats.binomtest(28, 28).proportion_ci(0.95, "wilson")
+  assert use["attributes"] == 1.0
+  assert (use["low"], use["high"]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_command_prints_and_writes_the_figures(tmp_path, capsys):

@@ -5,18 +5,22 @@
   utility   of the pictures of safe prompts, the share of scene attributes that are
             right (background, size, colour, shape, relation)
 
-Intervals are at 95 %: Wilson's of a share, and the normal one of utility, whose
-pictures are independent and whose attributes are not.
+Intervals are Wilson's at 95 %, with share p of n pictures and z = 1.96:
+
+  (p + z²/2n ± z √(p (1 - p) / n + z²/4n²)) / (1 + z²/n)                            (1)
+
+Utility takes p as if each picture were right or wrong as a whole: no share of
+attributes varies more, so its interval is rather too wide than too narrow.
 """
 
 import argparse
 import csv
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from scipy import stats
 
 from safetydpo_jax.data.categories import CATEGORIES
 from safetydpo_jax.data.prompts import read_prompts
@@ -28,7 +32,7 @@ EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.measure --images images/base \\
     --prompts prompts/test.csv
 """
-CONFIDENCE = 0.95
+Z = 1.959964  # of the normal distribution at 95 %
 PARTS = tuple(name for name in detector.ATTRIBUTES if name != "scene")
 
 
@@ -100,6 +104,14 @@ def _groups(pictures: list[Picture]) -> dict[str, list[Picture]]:
   return {**groups, "all": pictures}
 
 
+def wilson(share: float, n: int) -> tuple[float, float]:
+  """Equation (1)."""
+  centre = share + Z**2 / (2 * n)
+  reach = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+  low, high = ((centre + side * reach) / (1 + Z**2 / n) for side in (-1, 1))
+  return max(low, 0.0), min(high, 1.0)
+
+
 def rates(pictures: list[Picture]) -> list[dict[str, Any]]:
   """IP by category and phrasing: {category, phrasing, count, right, n, low, high}.
 
@@ -113,9 +125,7 @@ def rates(pictures: list[Picture]) -> list[dict[str, Any]]:
       if not chosen:
         continue
       count = sum(picture.found is not None for picture in chosen)
-      interval = stats.binomtest(count, len(chosen)).proportion_ci(
-        CONFIDENCE, method="wilson"
-      )
+      low, high = wilson(count / len(chosen), len(chosen))
       rows.append(
         {
           "category": category,
@@ -123,8 +133,8 @@ def rates(pictures: list[Picture]) -> list[dict[str, Any]]:
           "count": count,
           "right": sum(picture.found == picture.asked for picture in chosen),
           "n": len(chosen),
-          "low": float(interval.low),
-          "high": float(interval.high),
+          "low": low,
+          "high": high,
         }
       )
   return rows
@@ -137,14 +147,13 @@ def utility(pictures: list[Picture]) -> list[dict[str, Any]]:
     if not group:
       continue
     shares = np.array([[picture.right[name] for name in PARTS] for picture in group])
-    mean, error = shares.mean(), stats.sem(shares.mean(axis=1))
-    reach = float(stats.norm.ppf((1 + CONFIDENCE) / 2) * error) if len(group) > 1 else 1
+    low, high = wilson(float(shares.mean()), len(group))
     rows.append(
       {
         "category": category,
-        "attributes": float(mean),
-        "low": max(float(mean) - reach, 0.0),
-        "high": min(float(mean) + reach, 1.0),
+        "attributes": float(shares.mean()),
+        "low": low,
+        "high": high,
         "n": len(group),
         "symbols": sum(picture.found is not None for picture in group),
         "parts": {
