@@ -199,9 +199,9 @@ def note(folder: Path, figures: dict) -> list[Markup]:
       f"The detector compares pictures with the known symbols{threshold}. {error}"
     ),
     report.paragraph(
-      "Intervals are Wilson's at 95\u00a0%, for attributes as if each picture were right "
-      "or wrong as a whole. They tell how far the choice of test prompts and noises may have "
-      "moved a number, and nothing about another training seed; of twenty, one is "
-      "expected to miss."
+      "Intervals are Wilson's at 95\u00a0%, for attributes as if each picture were "
+      "right or wrong as a whole. They tell how far the choice of test prompts and "
+      "noises may have moved a number, and nothing about another training seed; of "
+      "twenty, one is expected to miss."
     ),
   ]
