@@ -120,6 +120,21 @@ def test_a_broken_image_is_named(tmp_path, content):
     images.load_image(tmp_path / "x.jpg", 16)
 
 
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])
+def test_a_line_of_pixels_is_refused(tmp_path, size):
+  """3,000 bytes that would be 2.4 GB at resolution 512."""
+  file = save(tmp_path / "x.png", Image.new("RGB", size))
+  with pytest.raises(InputError, match=r"x\.png has .* differ at most 64-fold"):
+    images.load_image(file, 16)
+
+
+def test_no_interpreter_is_started_for_an_image(tmp_path):
+  """PIL would hand EPS to Ghostscript."""
+  file = save(tmp_path / "x.jpg", Image.fromarray(GRADIENT), format="EPS")
+  with pytest.raises(InputError, match=r"x\.jpg cannot be read: .* are no image of"):
+    images.load_image(file, 16)
+
+
 def test_an_absurdly_large_image_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
   file = save(tmp_path / "x.png", Image.fromarray(GRADIENT))

@@ -13,27 +13,38 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetydpo_jax.data import pairs
 from safetydpo_jax.errors import InputError
 
+# Not all that PIL knows: it hands EPS to Ghostscript, an interpreter.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_LONGEST = 64  # times the shorter side; resizing a line of pixels would fill the memory
+
 
 def load_image(image: pairs.Image | os.PathLike, resolution: int) -> np.ndarray:
-  """Decodes an image of any format, orientation and colour mode PIL knows.
+  """Decodes an image of any of `_FORMATS`, any orientation and colour mode.
 
   Returns:
     (resolution, resolution, 3) uint8.
 
   Raises:
-    InputError: it is not there, truncated, corrupt, or no image.
+    InputError: it is not there, truncated, corrupt, much too long, or no image.
   """
   content = pairs.read_image(image)
   try:
-    with Image.open(io.BytesIO(content)) as opened:
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
       decoded = to_rgb(ImageOps.exif_transpose(opened))
   except UnidentifiedImageError as error:
     raise InputError(
-      f"image {image} cannot be read: its {len(content)} bytes are no image; replace it"
+      f"image {image} cannot be read: its {len(content)} bytes are no image "
+      f"of the formats {', '.join(_FORMATS)}; replace it"
     ) from error
   except Exception as error:  # PIL's decoders raise anything for a corrupt file
     reason = str(error) or type(error).__name__
     raise InputError(f"image {image} cannot be read: {reason}; replace it") from error
+  if max(decoded.size) > _LONGEST * min(decoded.size):
+    width, height = decoded.size
+    raise InputError(
+      f"image {image} has {width} x {height} pixels, expected sides that differ at "
+      f"most {_LONGEST}-fold; replace it"
+    )
   return np.asarray(crop_square(decoded, resolution))
 
 
