@@ -147,6 +147,8 @@ def test_a_missing_field_is_named(folder, field):
 BAD_LINES = {
   "broken": ('{"jpg_0": ', "line 19 is no JSON"),
   "list": ("[1]", "line 19 is no JSON object but list"),
+  "deep": ("[" * 100_000, "line 19 is no JSON"),
+  "a number of 5,000 digits": ("1" * 5000, "line 19 is no JSON"),
 }
 
 
@@ -172,6 +174,10 @@ BAD_CELLS = {
   "test prompts": (
     lambda rows: rows[1].__setitem__(1, "0000001_0.jpg"),
     "image '0000001_0.jpg' is neither u_idx",
+  ),
+  "a number of 5,000 digits": (
+    lambda rows: rows[1].__setitem__(1, f"u_idx_{'1' * 5000}_0.jpg"),
+    "is neither u_idx",
   ),
   "column": (lambda rows: rows[0].__setitem__(2, "kind"), "has no column category"),
   "short row": (lambda rows: rows[1].__delitem__(slice(1, 3)), "image path is None"),

@@ -26,7 +26,7 @@ from safetydpo_jax.data import categories
 from safetydpo_jax.errors import InputError
 
 SLOTS = ("unsafe", "safe")
-COPRO_IMAGE = re.compile(r"([us])_idx_(\d+)_(\d+)\.\w+")
+COPRO_IMAGE = re.compile(r"([us])_idx_(\d{1,18})_(\d{1,18})\.\w+")
 _PROBES = 16  # pairs whose images' bytes go into a dataset's fingerprint
 
 

@@ -40,7 +40,7 @@ def read_jsonl(file: epath.Path) -> Table:
     where = f"{file} line {number}"
     try:
       row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits
       raise InputError(f"{where} is no JSON: {error}") from error
     if not isinstance(row, dict):
       raise InputError(f"{where} is no JSON object but {type(row).__name__}")
