@@ -113,13 +113,14 @@ def test_a_damaged_line_is_named(file, line):
     read(file)
 
 
-@pytest.mark.parametrize("line", ["prompt,image", "[]", "{}", '{"settings": 1}'])
-def test_another_file_is_not_touched(file, line):
+@pytest.mark.parametrize("end", ["\n", "", "\nmore"])
+@pytest.mark.parametrize("line", ["prompt,image", "[]", "{}", '{"settings":1}'])
+def test_another_file_is_not_touched(file, line, end):
   file.parent.mkdir()
-  file.write_text(f"{line}\n")
+  file.write_text(line + end)
   with pytest.raises(InputError, match="line 1 holds no settings"):
     read(file)
-  assert file.read_text() == f"{line}\n"
+  assert file.read_text() == line + end
 
 
 def test_two_runs_do_not_write_one_file(file):

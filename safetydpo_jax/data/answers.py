@@ -27,6 +27,8 @@ from safetydpo_jax.data import prompt_pairs
 from safetydpo_jax.data.prompt_pairs import Concept, PromptPair
 from safetydpo_jax.errors import InputError
 
+_BEGINNING = b'{"settings": '
+
 
 class Place(NamedTuple):
   """Which request: its round, the concept's number in the list, its part."""
@@ -139,13 +141,14 @@ def open_answers(
       raise InputError(f"{file} is being written by another run; wait for it") from None
     lines.seek(0)
     *complete, cut_short = lines.read().split(b"\n")
+    first = complete[0] if complete else cut_short
+    if complete or not first.startswith(_BEGINNING[: len(first)]):
+      _check_settings(file, first, settings)
     if cut_short:
       lines.truncate(lines.tell() - len(cut_short))
     answers: dict[Place, Answer] = {}
     if not complete:
       _append(file, lines, {"settings": settings})
-    else:
-      _check_settings(file, complete[0], settings)
     for number, line in enumerate(complete[1:], start=2):
       place, answer = _read_answer(f"{file} line {number}", line, num_concepts)
       answers[place] = answer
