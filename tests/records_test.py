@@ -132,6 +132,8 @@ DAMAGE = {
   "broken manifest": (lambda p: (p / "cache.json").write_text("{"), "no readable pair"),
   "version": (lambda p: edit(p, format=99), "has format 99, this program reads 1"),
   "list": (lambda p: (p / "cache.json").write_text("[]"), "has format None"),
+  "no shards": (lambda p: edit(p, shards=None), r"cache\.json is damaged"),
+  "no fields": (lambda p: edit(p, fields=[1]), r"cache\.json is damaged"),
   "missing shard": (
     lambda p: shard(p, 1).unlink(),
     r"lacks pairs-00001-of-00003.arrayrecord; run the same",

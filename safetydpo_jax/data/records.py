@@ -229,8 +229,12 @@ def open_cache(path: str | os.PathLike) -> PairCache:
       f"{path / MANIFEST} has format {version!r}, this program reads {FORMAT_VERSION}; "
       "encode the dataset again"
     )
-  files = [path / os.path.basename(shard["file"]) for shard in about_cache["shards"]]
-  counts = [shard["records"] for shard in about_cache["shards"]]
+  try:
+    table = [(os.path.basename(s["file"]), s["records"]) for s in about_cache["shards"]]
+    fields = [Field(str(x), str(y), tuple(z)) for x, y, z in about_cache["fields"]]
+  except (KeyError, TypeError, ValueError) as error:
+    raise InputError(_damaged(path / MANIFEST, error)) from error
+  files, counts = [path / name for name, _ in table], [count for _, count in table]
   if missing := [file.name for file in files if not file.exists()]:
     raise InputError(f"{path} lacks {', '.join(missing)}; {AGAIN}")
   local = places.local_files(files)
@@ -245,9 +249,7 @@ def open_cache(path: str | os.PathLike) -> PairCache:
     path=path,
     manifest=about_cache,
     index=_read_index(path / INDEX, sum(counts)),
-    fields=tuple(
-      Field(name, dtype, tuple(shape)) for name, dtype, shape in about_cache["fields"]
-    ),
+    fields=tuple(fields),
     _source=ArrayRecordDataSource(local),
   )
 
