@@ -100,7 +100,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
   )
   add("--seed", type=int, help="of what DARE drops or Co-Merge samples (default: 0)")
   group = parser.add_argument_group("Co-Merge").add_argument
-  group("--calibration", type=Path, metavar="CACHE", help="what `encode` wrote")
+  group("--calibration", metavar="CACHE", help="what `encode` wrote")
   group("--pairs", type=int, help="calibration pairs of each category (default: 4)")
   group(
     "--timesteps",

@@ -26,7 +26,7 @@ from safetydpo_jax import (
 from safetydpo_jax.data import categories
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import expert, lora_files, statistics
-from tests import lookalike, runs
+from tests import buckets, lookalike, runs
 
 CATEGORIES = ("hate", "sexual", "violence")
 CO_MERGE = ("--batch_size", 1, "--pairs", 1, "--timesteps", "100,700")
@@ -382,6 +382,16 @@ def test_a_calibration_that_cannot_be_is_refused(
       1,
       *changes,
     )
+
+
+def test_the_calibration_may_lie_in_a_store(experts, cache, tmp_path):
+  buckets.use_bucket()
+  url = buckets.upload(cache, "gs://bucket/cache")
+  one, other = (
+    run(experts, tmp_path / name, "co_merge", "--calibration", place, *CO_MERGE)
+    for name, place in (("one", cache), ("other", url))
+  )
+  assert read(one)["calibration"] == read(other)["calibration"]
 
 
 def test_every_experts_category_must_be_in_the_calibration(
