@@ -145,12 +145,20 @@ def make_settings(
 
 
 def check_out(
-  out: epath.Path, settings: dict[str, Any], files: Sequence[epath.Path]
-) -> bool:
+  out: epath.Path,
+  settings: dict[str, Any],
+  files: Sequence[epath.Path],
+  *,
+  skip: bool,
+) -> tuple[bool, int]:
   """Whether `out` is a finished cache of these settings; starts one if it is new.
 
+  Returns:
+    That, and how many pairs its shards lack.
+
   Raises:
-    InputError: `out` was started with other settings, or cannot be written.
+    InputError: `out` was started with other settings, lacks pairs though `skip` is
+      false, or cannot be written.
   """
   there = {file.name for file in out.iterdir()} if out.is_dir() else set()
   finished = records.MANIFEST in there
@@ -164,15 +172,23 @@ def check_out(
           f"{out} holds a cache with {name} {before.get(name)!r}, now it is {value!r}; "
           "choose another --out, or delete it"
         )
+  lost = shards.read_skipped([file for file in files if file.name in there])
+  if lost and not skip:
+    raise InputError(
+      f"{out} lacks {len(lost)} pairs that --on_error skip left out, the first "
+      f"{min(lost)}; mend them and choose another --out, or give --on_error skip"
+    )
   if finished and {records.INDEX, *(file.name for file in files)} <= there:
-    return True
+    if records.PLAN in there and jax.process_index() == 0:  # killed in between
+      (out / records.PLAN).unlink()
+    return True, len(lost)
   if jax.process_index() == 0:
     try:
       out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
     places.write_json(out / records.PLAN, settings)
-  return False
+  return False, len(lost)
 
 
 def make_records(
@@ -208,8 +224,10 @@ def main(arguments: list[str] | None = None) -> None:
   settings = make_settings(arguments, pipeline, pairs)
   out, shard_size = places.as_path(arguments.out), arguments.shard_size
   files = [out / name for name in shards.shard_names(len(pairs), shard_size)]
-  if check_out(out, settings, files):
-    print(f"{out} is complete already: {counts['pairs']} pairs")
+  skip = arguments.on_error == "skip"
+  finished, lost = check_out(out, settings, files, skip=skip)
+  if finished:
+    print(f"{out} is complete already: {len(pairs) - lost} pairs")
     return
   multihost_utils.sync_global_devices("the cache's folder is there")
 
@@ -231,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
         encode,
         size,
         progress,
-        skipped=faults if arguments.on_error == "skip" else None,
+        skipped=faults if skip else None,
       )
       rows = zip(encoded, token_ids[block], pairs[block])
       shards.write_shard(file, make_records(file, rows, fields, faults))

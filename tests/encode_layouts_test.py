@@ -87,7 +87,17 @@ def test_pairs_with_broken_images_are_left_out_if_asked(
   assert len(lines) == 3
   assert "_idx_0000002_0.jpg" in " ".join(lines)
   run(tiny_checkpoint, dataset, tmp_path / "cache", "--on_error", "skip")
-  assert "is complete already" in capsys.readouterr().out
+  assert "is complete already: 3 pairs" in capsys.readouterr().out
+
+
+def test_pairs_left_out_before_are_fatal_when_none_may_be(tiny_checkpoint, tmp_path):
+  def cut(folder):
+    (folder / "u_idx_0000002_0.jpg").write_bytes(b"<html>")
+
+  dataset = LAYOUTS["csv"](tmp_path / "pairs", pairs=PAIRS, damage=cut)
+  run(tiny_checkpoint, dataset, tmp_path / "cache", "--on_error", "skip")
+  with pytest.raises(InputError, match=r"cache lacks 1 pairs .* s_idx_0000002_0\.jpg>"):
+    run(tiny_checkpoint, dataset, tmp_path / "cache")
 
 
 def test_the_right_pairs_are_left_out_of_a_shard_of_several_batches(

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,43 @@ def test_killed_and_run_again_equals_uninterrupted(
   run(tiny_checkpoint, dataset, out)
   assert (out / "pairs-00000-of-00003.arrayrecord").stat().st_mtime_ns == first
   assert contents(out) == contents(cache.path)
+
+
+class Killed(BaseException):
+  """Not caught by anything, as a kill is not."""
+
+
+# plan, three shards, index, manifest, and the plan's removal
+MOMENTS = [("replace", n) for n in range(6)] + [("unlink", 0)]
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("call", "number"), MOMENTS)
+def test_killed_between_any_two_files_and_run_again_equals_uninterrupted(
+  tiny_checkpoint, dataset, cache, tmp_path, monkeypatch, call, number, done
+):
+  """A file is there or not after `os.replace`, so these are all the states."""
+  where, calls = (os, "replace") if call == "replace" else (Path, "unlink"), []
+  original = getattr(*where)
+
+  def kill(file, *rest, **options):
+    if tmp_path not in Path(file).parents:
+      return original(file, *rest, **options)
+    calls.append(file)
+    if len(calls) <= number or done:
+      original(file, *rest, **options)
+    if len(calls) > number:
+      raise Killed
+    return None
+
+  out = tmp_path / "cache"
+  with monkeypatch.context() as patched:
+    patched.setattr(*where, kill)
+    with pytest.raises(Killed):
+      run(tiny_checkpoint, dataset, out)
+  run(tiny_checkpoint, dataset, out)
+  whole = {n: c for n, c in contents(out).items() if not n.startswith(".")}
+  assert whole == contents(cache.path)
 
 
 def test_a_finished_cache_is_left_alone(tiny_checkpoint, dataset, cache, capsys):

@@ -231,7 +231,7 @@ def open_cache(path: str | os.PathLike) -> PairCache:
     )
   try:
     table = [(os.path.basename(s["file"]), s["records"]) for s in about_cache["shards"]]
-    fields = [Field(str(x), str(y), tuple(z)) for x, y, z in about_cache["fields"]]
+    fields = tuple(Field(x, y, tuple(z)) for x, y, z in about_cache["fields"])
   except (KeyError, TypeError, ValueError) as error:
     raise InputError(_damaged(path / MANIFEST, error)) from error
   files, counts = [path / name for name, _ in table], [count for _, count in table]
@@ -249,7 +249,7 @@ def open_cache(path: str | os.PathLike) -> PairCache:
     path=path,
     manifest=about_cache,
     index=_read_index(path / INDEX, sum(counts)),
-    fields=tuple(fields),
+    fields=fields,
     _source=ArrayRecordDataSource(local),
   )
 

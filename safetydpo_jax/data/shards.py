@@ -118,6 +118,8 @@ def note_skipped(shard: epath.Path, skipped: dict[str, str]) -> None:
 
 def read_skipped(shard_files: Sequence[epath.Path]) -> dict[str, str]:
   """What `note_skipped` wrote for these shards, together."""
+  if not shard_files:
+    return {}
   there = {file.name for file in shard_files[0].parent.iterdir()}
   found = {}
   for shard in shard_files:
