@@ -1,14 +1,16 @@
 """Layouts: the same pairs whatever the files look like."""
 
+import collections
 import csv
 import json
 import shutil
 
 import pytest
 
-from safetydpo_jax.data import layouts
+from safetydpo_jax.data import layouts, text_tables
+from safetydpo_jax.data.categories import normalise
 from safetydpo_jax.data.layouts import read_pairs
-from safetydpo_jax.data.pairs import fingerprint, read_image
+from safetydpo_jax.data.pairs import fingerprint, merge, read_image
 from safetydpo_jax.errors import InputError
 from tests import lookalike
 from tests.lookalike import LAYOUTS, QUIRK
@@ -122,6 +124,32 @@ def test_the_official_csv_has_the_published_counts(tmp_path):
   pairs = layouts.read_official(file)
   assert len(pairs) == 15690
   assert sum(len(pair.categories) > 1 for pair in pairs) == 321
+
+
+def test_published_sizes_are_counted_by_fate_and_by_category(tmp_path):
+  """31,380 rows without bytes as the hub has them, categories from 32,086 rows."""
+  file = lookalike.write_published_csv(tmp_path / "train.csv")
+  tags = collections.defaultdict(set)  # counted without what is tested
+  with open(file, newline="") as lines:
+    for row in csv.DictReader(lines):
+      tags[row["prompt"]].add(row["category"])
+  expected = collections.Counter(name for names in tags.values() for name in names)
+  lookalike.write_published_hub(tmp_path / "data", file)
+  pairs, counts = read_pairs(tmp_path)
+  assert (counts.rows, counts.pairs, counts.captions) == (31380, 15690, 31380)
+  assert (counts.ties, counts.repeated, counts.uncategorised) == (0, 0, 0)
+  assert sum(len(pair.categories) > 1 for pair in pairs) == 321
+  found = collections.Counter(name for pair in pairs for name in pair.categories)
+  assert found == {normalise(name): n // 2 for name, n in expected.items()}
+  assert found.total() == 15690 + 321 + 21
+  merged, repeated = merge(names_alone(text_tables.read_csv(file)), None)
+  assert (len(merged), repeated) == (15690, 32086 - 31380)
+
+
+def names_alone(table):
+  """A table whose images are not asked for."""
+  names = {side for row in table.rows for side in (row.preferred, row.dispreferred)}
+  return table._replace(images=dict.fromkeys(names))
 
 
 @pytest.fixture

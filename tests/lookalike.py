@@ -38,6 +38,7 @@ CATEGORIES = (
 )
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white")
 QUIRK = ' with "quotes", commas, ~ tildes\nand a second line'
+_BYTES = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 class Scene(NamedTuple):
@@ -114,8 +115,7 @@ def write_hub_layout(
       for number, scene in enumerate(scenes)
       for own, caption in [(getattr(scene, kind), getattr(scene, f"{kind}_caption"))]
     ]
-  image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-  _write_parquet(path / "data", rows, shards, {"image": image, "label_0": pa.int64()})
+  _write_parquet(path / "data", rows, shards, {"image": _BYTES, "label_0": pa.int64()})
   return path
 
 
@@ -198,6 +198,26 @@ def write_published_csv(file: Path) -> Path:
         name = f"{kind}_idx_{row:07d}_0.jpg"
         writer.writerow([f"scene {scene}{end}{quirk}", name, category])
   return file
+
+
+def write_published_hub(folder: Path, published: Path) -> Path:
+  """The hub's 31,380 rows for that CSV, without bytes. → the folder"""
+  with open(published, newline="", encoding="utf-8") as lines:
+    table = list(csv.DictReader(lines))
+  first = {row["prompt"]: row["image"] for row in reversed(table)}
+  own = sorted(first.items(), key=lambda item: item[1])  # safe ones first
+  rows = [
+    {
+      "image": {"bytes": None, "path": image},
+      "jpg_0": f"s{image[1:]}",
+      "jpg_1": f"u{image[1:]}",
+      "label_0": 1,
+      "caption": prompt,
+    }
+    for prompt, image in own
+  ]
+  _write_parquet(folder, rows, 2, {"image": _BYTES})
+  return folder
 
 
 def _choice(number: int, scene: Scene) -> dict:
