@@ -25,14 +25,18 @@ VARIANTS = {
     # that of all others.
     "mixture": "unsafe",
     "caption_dropout": 0.0,
-    "steps": 90,
+    "steps": 100,
     "batch_size": 16,
     "accumulation": 1,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "scale_lr": False,
     "warmup_steps": 10,
-    "checkpoint_every": 45,
+    # Clipping at 1 makes the first steps as small as the last, Adam divides by both
+    # alike, and experts that have learned all go on moving: utility fell by 11 points.
+    "clip_norm": 100.0,
+    "checkpoint_every": 50,
     "dpo": {"beta": 250.0},
+    "lora": {"targets": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")},
     "dtype": "float32",
   },
 }

@@ -34,7 +34,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
 
   def generate(file, folder, *lora):
     arguments = [*toy, *lora, "--prompts", file, "--out", folder]
-    sampler = ["--steps", STEPS, "--guidance", GUIDANCE, "--batch_size", "84"]
+    sampler = ["--steps", STEPS, "--guidance", GUIDANCE, "--batch_size", "48"]
     return "generate", [*arguments, *sampler]
 
   def train(name):
