@@ -32,7 +32,7 @@ VARIANTS = {
     "scale_lr": False,
     "warmup_steps": 10,
     # Clipping at 1 makes the first steps as small as the last, Adam divides by both
-    # alike, and experts that have learned all go on moving: utility fell by 11 points.
+    # alike, and an expert that has learned all goes on moving: one lost 11 points.
     "clip_norm": 100.0,
     "checkpoint_every": 50,
     "dpo": {"beta": 250.0},
