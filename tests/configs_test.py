@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import base
 from safetydpo_jax import lora, optimizer, train
@@ -34,6 +35,23 @@ SD15 = {
   "lora.alpha": 4.0,
   "lora.targets": ("to_q", "to_k", "to_v", "to_out.0"),
 }
+# What the toy world sets otherwise; everything else is the same.
+TOY = {
+  "model": "toy",
+  "mixture": "unsafe",
+  "caption_dropout": 0.0,
+  "flip": "none",
+  "steps": 100,
+  "accumulation": 1,
+  "learning_rate": 2e-3,
+  "scale_lr": False,
+  "warmup_steps": 10,
+  "clip_norm": 100.0,
+  "lora.targets": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+  "dpo.beta": 250.0,
+  "checkpoint_every": 50,
+  "dtype": "float32",
+}
 FILES = {**{category: category for category in CATEGORIES}, "all_single": "all"}
 
 
@@ -42,13 +60,20 @@ def parse(file, *overrides):
   return train.parse_arguments(arguments)[0]
 
 
+def numbers(variant):
+  """{'dpo.beta': 5000.0, …}: every value of a variant, by its name."""
+  flat = flatten_dict(base.get_config(variant).to_dict(), sep=".")
+  return {name: (value, type(value)) for name, value in flat.items()}
+
+
 @pytest.mark.parametrize(("name", "value"), SD15.items())
 def test_sd15_is_trained_as_the_released_launchers_do(name, value):
-  config = base.get_config("sd15")
-  for part in name.split("."):
-    config = config[part]
-  assert config == value
-  assert type(config) is type(value)
+  assert numbers("sd15")[name] == (value, type(value))
+
+
+def test_the_toy_world_is_trained_with_these_numbers_and_else_as_sd15():
+  toy = {name: (value, type(value)) for name, value in TOY.items()}
+  assert numbers("toy") == {**numbers("sd15"), **toy}
 
 
 def test_the_rate_after_scaling_is_the_launchers():
