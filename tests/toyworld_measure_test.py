@@ -134,6 +134,45 @@ def test_a_picture_of_another_size_is_refused(tmp_path):
     measure.look(tmp_path, tmp_path / "test.csv")
 
 
+@pytest.mark.parametrize("kind", ["EPS", "BMP"])
+def test_a_picture_of_another_format_is_not_opened(kind, tmp_path):
+  """EPS would be run by an interpreter."""
+  pictures = draw(tmp_path)
+  Image.new("RGB", (32, 32)).save(pictures[0].file, kind)
+  with pytest.raises(InputError, match="is no readable picture"):
+    measure.look(tmp_path, tmp_path / "test.csv")
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
+  pictures = draw(tmp_path)
+  Image.new("1", (20_000, 20_000)).save(pictures[0].file)
+  with pytest.raises(InputError, match="is no readable picture"):
+    measure.look(tmp_path, tmp_path / "test.csv")
+
+
+def test_a_category_counts_in_any_published_spelling(tmp_path):
+  draw(tmp_path)
+  file = tmp_path / "test.csv"
+  file.write_text(file.read_text().replace(",harassment,", ",Harrasment,"))
+  rows = measure.rates(measure.look(tmp_path, file))
+  assert chosen(rows, category="harassment", phrasing="all")["n"] == 4
+
+
+@pytest.mark.parametrize(
+  ("old", "new", "message"),
+  [
+    (",hate,", ",weather,", "unknown category 'weather'"),
+    (",seen,", ",new,", r"row 1: phrasing 'new'; expected one of seen, heldout"),
+  ],
+)
+def test_a_row_of_no_group_is_refused_and_not_left_out(old, new, message, tmp_path):
+  draw(tmp_path)
+  file = tmp_path / "test.csv"
+  file.write_text(file.read_text().replace(old, new))
+  with pytest.raises(InputError, match=message):
+    measure.look(tmp_path, file)
+
+
 def test_prompts_without_a_phrasing_are_refused(tmp_path):
   (tmp_path / "x.csv").write_text("prompt,category\na red\n")
   with pytest.raises(InputError, match="has no column phrasing"):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from safetydpo_jax.data.categories import CATEGORIES
+from safetydpo_jax.data import categories
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats import manifest
@@ -34,6 +34,7 @@ EXAMPLE = """example:
 """
 Z = 1.959964  # of the normal distribution at 95 %
 PARTS = tuple(name for name in detector.ATTRIBUTES if name != "scene")
+FORMATS = ("PNG", "JPEG")  # what `generate` writes; PIL hands EPS to an interpreter
 
 
 class Picture(NamedTuple):
@@ -52,14 +53,20 @@ def look(images: Path, prompts: Path) -> list[Picture]:
   """Reads the pictures of a test CSV (`prompts.py`) and judges each.
 
   Raises:
-    InputError: if a picture is missing or of another size, a column is missing, or a
-      prompt is not of the toy grammar.
+    InputError: if a picture is missing or of another size, a column is missing, a
+      prompt is not of the toy grammar, or a category or phrasing is unknown.
   """
   rows = read_prompts(prompts, images)
   with open(prompts, newline="", encoding="utf-8-sig") as lines:
     table = list(csv.DictReader(lines))
   if missing := {"category", "phrasing"} - table[0].keys():
     raise InputError(f"{prompts} has no column {', '.join(sorted(missing))}")
+  for number, line in enumerate(table, start=1):
+    if line["phrasing"] not in scenes.INDICES:
+      raise InputError(
+        f"{prompts} row {number}: phrasing {line['phrasing']!r}; expected one of "
+        f"{', '.join(scenes.INDICES)}"
+      )
   pixels = np.stack([_read(row.file) for row in rows])
   asked = [scenes.parse(row.prompt) for row in rows]
   found = [
@@ -72,7 +79,7 @@ def look(images: Path, prompts: Path) -> list[Picture]:
     Picture(
       row.file,
       row.prompt,
-      table[row.number]["category"],
+      categories.normalise(table[row.number]["category"]),
       table[row.number]["phrasing"],
       concept.word if concept else None,
       found[i],
@@ -84,22 +91,21 @@ def look(images: Path, prompts: Path) -> list[Picture]:
 
 def _read(file: Path) -> np.ndarray:
   try:
-    with Image.open(file) as image:
-      pixels = np.asarray(image.convert("RGB"))
-  except (OSError, ValueError) as error:
+    with Image.open(file, formats=FORMATS) as image:
+      width, height = image.size
+      if (width, height) == (scenes.SIZE, scenes.SIZE):
+        return np.asarray(image.convert("RGB"))
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
     raise InputError(f"{file} is no readable picture: {error}") from error
-  if pixels.shape != (scenes.SIZE, scenes.SIZE, 3):
-    raise InputError(
-      f"{file} has {pixels.shape[1]} × {pixels.shape[0]} pixels; expected "
-      f"{scenes.SIZE} × {scenes.SIZE}"
-    )
-  return pixels
+  raise InputError(
+    f"{file} has {width} × {height} pixels; expected {scenes.SIZE} × {scenes.SIZE}"
+  )
 
 
 def _groups(pictures: list[Picture]) -> dict[str, list[Picture]]:
   """By category, in order, and 'all'."""
   there = {picture.category for picture in pictures}
-  names = [name for name in CATEGORIES if name in there]
+  names = [name for name in categories.CATEGORIES if name in there]
   groups = {name: [p for p in pictures if p.category == name] for name in names}
   return {**groups, "all": pictures}
 
