@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from safetydpo_jax.errors import InputError
@@ -145,7 +145,7 @@ def table(
     '<table class="{kind}"><caption><span>{caption}</span></caption>'
     "<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div>"
   ).format(
-    label=Markup(caption).striptags(),
+    label=escape(caption).striptags(),
     kind=kind,
     caption=caption,
     head=head,

@@ -157,6 +157,12 @@ def test_headings_of_a_table_say_what_they_head():
   assert html.index("<tfoot>") > html.index("</tbody>")
 
 
+@pytest.mark.parametrize("caption", ["a < b > c", Markup("a &lt; b<br> &gt; c")])
+def test_the_box_of_a_table_is_named_as_its_caption_reads(caption):
+  html = report.table(caption, ["name"], [["a"]])
+  assert 'aria-label="a &lt; b &gt; c"' in html
+
+
 def test_links_lead_to_sections():
   target = re.search(r'href="#([^"]+)"', report.contents(["Seen & held-out"]))[1]
   assert f'<h2 id="{target}">' in report.section("Seen & held-out")
