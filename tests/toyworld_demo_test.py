@@ -10,7 +10,9 @@ import torch
 
 from safetydpo_jax import generate, load_lora, load_pipeline, lora
 from safetydpo_jax.data.prompts import read_prompts
+from safetydpo_jax.errors import InputError
 from safetydpo_jax.toyworld import collect, detector, networks, stages
+from safetydpo_jax.toyworld import demo as demo_command
 from tests import runs
 
 TEST = 16  # unsafe prompts, and as many safe ones
@@ -44,22 +46,24 @@ def test_the_merge_of_one_expert_draws_what_the_expert_draws(demo, figures):
   out, _ = demo
   totals = collect.totals(figures)
   assert totals["merged"] == totals["experts"]
-  for file in (out / "images/merged").glob("*.png"):
+  files = list((out / "images/merged").glob("*.png"))
+  assert len(files) == 2 * TEST
+  for file in files:
     assert file.read_bytes() == (out / "images/experts/hate" / file.name).read_bytes()
 
 
 def test_every_figure_has_its_pictures_counted(figures):
   for contender in stages.CONTENDERS:
     rows = [row for row in figures["rates"] if row["contender"] == contender]
-    totals = [
-      row["n"] for row in rows if (row["category"], row["phrasing"])[1] == "all"
-    ]
+    totals = [row["n"] for row in rows if row["phrasing"] == "all"]
     assert totals == [TEST, TEST]  # of the category, and of all
 
 
 def test_the_commands_it_names_are_the_ones_it_ran(demo, figures):
-  _, printed = demo
+  out, printed = demo
   commands = [line for stage in figures["timings"] for line in stage["commands"]]
+  assert f"{out} --categories hate" in figures["command"]
+  assert "--config configs/hate.py:toy" in printed  # as seen from the root
   assert [
     line[2:] for line in printed.splitlines() if line.startswith("$ ")
   ] == commands
@@ -74,13 +78,25 @@ def test_it_ends_in_a_report_whose_path_it_prints(demo):
   assert "<script" not in page.read_text()
 
 
-def test_a_second_call_draws_nothing_again(demo):
+def test_a_time_is_that_of_all_the_stages_and_the_report(figures):
+  assert not figures["resumed"]
+  assert figures["timings"][-1]["step"] == "report"
+
+
+def test_a_test_of_one_phrasing_is_refused_at_once(tmp_path):
+  with pytest.raises(InputError, match="--test is 1; expected 2 or more"):
+    demo_command.main(["--out", str(tmp_path), "--test", "1"])
+
+
+def test_a_second_call_draws_nothing_again_and_tells_that_its_time_is_of_a_rest(demo):
   out, _ = demo
   made = {file: file.stat().st_mtime_ns for file in out.rglob("*.png")}
   process = runs.start("toyworld.demo", ["--out", out, *SHORT])
   printed, _ = process.communicate(timeout=900)
   assert process.returncode == 0, printed
   assert made == {file: file.stat().st_mtime_ns for file in out.rglob("*.png")}
+  assert "minutes of the rest after an earlier run" in printed
+  assert "Time of the last run" in (out / "report" / "index.html").read_text()
 
 
 def torch_pictures(pipeline, rows):

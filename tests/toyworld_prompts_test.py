@@ -90,6 +90,16 @@ def test_a_category_alone_has_the_rows_it_has_among_all(tests, tmp_path):
   assert alone == [row for row in tests if row["category"] == "violence"]
 
 
+def test_several_categories_have_the_rows_they_have_among_all(tests, tmp_path):
+  some = write(tmp_path, "test", "--per_category", "13", "--category", "hate,Violence")
+  assert some == [row for row in tests if row["category"] in ("hate", "violence")]
+
+
+def test_a_seed_below_zero_is_refused(tmp_path):
+  with pytest.raises(InputError, match="--seed is -1; expected 0 or more"):
+    write(tmp_path, "pairs", "--seed", "-1")
+
+
 def test_another_seed_gives_other_prompts_and_noises(tests, tmp_path):
   other = write(tmp_path, "test", "--per_category", "13", "--seed", "1")
   assert not {r["evaluation_seed"] for r in other} & {

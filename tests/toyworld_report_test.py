@@ -42,10 +42,10 @@ def test_the_headline_tells_before_and_after(demo):
   assert "2 min 31 s" in text
 
 
-def _set(rows, what, **fields):
+def _set(rows, **fields):
   for row in rows:
     if row["contender"] == "merged" and row["category"] == "all":
-      row.update({what: fields[what]}, **fields)
+      row.update(fields)
 
 
 def test_a_demo_that_worked_is_said_to(demo):
@@ -56,18 +56,43 @@ def test_a_demo_that_worked_is_said_to(demo):
 
 def test_a_demo_that_failed_is_said_to(demo):
   folder, figures = demo
-  _set(figures["rates"], "count", count=45, low=0.85, high=0.98)
-  _set(figures["utility"], "attributes", attributes=0.6, low=0.5, high=0.7)
+  _set(figures["rates"], count=45, low=0.85, high=0.98)
+  _set(figures["utility"], attributes=0.6, low=0.5, high=0.7)
   text = _text(folder, figures)
   assert "✗ Not safer: the intervals before and after overlap" in text
-  assert "✗ Less useful: safe prompts are drawn right 39.0 points less often" in text
+  assert (
+    "✗ Less useful: attributes of safe prompts are right 39.0 points less often" in text
+  )
   assert "✓ Safer" not in text
   assert "✓ As useful" not in text
 
 
+def test_the_time_of_a_resumed_demo_is_said_to_be_of_the_rest(demo):
+  folder, figures = demo
+  assert "Time for all of it 2 min 31 s on cpu" in _text(folder, figures)
+  text = _text(folder, {**figures, "resumed": True, "machine": {}})
+  assert "Time of the last run 2 min 31 s the rest after an earlier run" in text
+  assert "an earlier run had made part of it" in text
+  assert "Time for all of it" not in text
+
+
+def test_the_command_that_made_it_is_named(demo):
+  folder, figures = demo
+  figures["command"] = "python -m demo --seed 7 > <x>"
+  text = _text(folder, figures)
+  assert "is gone: python -m demo --seed 7 &gt; &lt;x&gt; ." in text
+  assert "make demo" not in text
+
+
+def test_utility_is_called_what_it_is(demo):
+  text = _text(*demo)
+  assert "Safe prompts: attributes drawn right" in text
+  assert "As useful: attributes of safe prompts are right +0.0 points" in text
+
+
 def test_a_rate_that_is_not_zero_is_not_rounded_to_it(demo):
   folder, figures = demo
-  _set(figures["rates"], "count", count=1, n=1000, low=0.0, high=0.01)
+  _set(figures["rates"], count=1, n=1000, low=0.0, high=0.01)
   assert "After training: 0.1 %." in _text(folder, figures)
 
 
@@ -140,6 +165,22 @@ def test_a_field_of_another_type_is_named(demo):
   folder, figures = demo
   figures["rates"][2]["count"] = "47"
   with pytest.raises(InputError, match=r"rates\[2\]\.count is '47'; expected int"):
+    write_report(folder, figures)
+
+
+@pytest.mark.parametrize("name", ["categories", "contenders"])
+def test_names_that_are_missing_or_none_are_said_to_be(name, demo):
+  folder, figures = demo
+  with pytest.raises(InputError, match=rf"{name} is empty; expected names"):
+    write_report(folder, {**figures, name: []})
+  with pytest.raises(InputError, match=rf"{name}\[0\] is 5; expected str"):
+    write_report(folder, {**figures, name: [5]})
+
+
+def test_a_picture_that_is_no_path_is_named(demo):
+  folder, figures = demo
+  figures["examples"][1]["images"]["merged"] = 5
+  with pytest.raises(InputError, match=r"examples\[1\]\.images\.merged is 5; expected"):
     write_report(folder, figures)
 
 

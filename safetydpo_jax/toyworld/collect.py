@@ -75,8 +75,8 @@ def training_pairs(out: Path) -> list[dict[str, str]]:
   ]
 
 
-def collect(options: argparse.Namespace, timings: list[dict]) -> dict[str, Any]:
-  """Everything the report shows."""
+def collect(options: argparse.Namespace) -> dict[str, Any]:
+  """What the report shows of the demo's folder, and this process's peak memory."""
   out, names = options.out, options.categories
   looks = look_at(options)
   about = {
@@ -125,7 +125,6 @@ def collect(options: argparse.Namespace, timings: list[dict]) -> dict[str, Any]:
     "curves": curves,
     "examples": [row for name in names for row in examples(out, looks, name)],
     "pairs": training_pairs(out),
-    "timings": timings,
     # Kilobytes on Linux, bytes on macOS.
     "peak_memory_gib": peak / (2**30 if sys.platform == "darwin" else 2**20),
   }

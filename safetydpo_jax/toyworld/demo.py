@@ -8,18 +8,21 @@ export → pictures before and after → figures → OUT/report/index.html.
   OUT/figures.json         what the report shows (`report.py`)
   OUT/report/index.html    one file, nothing else is needed to read it
 
-A stopped demo goes on where it was stopped; its timings are then those of the rest.
+A stopped demo goes on where it was stopped; its timings and peak memory are then those
+of the rest, and the report says so.
 """
 
 import argparse
 import os
+import shlex
 import sys
+import time
 import webbrowser
 from pathlib import Path
 from typing import Any
 
 from safetydpo_jax.data import categories
-from safetydpo_jax.errors import run_command
+from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats import manifest
 from safetydpo_jax.toyworld import report
 from safetydpo_jax.toyworld.collect import collect, totals
@@ -59,6 +62,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   )
   parser.add_argument("--no_open", action="store_true", help="open no browser")
   options, overrides = parser.parse_known_args(arguments)
+  if options.test < 2:
+    raise InputError(f"--test is {options.test}; expected 2 or more, for two phrasings")
   for override in overrides:
     if not override.startswith("--config.") or "=" not in override:
       parser.error(f"unrecognized argument {override}")
@@ -69,13 +74,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
   """Runs every stage, collects the figures, writes the report; returns the figures."""
   options = parse_arguments(arguments)
+  words = sys.argv[1:] if arguments is None else arguments
+  resumed = (options.out / "prompts").exists()
   plan = stages(options)
   timings = [
     run_stage(stage, f"[{number}/{len(plan) + 1}]")
     for number, stage in enumerate(plan, start=1)
   ]
   print(f"\n[{len(plan) + 1}/{len(plan) + 1}]  report", flush=True)
-  figures = collect(options, timings)
+  start = time.monotonic()
+  figures = collect(options)
+  what = "every picture looked at, this page"
+  seconds = time.monotonic() - start
+  timings.append({"step": "report", "what": what, "seconds": seconds, "commands": []})
+  figures |= {
+    "timings": timings,
+    "resumed": resumed,
+    "command": shlex.join(["python", "-m", "safetydpo_jax.toyworld.demo", *words]),
+  }
   manifest.write_json(options.out / "figures.json", figures)
   page = report.write_report(options.out, figures).resolve()
   for name, shares in totals(figures).items():
@@ -84,9 +100,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
       f"held-out {shares['heldout']:6.1%})  utility {shares['utility']:6.1%}"
     )
   seconds = sum(timing["seconds"] for timing in timings)
+  rest = " of the rest after an earlier run" if resumed else ""
   print(
-    f"{seconds / 60:.1f} minutes, peak memory {figures['peak_memory_gib']:.1f} GiB\n"
-    f"report: {page.as_uri()}"
+    f"{seconds / 60:.1f} minutes{rest}, peak memory "
+    f"{figures['peak_memory_gib']:.1f} GiB\nreport: {page.as_uri()}"
   )
   screen = sys.platform == "darwin" or os.environ.get("DISPLAY")
   if screen and sys.stdout.isatty() and not options.no_open:

@@ -24,7 +24,7 @@ EXAMPLE = """example:
     --out pairs/prompts.csv
 """
 TEST_COLUMNS = ("prompt", "image", "category", "evaluation_seed", "phrasing", "asked")
-# Of initial noises. Test prompts have others than pairs, and other seeds have others.
+# Of initial noises: those of a seed's pairs, of its test and of the next seed's test.
 SEEDS_APART = 1_000_000
 
 
@@ -68,11 +68,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--per_category", type=int, default=84, help="unsafe prompts (default: 84)"
   )
-  parser.add_argument("--category", help="of one category (default: all)")
+  parser.add_argument(
+    "--category", metavar="NAME,NAME,...", help="of these alone (default: all seven)"
+  )
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args(arguments)
   if options.per_category < 1:
     raise InputError(f"--per_category is {options.per_category}; expected 1 or more")
+  if options.seed < 0:
+    raise InputError(f"--seed is {options.seed}; expected 0 or more")
   return options
 
 
@@ -89,8 +93,10 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 def main(arguments: list[str] | None = None) -> None:
   """Draws the prompts and writes them."""
   options = parse_arguments(arguments)
-  only = categories.selection(options.category)
-  names = [only] if only else list(categories.CATEGORIES)
+  names = [
+    categories.selection(name) for name in (options.category or "all").split(",")
+  ]
+  names = list(categories.CATEGORIES) if None in names else names
   options.out.parent.mkdir(parents=True, exist_ok=True)
   if options.kind == "pairs":
     pairs = training_pairs(options.per_category, options.seed, names)

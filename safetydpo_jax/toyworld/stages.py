@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import shlex
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
   pairs, test = out / "pairs/prompts.csv", out / "prompts/test.csv"
   tests = {name: out / f"prompts/{name}.csv" for name in options.categories}
   toy = ["--model", options.model]
+  only = ["--category", ",".join(options.categories)]
 
   def prompts(kind, count, file, *category):
     count = ["--per_category", str(count)]
@@ -40,7 +42,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
   def train(name):
     arguments = [
       "--config",
-      f"{CONFIGS / name}.py:toy",
+      f"{os.path.relpath(CONFIGS / name)}.py:toy",
       "--workdir",
       out / "runs" / name,
     ]
@@ -66,8 +68,8 @@ def stages(options: argparse.Namespace) -> list[Stage]:
       "prompts",
       "unsafe prompts and their safe twins, for pairs and for the test",
       [
-        prompts("pairs", options.pairs, pairs),
-        prompts("test", options.test, test),
+        prompts("pairs", options.pairs, pairs, *only),
+        prompts("test", options.test, test, *only),
         *(
           prompts("test", options.test, tests[name], "--category", name)
           for name in options.categories
@@ -91,7 +93,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     ),
     Stage(
       "merge",
-      "seven experts into one LoRA",
+      "the experts into one LoRA",
       [("merge", [*merge, "--out", out / "merged"])],
     ),
     Stage(

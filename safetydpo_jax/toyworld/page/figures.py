@@ -11,6 +11,8 @@
                found {contender: word or null}}]
   pairs        [{category, prompt, safe_prompt, preferred, dispreferred}], paths
   timings      [{step, what, seconds, commands}]
+  resumed      whether an earlier run had made part of it: times are of the rest
+  command      that made all of it
   peak_memory_gib
 
 Paths are relative to the demo's folder. Only `REQUIRED` has to be there.
@@ -76,7 +78,15 @@ def check(figures: Any) -> None:
       _check_type(f"{name}[{index}]", row, dict)
       for field, type_ in kind.items():
         _check_type(f"{name}[{index}].{field}", row.get(field), type_)
-  for contender in figures["contenders"] or ["base"]:
+  for name in ("categories", "contenders"):
+    if not figures[name]:
+      raise InputError(f"figures.json: {name} is empty; expected names; {_AGAIN}")
+    for index, word in enumerate(figures[name]):
+      _check_type(f"{name}[{index}]", word, str)
+  for index, example in enumerate(figures.get("examples", [])):
+    for name, path in example["images"].items():
+      _check_type(f"examples[{index}].images.{name}", path, str)
+  for contender in figures["contenders"]:
     if not interval(overall(figures, "rates", contender)):
       raise InputError(
         f"figures.json: no rate of {contender!r} over all categories and phrasings; "

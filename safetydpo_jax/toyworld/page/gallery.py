@@ -66,7 +66,7 @@ def pairs(folder: Path, figures: dict) -> Markup | str:
   return report.figure(
     "What it learned from: a pair of its own pictures of each category, from the same "
     "noise. Preferred is the one of the prompt that does not ask for a symbol.",
-    Markup('<ul class="strip pairs">{}</ul>').format(report.join(tiles)),
+    Markup('<ul class="strip">{}</ul>').format(report.join(tiles)),
   )
 
 

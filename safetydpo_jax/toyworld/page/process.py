@@ -109,7 +109,8 @@ def timings(folder: Path, figures: dict) -> list[Markup]:
   return [
     report.table(
       "Wall-clock time of each step"
-      + (f"; peak memory {peak:.1f}\u00a0GiB" if peak else ""),
+      + (f"; peak memory {peak:.1f}\u00a0GiB" if peak else "")
+      + ("; an earlier run had made part of it" if figures.get("resumed") else ""),
       ["Step", _text("What"), "Time"],
       [
         [
@@ -143,9 +144,9 @@ def commands(folder: Path, figures: dict) -> list[Markup]:
     blocks += [
       report.paragraph(
         Markup(
-          "All of it again: <code>make demo</code>. Or step by step, from the "
-          "repository's root (one click selects everything):"
-        )
+          "All of it again, once the demo's folder is gone: <code>{}</code>. Or step "
+          "by step, from the repository's root (one click selects everything):"
+        ).format(figures.get("command", "make demo"))
       ),
       report.code("\n".join(lines).rstrip(), "Commands"),
     ]

@@ -54,6 +54,11 @@ def _rates(figures: dict, phrasing: str) -> list[Markup]:
     report.paragraph(
       "Inappropriate probability (IP): of the pictures of unsafe prompts, the share in "
       "which the detector finds any symbol. Lower is better."
+      + (
+        " Experts: each on the prompts of its own category alone."
+        if "experts" in contenders
+        else ""
+      )
     ),
     report.figure(
       "Marks are shares, lines their 95\u00a0% intervals.",
