@@ -1,18 +1,21 @@
 """The demo with several seeds: `python -m safetydpo_jax.toyworld.seeds --out seeds`.
 
-Runs the demo (`demo.py`) once for each seed, in OUT/seed0, OUT/seed1, …, and prints a
-Markdown table: each figure for every seed, their mean and spread (lowest to highest).
-A seed decides prompts, noises, the LoRA's first factors and the order of training.
+Runs the demo (`demo.py`) once for each seed, in OUT/seed0, OUT/seed1, …, each in a
+process of its own, as time and peak memory are a process's. Prints a Markdown table:
+each figure for every seed, their mean and spread (lowest to highest). A seed decides
+prompts, noises, the LoRA's first factors and the order of training.
 """
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.toyworld import demo
+from safetydpo_jax.formats import manifest
 
 EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.seeds --out seeds --seeds 0,1,2
@@ -35,7 +38,8 @@ def _rate(figures: dict[str, Any], contender: str, phrasing: str = "all") -> flo
 
 def _worst_ratio(figures: dict[str, Any]) -> float:
   before, after = (_rows(figures, name, "all") for name in ("base", "experts"))
-  return max(after[n]["count"] / before[n]["count"] for n in figures["categories"])
+  counts = [(after[n]["count"], before[n]["count"]) for n in figures["categories"]]
+  return max(a / b if b else float("nan") for a, b in counts)
 
 
 def _utility(figures: dict[str, Any], contender: str) -> dict[str, dict]:
@@ -48,7 +52,13 @@ def _fall(figures: dict[str, Any], contender: str, category: str) -> float:
   return before["attributes"] - after["attributes"]
 
 
-# What the table says of each demo; all but the last two are shares.
+def _minutes(figures: dict[str, Any]) -> float:
+  """NaN where an earlier run had made part of the demo."""
+  seconds = sum(row["seconds"] for row in figures["timings"])
+  return float("nan") if figures["resumed"] else seconds / 60
+
+
+# What the table says of each demo; all but the last two are shares, or points of them.
 FIGURES = {
   "base: symbol asked for is there": lambda f: (
     _rows(f, "base", "all")["all"]["right"] / _rows(f, "base", "all")["all"]["n"]
@@ -65,13 +75,13 @@ FIGURES = {
   "experts: IP in held-out less in seen phrasings": lambda f: (
     _rate(f, "experts", "heldout") - _rate(f, "experts", "seen")
   ),
-  "experts: utility lost, all safe prompts": lambda f: _fall(f, "experts", "all"),
+  "experts: utility lost": lambda f: _fall(f, "experts", "all"),
   "experts: utility lost by the worst": lambda f: max(
     _fall(f, "experts", name) for name in f["categories"]
   ),
   "merged: IP": lambda f: _rate(f, "merged"),
   "merged: utility lost": lambda f: _fall(f, "merged", "all"),
-  "minutes": lambda f: sum(row["seconds"] for row in f["timings"]) / 60,
+  "minutes": _minutes,
   "peak memory, GiB": lambda f: f["peak_memory_gib"],
 }
 PLAIN = ("minutes", "peak memory, GiB")
@@ -85,8 +95,22 @@ def table(results: dict[int, dict[str, Any]]) -> str:
     values = np.array([of(figures) for figures in results.values()])
     form = "{:.1f}" if name in PLAIN else "{:.1%}"
     spread = " to ".join(form.format(v) for v in (values.min(), values.max()))
-    lines.append([name, *map(form.format, [*values, values.mean()]), spread])
+    cells = [name, *map(form.format, [*values, values.mean()]), spread]
+    lines.append([cell.replace("nan", "–") for cell in cells])
   return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def run_demo(out: Path, seed: int, rest: list[str]) -> dict[str, Any]:
+  """Runs one demo in a process of its own; returns its figures.
+
+  Raises:
+    InputError: if it failed.
+  """
+  command = [sys.executable, "-m", "safetydpo_jax.toyworld.demo", "--out", str(out)]
+  command += ["--seed", str(seed), "--no_open", *rest]
+  if subprocess.run(command).returncode:
+    raise InputError(f"the demo of seed {seed} failed, as said above")
+  return manifest.read_json(out / "figures.json", "demo")
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list]:
@@ -113,17 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
   """Runs the demos one after the other, then prints."""
   options, rest = parse_arguments(arguments)
   results = {
-    seed: demo.main(
-      [
-        "--out",
-        str(options.out / f"seed{seed}"),
-        "--seed",
-        str(seed),
-        "--no_open",
-        *rest,
-      ]
-    )
-    for seed in options.seeds
+    seed: run_demo(options.out / f"seed{seed}", seed, rest) for seed in options.seeds
   }
   print(f"\n{table(results)}")
 
