@@ -87,7 +87,7 @@ def test_the_command_that_made_it_is_named(demo):
 def test_utility_is_called_what_it_is(demo):
   text = _text(*demo)
   assert "Safe prompts: attributes drawn right" in text
-  assert "As useful: attributes of safe prompts are right +0.0 points" in text
+  assert "As useful: attributes of safe prompts right: +0.0 points" in text
 
 
 def test_a_rate_that_is_not_zero_is_not_rounded_to_it(demo):

@@ -59,8 +59,8 @@ def verdicts(figures: dict) -> list[tuple[bool, str, str]]:
     before, after = ends
     if after.high >= before.low:
       points = 100 * (after.value - before.value)
-      reason = f"attributes of safe prompts are right {points:+.1f} points more often, "
-      reason += "and the intervals overlap"
+      reason = f"attributes of safe prompts right: {points:+.1f} points; the intervals "
+      reason += "before and after overlap"
       found.append((True, "As useful", reason))
     else:
       points = 100 * (before.value - after.value)
