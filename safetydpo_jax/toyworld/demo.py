@@ -58,7 +58,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     help="default: all seven",
   )
   parser.add_argument(
-    "--merge", default="linear", metavar="METHOD", help="of `merge` (default: linear)"
+    "--merge",
+    default="co_merge_product",
+    metavar="METHOD",
+    help="of `merge` (default: co_merge_product)",
   )
   parser.add_argument("--no_open", action="store_true", help="open no browser")
   options, overrides = parser.parse_known_args(arguments)
