@@ -215,7 +215,7 @@ def check_out(out: Path, settings: dict[str, Any], rows: list[Row]) -> None:
     if before.get(name) != value:
       raise InputError(
         f"{out} holds images with {name} {before.get(name)!r}, now it is {value!r}; "
-        "choose another --out, or delete it"
+        f"choose another --out, or delete its images and {plan.name}"
       )
 
 

@@ -79,6 +79,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
       parser.error(
         f"unrecognized argument {override}; overrides are --config.NAME=VALUE"
       )
+  file = Path(known.config.rpartition(":")[0] or known.config)
+  if not (file.is_file() or Path(known.config).is_file()):
+    raise InputError(
+      f"--config {known.config}: there is no {file} here; run in the repository's "
+      "root, or give the file's full path"
+    )
   # A config imports its neighbours as `configs.…`, from wherever the command is run.
   sys.path.append(str(Path(known.config).resolve().parents[1]))
   line = ["train", f"--config={known.config}", *overrides]
@@ -89,7 +95,9 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
     values.config.to_dict()  # a file that is not there shows only here
     return values.config, known.workdir
   except _CONFIG_ERRORS as error:
-    raise InputError(f"--config {known.config}: {error}") from error
+    # The library's message ends in ours, after a traceback; a KeyError's is quoted.
+    reason = str(error.args[0] if error.args else error).strip().splitlines()[-1]
+    raise InputError(f"--config {known.config}: {reason}") from error
 
 
 def check_config(config: Any) -> None:

@@ -110,8 +110,14 @@ def test_values_are_overridden_on_the_command_line():
 
 
 def test_an_unknown_variant_is_one_clear_line():
-  with pytest.raises(InputError, match=r"unknown variant 'sd99'; .*sd15"):
+  with pytest.raises(InputError, match=r"unknown variant 'sd99'; .*sd15") as caught:
     parse("hate.py:sd99")
+  assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_config_is_one_clear_line():
+  with pytest.raises(InputError, match=r"there is no .*/nope\.py here; run in the"):
+    parse("nope.py:toy")
 
 
 def test_a_misspelled_name_is_refused_and_not_added():
