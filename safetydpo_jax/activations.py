@@ -163,12 +163,12 @@ def measure(
   batch_size *= mesh.size
   items = [(p, t) for p in range(len(pairs)) for t in timesteps]
   stacked = sharding.place(stack(loras), NamedSharding(mesh, sharding.REPLICATED))
-  rows = batch_size // jax.process_count()
+  rows = sharding.host_rows(mesh, batch_size)
   empty, found = cache.empty_token_ids, []
   for start in range(0, len(items), batch_size):
     batch = items[start : start + batch_size]
     padded = batch + batch[-1:] * (batch_size - len(batch))
-    own = padded[jax.process_index() * rows :][:rows]
+    own = [padded[row] for row in rows]
     moments, token_ids = batches.assemble(cache, [pairs[p] for p, _ in own], empty)
     numbers = np.array(own, np.int32)
     place = Batch(moments, token_ids, numbers[:, 0], numbers[:, 1])

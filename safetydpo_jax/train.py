@@ -267,8 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     seed=config.seed,
     start_step=start,
     steps=config.steps,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.host_rows(mesh, config.batch_size),
     caption_dropout=config.caption_dropout,
     flip=config.flip,
   )

@@ -70,10 +70,8 @@ def test_a_batch_has_the_promised_shapes(cache):
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_every_example_comes_once_an_epoch_over_all_hosts(cache, hosts):
   epochs = [
-    read(
-      cache, process_index=host, process_count=hosts, steps=2 * EXAMPLES // 4, threads=1
-    )
-    for host in range(hosts)
+    read(cache, rows=host, steps=2 * EXAMPLES // 4, threads=1)
+    for host in np.arange(4).reshape(hosts, -1)
   ]
   for epoch in (0, 1):
     half = slice(epoch * EXAMPLES // 4, (epoch + 1) * EXAMPLES // 4)
@@ -86,8 +84,7 @@ def test_every_example_comes_once_an_epoch_over_all_hosts(cache, hosts):
 def test_hosts_together_see_what_one_host_sees(cache, hosts):
   options = {"caption_dropout": 0.5, "flip": "independent", "steps": 20}
   parts = [
-    read(cache, process_index=host, process_count=hosts, **options)
-    for host in range(hosts)
+    read(cache, rows=host, **options) for host in np.arange(4).reshape(hosts, -1)
   ]
   for whole, *rows in zip(read(cache, **options), *parts, strict=True):
     chex.assert_trees_all_equal(joined(*rows), whole)
@@ -204,7 +201,6 @@ def test_a_row_is_the_flips_and_caption_that_were_drawn(cache):
 
 
 WRONG = {
-  "hosts": ({"batch_size": 5, "process_count": 2}, "5 pairs does not divide among 2"),
   "no batch": ({"batch_size": 0}, "batch of 0 pairs"),
   "flip": ({"flip": "both"}, "unknown flip 'both'; expected one of independent, "),
   "dropout": ({"caption_dropout": 1.5}, "caption_dropout 1.5 is no probability"),

@@ -33,8 +33,7 @@ def feed(cache, host=0, hosts=1):
       seed=3,
       start_step=0,
       steps=9,
-      process_index=host,
-      process_count=hosts,
+      rows=np.arange(4).reshape(hosts, -1)[host],
     )
   )
 

@@ -7,11 +7,11 @@ Let B be the global batch size, n the number of examples, and
   (3)  draws = random(seed, g): two mirror bits, one caption dropout
 
 Nothing else decides a batch. So every example comes once an epoch, a run that is
-resumed at a step sees what it would have seen, and host h of H, which reads rows h·B/H
-to (h + 1)·B/H, sees its part of what a single host would.
+resumed at a step sees what it would have seen, and a host, which reads the rows that
+its devices hold, sees its part of what a single host would.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -88,8 +88,7 @@ def train_batches(
   seed: int,
   start_step: int,
   steps: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   caption_dropout: float = 0.2,
   flip: str = "independent",
   held_out: float = 0.0,
@@ -105,7 +104,8 @@ def train_batches(
     batch_size: pairs per step over all hosts.
     seed: of the order and the draws.
     start_step, steps: the first step and the one after the last.
-    process_index, process_count: which host this is, and of how many.
+    rows: which of a batch's rows this host reads, see `sharding.host_rows`; all by
+      default.
     caption_dropout, flip: see `draws`.
     held_out, part: the share of pairs kept out, and which part to read, see
       `PairCache.select`.
@@ -115,10 +115,8 @@ def train_batches(
   Raises:
     InputError: an argument is out of range, or no example is left.
   """
-  if batch_size < 1 or batch_size % process_count:
-    raise InputError(
-      f"a batch of {batch_size} pairs does not divide among {process_count} hosts"
-    )
+  if batch_size < 1:
+    raise InputError(f"a batch of {batch_size} pairs; expected 1 or more")
   if flip not in FLIPS:
     raise InputError(f"unknown flip {flip!r}; expected one of {', '.join(FLIPS)}")
   if not 0 <= caption_dropout <= 1:
@@ -127,12 +125,12 @@ def train_batches(
     raise InputError(f"seed {seed} is not between 0 and 2^32 - 1")
   examples = cache.select(category, mixture, held_out, part)
   places = draws(examples, seed=seed, caption_dropout=caption_dropout, flip=flip)
-  rows = batch_size // process_count
+  rows = range(batch_size) if rows is None else [int(row) for row in rows]
   empty = cache.empty_token_ids
 
   def load(step):
-    first = int(step) * batch_size + process_index * rows
-    return assemble(cache, [places[first + row] for row in range(rows)], empty)
+    first = int(step) * batch_size
+    return assemble(cache, [places[first + row] for row in rows], empty)
 
   dataset = grain.MapDataset.range(start_step, max(start_step, steps)).map(load)
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
