@@ -5,15 +5,27 @@ data position. The position is the step: batches are a pure function of it
 (`data/batches.py`), so it is stored to be checked and not to be replayed. Base weights
 are never written. Orbax writes to a temporary name and renames, so a kill leaves the
 last complete checkpoint.
+
+A host that is taken away gets SIGTERM some seconds before. Then all hosts save at one
+step and leave; see `watch_preemption`.
 """
 
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from safetydpo_jax.errors import InputError
+
+# The exit code of a run that was told to stop, as shells have it for SIGTERM: what is
+# not 0 makes JobSet, Slurm and `&&` see that the run is not done.
+PREEMPTED = 128 + signal.SIGTERM
+SAVE_SECONDS = 3600  # hosts wait so long for each other's part of a checkpoint
 
 
 def open_checkpoints(workdir: Path, keep: int = 2) -> ocp.CheckpointManager:
@@ -26,7 +38,11 @@ def open_checkpoints(workdir: Path, keep: int = 2) -> ocp.CheckpointManager:
   try:
     return ocp.CheckpointManager(
       folder,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        create=True,
+        async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
+      ),
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
         "data": ocp.JsonCheckpointHandler(),
@@ -37,6 +53,27 @@ def open_checkpoints(workdir: Path, keep: int = 2) -> ocp.CheckpointManager:
       f"cannot write checkpoints to {folder}: {error.strerror}; choose a --workdir "
       "you can write to"
     ) from error
+
+
+@contextlib.contextmanager
+def watch_preemption() -> Iterator[Callable[[int], bool]]:
+  """Catches SIGTERM while the block runs.
+
+  Yields:
+    asked(step): whether to save after this step and leave. True on every host at the
+    same step, a step or more after any of them was told; call it on every host at
+    every step. One process is told by the signal; several by the coordination service,
+    if `sharding.initialize_hosts` was called with preemption=True.
+  """
+  if jax.distributed.is_initialized():
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  told = []
+  before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+  try:
+    yield lambda step: bool(told)
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def save(

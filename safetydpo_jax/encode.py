@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from safetydpo_jax import moments, sharding
@@ -67,6 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--variant", help='of the weight files, for example "fp16"')
   add("--stats", metavar="PNG", help="draw a sheet of random pairs and of the counts")
   add("--no_blur", action="store_true", help="show the sheet's images sharply")
+  sharding.add_host_arguments(parser)
   options = parser.parse_args(arguments)
   if bool(options.model) != bool(options.out) or not (options.out or options.stats):
     parser.error("--model and --out are needed together, or --stats alone")
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
   if finished:
     print(f"{out} is complete already: {len(pairs) - lost} pairs")
     return
-  multihost_utils.sync_global_devices("the cache's folder is there")
+  sharding.wait_for_hosts("the cache's folder is there")
 
   token_ids, empty_token_ids, counts["truncated"] = moments.tokenize(pipeline, pairs)
   fields = shards.record_fields(settings["latent_shape"], *empty_token_ids.shape)
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
       )
       rows = zip(encoded, token_ids[block], pairs[block])
       shards.write_shard(file, make_records(file, rows, fields, faults))
-  multihost_utils.sync_global_devices("all shards are there")
+  sharding.wait_for_hosts("all shards are there")
 
   if jax.process_index() == 0:
     faults = shards.read_skipped(files)

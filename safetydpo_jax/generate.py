@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from PIL import Image
 from tqdm import tqdm
@@ -130,6 +129,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--batch_size", type=int, default=4, help="images per device")
   parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
   parser.add_argument("--variant", help='of the model\'s files, for example "fp16"')
+  sharding.add_host_arguments(parser)
   return parser.parse_args(arguments)
 
 
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     latents = read_latents(options.latents, len(rows), shape)
   settings = make_settings(options, pipeline, lora, rows)
   check_out(options.out, settings, rows)
-  multihost_utils.sync_global_devices("every host has seen the folder")
+  sharding.wait_for_hosts("every host has seen the folder")
   if jax.process_index() == 0:
     manifest.write_json(options.out / PLAN, settings)
     (options.out / MANIFEST).unlink(missing_ok=True)
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
       save_image(row.file, image)
     progress.update(len(batch))
   progress.close()
-  multihost_utils.sync_global_devices("all images are there")
+  sharding.wait_for_hosts("all images are there")
 
   if jax.process_index() == 0:
     manifest.write_json(

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from safetydpo_jax import activations, calibration, comerge, experts, merging, sharding
@@ -117,6 +116,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
   group("--batch_size", type=int, help="pairs per device (default: 2)")
   group("--experts_at_once", type=int, help="that share a UNet call (default: 1)")
   group("--dtype", choices=["float32", "bfloat16"], help="default: float32")
+  sharding.add_host_arguments(parser)
   return parser.parse_args(arguments)
 
 
@@ -223,7 +223,7 @@ def measure(
     statistics.read_activations(folder, this.lora, this.sha256, about, inputs)
     for this in loaded
   ]
-  multihost_utils.sync_global_devices("every host has seen the statistics")
+  sharding.wait_for_hosts("every host has seen the statistics")
   missing = [n for n, tree in enumerate(found) if tree is None]
   if jax.process_index() == 0:
     print(f"{len(missing)} experts on {inputs} inputs of {', '.join(categories)}")

@@ -5,7 +5,8 @@ In: a config, a pair cache of `encode`, a Stable Diffusion checkpoint. Out, in R
   checkpoints/          LoRA, optimizer and data position (`checkpoint.py`)
   metrics.jsonl, tensorboard/
 A run that was stopped goes on where its last checkpoint is when the same command is
-given again, bit for bit as if it had not been stopped.
+given again, bit for bit as if it had not been stopped. SIGTERM on any host makes all
+save and leave, with exit code 143.
 """
 
 import argparse
@@ -73,6 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
     help="a config of configs/; any value is overridden by --config.NAME=VALUE",
   )
   parser.add_argument("--workdir", required=True, type=Path, help="the run's directory")
+  sharding.add_host_arguments(parser)
   known, overrides = parser.parse_known_args(arguments)
   for override in overrides:
     if not override.startswith("--config."):
@@ -204,7 +206,7 @@ def print_plan(config: Any, pipeline: Pipeline, cache: Any, mesh: Any, state: An
 def main(arguments: list[str] | None = None) -> None:
   """Reads, prepares, trains, writes: in the order things happen."""
   config, workdir = parse_arguments(arguments)
-  sharding.initialize_hosts()
+  sharding.initialize_hosts(preemption=True)
   sharding.use_precision(config.dtype)
   check_config(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -290,16 +292,23 @@ def main(arguments: list[str] | None = None) -> None:
   # Metrics are read while the next step runs, so the host never waits for a step.
   # Leaving the block, for whatever reason, completes what is being saved.
   pending = None
-  with checkpoints, tracker:
+  with checkpoint.watch_preemption() as asked, checkpoints, tracker:
     for step, batch in enumerate(feed, start=start + 1):
       state, metrics = train_step(state, params, sharding.place_batch(mesh, batch))
       if pending:
         report(*pending)
       pending = step, metrics
-      if step % config.checkpoint_every == 0 or step == config.steps:
+      stop = asked(step)
+      if stop or step % config.checkpoint_every == 0 or step == config.steps:
         report(*pending)  # before saving: a checkpoint with NaN would be resumed from
         pending = None
         checkpoint.save(checkpoints, step, state, settings)
+      if stop:
+        break
+  if (step := int(state.step)) < config.steps:
+    if jax.process_index() == 0:
+      print(f"stopped and saved at step {step}; the same command goes on from there")
+    sys.exit(checkpoint.PREEMPTED)
 
   about = {
     "category": config.category,
