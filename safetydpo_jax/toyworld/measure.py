@@ -5,17 +5,13 @@
   utility   of the pictures of safe prompts, the share of scene attributes that are
             right (background, size, colour, shape, relation)
 
-Intervals are Wilson's at 95 %, with share p of n pictures and z = 1.96:
-
-  (p + z²/2n ± z √(p (1 - p) / n + z²/4n²)) / (1 + z²/n)                            (1)
-
-Utility takes p as if each picture were right or wrong as a whole: no share of
-attributes varies more, so its interval is rather too wide than too narrow.
+Intervals are Wilson's at 95 % (`evaluation/bootstrap.py`, equation 1). Utility takes
+its share as if each picture were right or wrong as a whole: no share of attributes
+varies more, so its interval is rather too wide than too narrow.
 """
 
 import argparse
 import csv
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +21,7 @@ from PIL import Image
 from safetydpo_jax.data import categories
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError, run_command
+from safetydpo_jax.evaluation.bootstrap import wilson
 from safetydpo_jax.formats import manifest
 from safetydpo_jax.toyworld import detector, scenes, symbols
 
@@ -32,7 +29,6 @@ EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.measure --images images/base \\
     --prompts prompts/test.csv
 """
-Z = 1.959964  # of the normal distribution at 95 %
 PARTS = tuple(name for name in detector.ATTRIBUTES if name != "scene")
 FORMATS = ("PNG", "JPEG")  # what `generate` writes; PIL hands EPS to an interpreter
 
@@ -108,14 +104,6 @@ def _groups(pictures: list[Picture]) -> dict[str, list[Picture]]:
   names = [name for name in categories.CATEGORIES if name in there]
   groups = {name: [p for p in pictures if p.category == name] for name in names}
   return {**groups, "all": pictures}
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-  """Equation (1)."""
-  centre = share + Z**2 / (2 * n)
-  reach = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-  low, high = ((centre + side * reach) / (1 + Z**2 / n) for side in (-1, 1))
-  return max(low, 0.0), min(high, 1.0)
 
 
 def rates(pictures: list[Picture]) -> list[dict[str, Any]]:

@@ -1,0 +1,227 @@
+"""Turns images into figures: `python -m safetydpo_jax.evaluate --images DIR …`.
+
+Writes, below --out,
+
+  figures.json        every figure with its interval, and what it rests on: detectors,
+                      hashes of their weights, thresholds, how the images were made
+  images.csv          a line for each row of the prompts CSV: state, scores, decisions
+  report/index.html   the same to look at
+
+Metrics: ip (`evaluation/detectors.py`: the share of images in which any detector finds
+something), clip (CLIPScore), fid. Images and their states: `evaluation/scoring.py`;
+what the tables of figures.json hold: `evaluation/figures.py`. With --reference, images
+of the same CSV by the model before, figures stand in pairs as well.
+"""
+
+import argparse
+import datetime
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from safetydpo_jax import sharding
+from safetydpo_jax.errors import InputError, run_command
+from safetydpo_jax.evaluation import bootstrap, cases, detectors, figures, listing
+from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
+from safetydpo_jax.evaluation.scoring import Outcome, score_folder
+from safetydpo_jax.formats import manifest
+from safetydpo_jax.generate import MANIFEST as GENERATED
+
+EXAMPLE = """example:
+  python -m safetydpo_jax.evaluate --images images/merged --reference images/base \\
+    --prompts prompts.csv --metrics ip --detector toy --out report
+"""
+METRICS = ("ip", "fid", "clip")
+# Of generate.json: what must agree before two folders' images are compared in pairs.
+SAME = ("base", "sampler", "steps", "guidance", "height", "width")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m safetydpo_jax.evaluate",
+    description="Measures safety and quality of images of a prompts CSV.",
+    epilog=EXAMPLE,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--images", required=True, type=Path, metavar="DIR")
+  parser.add_argument("--prompts", required=True, type=Path, metavar="CSV")
+  parser.add_argument(
+    "--reference", type=Path, metavar="DIR", help="images of the model before"
+  )
+  parser.add_argument("--out", required=True, type=Path, metavar="REPORT")
+  parser.add_argument("--metrics", default="ip", help="of ip,fid,clip (default: ip)")
+  parser.add_argument(
+    "--detector",
+    default="q16,nudenet",
+    metavar="NAME,NAME",
+    help="who decides for ip, of q16,nudenet,toy (default: q16,nudenet)",
+  )
+  parser.add_argument(
+    "--train", type=Path, metavar="CSV", help="CoProV2's pairs: marks leaked prompts"
+  )
+  parser.add_argument("--title", default="", help="of the report")
+  parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+  parser.add_argument("--batch_size", type=int, default=16, help="images per device")
+  options = parser.parse_args(arguments)
+  options.metrics = _names("--metrics", options.metrics, METRICS)
+  options.detector = _names("--detector", options.detector, detectors.DECIDERS)
+  for name, least in (("batch_size", 1), ("seed", 0)):
+    if getattr(options, name) < least:
+      raise InputError(
+        f"--{name} is {getattr(options, name)}; expected {least} or more"
+      )
+  return options
+
+
+def _names(option: str, text: str, known: Sequence[str]) -> list[str]:
+  names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+  if wrong := [name for name in names if name not in known]:
+    raise InputError(f"{option} has {wrong[0]!r}; expected some of {','.join(known)}")
+  return names
+
+
+def read_generated(folder: Path) -> dict[str, Any] | None:
+  """What `generate` says of its images, None if others made them."""
+  if not (folder / GENERATED).is_file():
+    return None
+  about = manifest.read_json(folder / GENERATED, "folder of images")
+  if not isinstance(about, dict):
+    raise InputError(
+      f"{folder / GENERATED} is no JSON object; generate the images again"
+    )
+  return about
+
+
+def check_pair(folders: dict[str, dict[str, Any] | None]) -> None:
+  """Refuses to compare images that differ in more than the weights."""
+  images, reference = folders[IMAGES], folders.get(REFERENCE)
+  if not images or not reference:
+    return
+  for name in SAME:
+    if images.get(name) != reference.get(name):
+      raise InputError(
+        f"--images were made with {name} {images.get(name)!r}, --reference with "
+        f"{reference.get(name)!r}: the difference would not be the training's; "
+        "generate both alike"
+      )
+
+
+def about_folder(
+  folder: Path, generated: dict | None, rows: Sequence[cases.Case], told: list[Outcome]
+) -> dict[str, Any]:
+  """Where the images are, what made them, which bytes they are, what became of them."""
+  bytes_of = sorted((case.name, outcome.sha256) for case, outcome in zip(rows, told))
+  return {
+    "folder": str(folder),
+    "generated": generated,
+    "fingerprint": hashlib.sha256(repr(bytes_of).encode()).hexdigest()[:16],
+    "counts": figures.count_states(told),
+  }
+
+
+def print_summary(result: dict[str, Any]) -> None:
+  """The headline figures as lines."""
+  for row in result["rates"]:
+    if (row["category"], row["scope"]) == ("all", result["headline"]):
+      print(
+        f"{row['folder']:10}{row['judge']:10}{row['rate']:8.1%}   95 % "
+        f"{row['low']:.1%} to {row['high']:.1%}   {row['count']} of {row['n']} images"
+      )
+  for row in result["changes"]:
+    if (row["category"], row["scope"]) == ("all", result["headline"]):
+      print(
+        f"{'change':10}{row['judge']:10}{row['difference']:+8.1%}   95 % "
+        f"{row['low']:+.1%} to {row['high']:+.1%}   only reference "
+        f"{row['only_reference']}, only images {row['only_images']}"
+      )
+  for row in result["scores"]:
+    if (row["category"], row["scope"]) == ("all", "all"):
+      print(f"{row['folder']:10}{row['score']:10}{row['mean']:8.3f}")
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+  """Measures, writes everything below --out on host 0, returns figures.json's content.
+
+  Raises:
+    InputError: as `parse_arguments`' options say.
+  """
+  rows = cases.read_cases(options.prompts, options.train)
+  places = {IMAGES: options.images}
+  if options.reference:
+    places[REFERENCE] = options.reference
+  generated = {name: read_generated(folder) for name, folder in places.items()}
+  check_pair(generated)
+  mesh = detectors.local_mesh()
+  watching = detectors.load(options, mesh)
+  size = options.batch_size * mesh.size
+  outcomes = {
+    name: score_folder(folder, options.prompts, rows, watching, size, name)
+    for name, folder in places.items()
+  }
+  scores = [detector.score for detector in watching if detector.score]
+  result = {
+    "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "title": options.title,
+    "prompts": {
+      "file": str(options.prompts),
+      "fingerprint": cases.fingerprint(rows),
+      "benign": sum(case.benign for case in rows),
+      "leaked": sum(case.leaked for case in rows) if options.train else None,
+    },
+    "metrics": options.metrics,
+    "detectors": {detector.name: detector.about for detector in watching},
+    "folders": {
+      name: about_folder(folder, generated[name], rows, outcomes[name])
+      for name, folder in places.items()
+    },
+    "categories": cases.category_names(rows),
+    "headline": figures.headline_scope(rows),
+    "bootstrap": {
+      "level": bootstrap.LEVEL,
+      "resamples": bootstrap.RESAMPLES,
+      "seed": options.seed,
+      "unit": "prompt",
+    },
+    **figures.all_figures(rows, outcomes, scores, options.seed),
+    "versions": manifest.versions(),
+  }
+  if jax.process_index() == 0:
+    write(options.out, result, rows, outcomes)
+  return result
+
+
+def write(
+  out: Path,
+  result: dict[str, Any],
+  rows: Sequence[cases.Case],
+  outcomes: dict[str, list[Outcome]],
+) -> None:
+  """figures.json, images.csv and the report."""
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+  for folder, told in outcomes.items():
+    for line in listing.warnings(rows, told, folder):
+      print(line)
+  listing.write(out / "images.csv", listing.lines(rows, outcomes))
+  manifest.write_json(out / "figures.json", result)
+
+
+def main(arguments: list[str] | None = None) -> None:
+  """Reads, measures, writes, prints."""
+  options = parse_arguments(arguments)
+  sharding.initialize_hosts()
+  sharding.use_precision("float32")
+  result = evaluate(options)
+  if jax.process_index() == 0:
+    print_summary(result)
+    print(f"{options.out}/report/index.html")
+
+
+if __name__ == "__main__":
+  run_command(main)

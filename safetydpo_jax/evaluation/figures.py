@@ -1,0 +1,214 @@
+"""What evaluate says about images, as rows of figures.json.
+
+  rates         {folder, judge, category, scope, count, n, prompts, hits, rate, low,
+                high}: of n images of so many prompts the judge found something in
+                count, and in at least one image of hits prompts
+  changes       {judge, category, scope, n, both, only_reference, only_images, neither,
+                difference, low, high}: the same images of both folders, in pairs;
+                difference of rates, images - reference
+  scores        {folder, score, category, scope, n, mean, low, high}
+  score_changes {score, category, scope, n, difference, low, high}
+
+judge is "ip" (any of the detectors that decide) or one of them alone; category a name
+or "all"; folder "images" or "reference". Scopes, of which those are listed that hold
+other images than the ones before:
+
+  all                every image that was measured
+  without_benign     those of prompts not marked benign
+  without_leaked     those of prompts that training has not seen
+  without_either     both
+  benign, leaked     those alone
+
+Intervals: `bootstrap.py`. low and high are null where a single prompt tells nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from safetydpo_jax.evaluation import bootstrap
+from safetydpo_jax.evaluation.cases import ALL, Case, category_names
+from safetydpo_jax.evaluation.detectors import FOUND
+from safetydpo_jax.evaluation.scoring import STATES, Outcome
+
+SCOPES: dict[str, Callable[[Case], bool]] = {
+  "all": lambda case: True,
+  "without_benign": lambda case: not case.benign,
+  "without_leaked": lambda case: not case.leaked,
+  "without_either": lambda case: not (case.benign or case.leaked),
+  "benign": lambda case: case.benign,
+  "leaked": lambda case: bool(case.leaked),
+}
+IMAGES, REFERENCE = FOLDERS = ("images", "reference")
+DIGITS = 6
+
+
+class Group(NamedTuple):
+  """Rows whose figures stand together."""
+
+  category: str
+  scope: str
+  rows: np.ndarray  # indices into the cases
+
+
+def count_states(outcomes: Sequence[Outcome]) -> dict[str, int]:
+  """{rows, measured, broken, missing, duplicate}; the four add up to the first."""
+  counts = {state: sum(o.state == state for o in outcomes) for state in STATES}
+  return {"rows": len(outcomes), **counts}
+
+
+def groups(cases: Sequence[Case]) -> list[Group]:
+  """Categories within scopes; the rows of a group are in their images' order."""
+  order = sorted(
+    (i for i, case in enumerate(cases) if case.repeats is None),
+    key=lambda i: cases[i].name,
+  )
+  found, seen = [], set()
+  for scope, belongs in SCOPES.items():
+    rows = [i for i in order if belongs(cases[i])]
+    if not rows or tuple(rows) in seen:
+      continue
+    seen.add(tuple(rows))
+    found.append(Group(ALL, scope, np.array(rows)))
+    for name in category_names([cases[i] for i in rows]):
+      members = [i for i in rows if name in cases[i].categories]
+      found.append(Group(name, scope, np.array(members)))
+  return found
+
+
+def headline_scope(cases: Sequence[Case]) -> str:
+  """The scope a figure is of where none is named: prompts that ask for harm."""
+  some = any(case.benign for case in cases)
+  every = all(case.benign for case in cases)
+  return "without_benign" if some and not every else "all"
+
+
+def decisions(outcomes: Sequence[Outcome]) -> dict[str, np.ndarray]:
+  """{judge: (rows,) float64 of 0, 1 and NaN where not measured}; ip comes first."""
+  names = [name for name in _columns(outcomes) if name.endswith(FOUND)]
+  found = {name.removesuffix(FOUND): _column(outcomes, name) for name in names}
+  if not found:
+    return {}
+  return {"ip": np.max(list(found.values()), axis=0), **found}
+
+
+def _columns(outcomes: Sequence[Outcome]) -> list[str]:
+  measured = (o for o in outcomes if o.state == "measured")
+  return list(next(measured, Outcome("missing")).values)
+
+
+def _column(outcomes: Sequence[Outcome], name: str) -> np.ndarray:
+  values = (outcome.values.get(name) for outcome in outcomes)
+  return np.array([np.nan if value is None else float(value) for value in values])
+
+
+def all_figures(
+  cases: Sequence[Case],
+  outcomes: dict[str, Sequence[Outcome]],
+  scores: Sequence[str],
+  seed: int = 0,
+) -> dict[str, list[dict[str, Any]]]:
+  """The four tables of this module.
+
+  Args:
+    cases: the rows.
+    outcomes: of "images" and, if there is one, of "reference".
+    scores: columns to average.
+    seed: of the bootstrap.
+  """
+  # Numbers in the order of the texts, so that no order of the rows changes a draw.
+  numbers = {text: i for i, text in enumerate(sorted({case.prompt for case in cases}))}
+  prompts = np.array([numbers[case.prompt] for case in cases])
+  decided = {folder: decisions(told) for folder, told in outcomes.items()}
+  scored = {
+    folder: {name: _column(told, name) for name in scores}
+    for folder, told in outcomes.items()
+  }
+  tables = {"rates": [], "changes": [], "scores": [], "score_changes": []}
+  for category, scope, rows in groups(cases):
+    where = {"category": category, "scope": scope}
+
+    def gather(values, rows=rows):
+      known = rows[np.isfinite(values[rows])]
+      return bootstrap.gather(values[known], prompts[known]), values[known]
+
+    for folder, judges in decided.items():
+      for judge, values in judges.items():
+        about = {"folder": folder, "judge": judge, **where}
+        tables["rates"] += _rate(about, *gather(values))
+    for folder, columns in scored.items():
+      for name, values in columns.items():
+        about = {"folder": folder, "score": name, **where}
+        tables["scores"] += _mean(about, "mean", *gather(values), seed)
+    if REFERENCE not in outcomes:
+      continue
+    for judge, after in decided[IMAGES].items():
+      before = decided[REFERENCE][judge]
+      sample, values = gather(after - before)
+      known = rows[np.isfinite((after - before)[rows])]
+      both = np.count_nonzero((after * before)[known])
+      tables["changes"] += _change(
+        {"judge": judge, **where}, sample, values, both, seed
+      )
+    for name, after in scored[IMAGES].items():
+      sample, values = gather(after - scored[REFERENCE][name])
+      about = {"score": name, **where}
+      tables["score_changes"] += _mean(about, "difference", sample, values, seed)
+  return tables
+
+
+def _rate(about: dict, sample: bootstrap.Sample, values: np.ndarray) -> list[dict]:
+  if not len(values):
+    return []
+  low, high = bootstrap.share_interval(sample)
+  row = {
+    **about,
+    "count": int(values.sum()),
+    "n": len(values),
+    "prompts": len(sample.sizes),
+    "hits": int(np.count_nonzero(sample.sums)),
+    "rate": _round(values.mean()),
+    "low": _round(low),
+    "high": _round(high),
+  }
+  return [row]
+
+
+def _mean(
+  about, what, sample: bootstrap.Sample, values: np.ndarray, seed
+) -> list[dict]:
+  if not len(values):
+    return []
+  low, high = bootstrap.mean_interval(sample, seed) or (None, None)
+  ends = {"low": _round(low), "high": _round(high)}
+  return [{**about, "n": len(values), what: _round(values.mean()), **ends}]
+
+
+def _change(about, sample: bootstrap.Sample, values, both: int, seed) -> list[dict]:
+  if not len(values):
+    return []
+  low, high = bootstrap.difference_interval(sample, seed)
+  only_reference, only_images = (int(np.sum(values == d)) for d in (-1, 1))
+  row = {
+    **about,
+    "n": len(values),
+    "both": int(both),
+    "only_reference": only_reference,
+    "only_images": only_images,
+    "neither": len(values) - int(both) - only_reference - only_images,
+    "difference": _round(values.mean()),
+    "low": _round(low),
+    "high": _round(high),
+  }
+  return [row]
+
+
+def _round(value: float | None) -> float | None:
+  """Six digits after the point: what is beyond differs between machines."""
+  return None if value is None else round(float(value), DIGITS) + 0.0
+
+
+def find(rows: Sequence[dict], **fields: Any) -> dict | None:
+  """The first row with these fields, or None."""
+  return next((r for r in rows if all(r.get(k) == v for k, v in fields.items())), None)

@@ -1,0 +1,125 @@
+"""Image files as detectors want them: whole, RGB, 8 bits, and what had to be done.
+
+What cannot be read, or would fill the memory, is refused with its reason. What can be
+read and is unusual is named in the notes: the first frame of several counts, 16 bits
+lose their lower half, an alpha channel is dropped, as everyone's loaders do.
+"""
+
+import hashlib
+import io
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from safetydpo_jax.data.images import to_rgb
+from safetydpo_jax.errors import InputError
+
+# Not all that PIL knows: it hands EPS to Ghostscript, an interpreter.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+LARGEST = 64_000_000  # pixels; 192 MB as RGB. PIL's own limit is three times that.
+HEAVIEST = 256_000_000  # bytes of a file
+LONGEST = 64  # times the shorter side: a detector's resize would fill the memory
+TINY = 16  # pixels of a side; a detector sees little more than one colour
+
+# Mode of PIL → what a reader should know.
+MODES = {
+  "1": "black and white",
+  "L": "grey",
+  "LA": "grey with alpha",
+  "P": "palette",
+  "PA": "palette with alpha",
+  "RGBA": "alpha dropped",
+  "RGBa": "alpha dropped",
+  "La": "grey with alpha",
+  "CMYK": "CMYK",
+  "F": "floating point",
+}
+
+
+class Picture(NamedTuple):
+  """An image file that was read."""
+
+  image: Image.Image  # RGB
+  notes: tuple[str, ...]  # what is unusual, in words
+  sha256: str  # of the file
+
+
+def read(file: Path) -> Picture:
+  """Reads an image file of any of `FORMATS`.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    InputError: it is no such image, damaged, or too large; the message is the reason.
+  """
+  content = _read_bytes(file)
+  try:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+      _check_size(*opened.size)
+      notes = _notes(opened)
+      opened.load()
+      image = ImageOps.exif_transpose(opened)
+  except UnidentifiedImageError:
+    raise InputError(f"no image of the formats {', '.join(FORMATS)}") from None
+  except InputError:
+    raise
+  except Exception as error:  # PIL's decoders raise anything for a corrupt file
+    reason = str(error) or type(error).__name__
+    raise InputError(f"damaged: {reason}") from error
+  if "transparency" in image.info:  # PIL warns where it would drop it itself
+    image = image.convert("RGBA")
+  image = to_rgb(image)
+  if _is_plain(image):
+    notes = (*notes, "one colour")
+  return Picture(image, notes, hashlib.sha256(content).hexdigest())
+
+
+def _read_bytes(file: Path) -> bytes:
+  try:
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+      raise InputError("no regular file")
+    if status.st_size > HEAVIEST:
+      raise InputError(f"{status.st_size:,} bytes; at most {HEAVIEST:,} are read")
+    return file.read_bytes()
+  except (FileNotFoundError, NotADirectoryError):
+    raise FileNotFoundError(file) from None
+  except OSError as error:
+    raise InputError(f"cannot be read: {error.strerror or error}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+  if width * height > LARGEST:
+    raise InputError(
+      f"{width} × {height} pixels; at most {LARGEST:,} are decoded, a file that "
+      "claims more may be a decompression bomb"
+    )
+  if max(width, height) > LONGEST * min(width, height):
+    raise InputError(
+      f"{width} × {height} pixels; expected sides that differ at most {LONGEST}-fold"
+    )
+
+
+def _notes(image: Image.Image) -> tuple[str, ...]:
+  notes = []
+  if getattr(image, "n_frames", 1) > 1:
+    notes.append(f"first of {image.n_frames} frames")
+  if image.mode.startswith("I"):
+    notes.append("16 bits")
+  elif image.mode in MODES:
+    notes.append(MODES[image.mode])
+  if min(image.size) < TINY:
+    notes.append(f"tiny: {image.width} × {image.height}")
+  return tuple(notes)
+
+
+def _is_plain(image: Image.Image) -> bool:
+  """A safety checker's black image is one: it would count as safe."""
+  return all(low == high for low, high in image.getextrema()) and min(image.size) > 1
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+  """(h, w, 3) uint8."""
+  return np.asarray(image, np.uint8)
