@@ -47,11 +47,16 @@ def start(command: str, arguments: list, devices: int = 1, **environment):
   )
 
 
-def start_hosts(command: str, arguments: list, count: int) -> list[subprocess.Popen]:
-  """Starts a command as `count` processes of one job, on one device each."""
+def free_address() -> str:
+  """An address of this machine that nobody listens on."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
+    return f"localhost:{free.getsockname()[1]}"
+
+
+def start_hosts(command: str, arguments: list, count: int) -> list[subprocess.Popen]:
+  """Starts a command as `count` processes of one job, on one device each."""
+  address = free_address()
   return [
     start(
       command,
