@@ -1,17 +1,20 @@
-"""The diffusion process: noise schedule, training targets, deterministic sampling.
+"""The diffusion process: noise schedule, training targets, guidance, DDIM.
 
 With ᾱ_t the cumulative product of 1 − β_t over the checkpoint's schedule:
 
   (1)  x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε                       forward process
   (2)  y = ε                          (epsilon prediction)     training target
        y = √ᾱ_t · ε − √(1 − ᾱ_t) · x_0       (v prediction)
+       y = x_0                                 (sample prediction)
   (3)  x_0 = s · (μ + exp(½ logvar) · η)               a VAE posterior sample
   (4)  x_s = √ᾱ_s · x̂_0 + √(1 − ᾱ_s) · ε̂            one DDIM step from t to s < t
   (5)  ŷ = ŷ_∅ + g · (ŷ_c − ŷ_∅)                    classifier-free guidance
+  (6)  ŷ ← φ · ŷ · std(ŷ_c) / std(ŷ) + (1 − φ) · ŷ          rescaled guidance
+  (7)  √ᾱ_t ← (√ᾱ_t − √ᾱ_T) · √ᾱ_1 / (√ᾱ_1 − √ᾱ_T)     no signal at the last step
 
 Sources: Ho et al. 2020 (1, 2), Salimans & Ho 2022 (v), Song et al. 2021 (4, η = 0),
-Ho & Salimans 2022 (5). Constants follow the checkpoint's scheduler_config.json, read
-as diffusers reads it.
+Ho & Salimans 2022 (5), Lin et al. 2023 (6, 7). Constants follow the checkpoint's
+scheduler_config.json, read as diffusers reads it. Other samplers: `samplers.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,10 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.core import FrozenDict
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.models.config import freeze
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def _betas(kind: str, start: float, end: float, steps: int) -> np.ndarray:
@@ -40,29 +45,52 @@ def _betas(kind: str, start: float, end: float, steps: int) -> np.ndarray:
   )
 
 
+def _without_terminal_signal(betas: np.ndarray) -> np.ndarray:
+  """Equation (7) on β_t, in float32 and in the order of diffusers' arithmetic."""
+  signal = np.sqrt(np.cumprod(1.0 - betas, dtype=np.float32))
+  first, last = signal[0], signal[-1]
+  alphas_cumprod = ((signal - last) * (first / (first - last))) ** 2
+  ratios = alphas_cumprod[1:] / alphas_cumprod[:-1]
+  return 1.0 - np.concatenate([alphas_cumprod[:1], ratios])
+
+
+def read_alphas_cumprod(config: Mapping[str, Any], *, zero_snr: bool) -> np.ndarray:
+  """ᾱ_t of a scheduler_config.json, (T,) float32; by equation (7) if `zero_snr`."""
+  if config.get("trained_betas") is not None:
+    betas = np.asarray(config["trained_betas"], np.float32)
+  else:
+    betas = _betas(
+      config.get("beta_schedule", "linear"),
+      config.get("beta_start", 0.0001),
+      config.get("beta_end", 0.02),
+      config.get("num_train_timesteps", 1000),
+    )
+  if zero_snr:
+    betas = _without_terminal_signal(betas)
+  return np.cumprod(1.0 - betas, dtype=np.float32)
+
+
 @struct.dataclass
 class Schedule:
   """A checkpoint's noise schedule.
 
   Attributes:
     alphas_cumprod: ᾱ_t, (T,) float32.
-    final_alpha_cumprod: ᾱ of the step after the last one, () float32.
-    prediction_type: what the UNet predicts, 'epsilon' or 'v_prediction'.
-    timestep_spacing: 'leading', 'trailing' or 'linspace', as diffusers names them.
-    steps_offset: added to 'leading' timesteps.
-    clip_sample: DDIM clips x̂_0 to [−1, 1].
+    final_alpha_cumprod: ᾱ of the step after DDIM's last one, () float32.
+    prediction_type: what the UNet predicts, one of `PREDICTION_TYPES`.
+    config: the whole scheduler_config.json, frozen, for `samplers.py`.
   """
 
   alphas_cumprod: jax.Array
   final_alpha_cumprod: jax.Array
   prediction_type: str = struct.field(pytree_node=False, default="epsilon")
-  timestep_spacing: str = struct.field(pytree_node=False, default="leading")
-  steps_offset: int = struct.field(pytree_node=False, default=0)
-  clip_sample: bool = struct.field(pytree_node=False, default=False)
+  config: FrozenDict[str, Any] = struct.field(
+    pytree_node=False, default_factory=FrozenDict
+  )
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-    """Reads the fields of a diffusers scheduler_config.json.
+    """Reads a diffusers scheduler_config.json.
 
     Raises:
       InputError: for a beta schedule or prediction type that is not supported.
@@ -73,27 +101,15 @@ class Schedule:
         f"scheduler_config.json: prediction_type {prediction_type!r} is not "
         f"supported; expected one of {', '.join(PREDICTION_TYPES)}"
       )
-    for name in ("rescale_betas_zero_snr", "thresholding"):
-      if config.get(name):
-        raise InputError(f"scheduler_config.json: {name} is not supported")
-    if config.get("trained_betas") is not None:
-      betas = np.asarray(config["trained_betas"], np.float32)
-    else:
-      betas = _betas(
-        config.get("beta_schedule", "linear"),
-        config.get("beta_start", 0.0001),
-        config.get("beta_end", 0.02),
-        config.get("num_train_timesteps", 1000),
-      )
-    alphas_cumprod = np.cumprod(1.0 - betas, dtype=np.float32)
+    alphas_cumprod = read_alphas_cumprod(
+      config, zero_snr=bool(config.get("rescale_betas_zero_snr"))
+    )
     final = 1.0 if config.get("set_alpha_to_one", True) else alphas_cumprod[0]
     return cls(
       alphas_cumprod=alphas_cumprod,
       final_alpha_cumprod=np.float32(final),
       prediction_type=prediction_type,
-      timestep_spacing=config.get("timestep_spacing", "leading"),
-      steps_offset=config.get("steps_offset", 0),
-      clip_sample=config.get("clip_sample", True),  # as diffusers' DDIMScheduler
+      config=freeze(config),
     )
 
   @property
@@ -128,6 +144,8 @@ def target(
   chex.assert_equal_shape([latents, noise])
   if schedule.prediction_type == "epsilon":
     return noise
+  if schedule.prediction_type == "sample":
+    return latents
   signal, noise_level = _signal_and_noise(schedule, timesteps, latents.ndim)
   return signal * noise - noise_level * latents
 
@@ -152,31 +170,57 @@ def posterior_sample(
   return scaling_factor * (mean + deviation * noise)
 
 
+def spaced_timesteps(
+  total: int, steps: int, spacing: str, offset: int, *, rounded=True, extra: int = 0
+) -> np.ndarray:
+  """Timesteps as diffusers spaces them, (steps,) float64, descending.
+
+  Args:
+    total: T of the training schedule.
+    steps: how many.
+    spacing: `timestep_spacing`: leading, trailing or linspace.
+    offset: `steps_offset`, added to leading timesteps.
+    rounded: whether linspace gives whole timesteps.
+    extra: space out this many more and leave out the last.
+
+  Raises:
+    InputError: for a step count or spacing the schedule cannot serve.
+  """
+  if not 1 <= steps <= total - extra:
+    raise InputError(f"steps is {steps}; expected 1 to {total - extra}")
+  points = steps + extra
+  if spacing == "leading":
+    descending = np.arange(points)[::-1] * (total // points) + offset
+    if descending[0] >= total:
+      raise InputError(
+        f"{steps} steps with steps_offset {offset} go beyond the schedule's {total} "
+        "timesteps; take fewer"
+      )
+  elif spacing == "trailing":
+    descending = np.round(np.arange(total, 0, -total / steps)) - 1
+  elif spacing == "linspace":
+    descending = np.linspace(0, total - 1, points)[::-1]
+    descending = descending.round() if rounded else descending
+  else:
+    raise InputError(
+      f"scheduler_config.json: timestep_spacing {spacing!r} is not supported; expected "
+      "leading, trailing or linspace"
+    )
+  # Rounding makes arange one longer for 62 step counts; its last timestep would be −1.
+  return descending[:steps].astype(np.float64)
+
+
 def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
   """The (steps,) descending timesteps that diffusers' DDIM scheduler visits.
 
   Raises:
     InputError: for a step count or spacing the schedule cannot serve.
   """
-  total = schedule.num_timesteps
-  if not 1 <= steps <= total:
-    raise InputError(f"steps is {steps}; expected 1 to {total}")
-  if schedule.timestep_spacing == "leading":
-    ascending = np.arange(steps) * (total // steps) + schedule.steps_offset
-    if ascending[-1] >= total:
-      raise InputError(
-        f"{steps} steps with steps_offset {schedule.steps_offset} go beyond the "
-        f"schedule's {total} timesteps; take fewer"
-      )
-    return ascending[::-1].astype(np.int32)
-  if schedule.timestep_spacing == "trailing":
-    return (np.round(np.arange(total, 0, -total / steps)) - 1).astype(np.int32)
-  if schedule.timestep_spacing == "linspace":
-    return np.linspace(0, total - 1, steps).round()[::-1].astype(np.int32)
-  raise InputError(
-    f"scheduler_config.json: timestep_spacing {schedule.timestep_spacing!r} is not "
-    "supported; expected leading, trailing or linspace"
-  )
+  config = schedule.config
+  spacing = config.get("timestep_spacing", "leading")
+  offset = config.get("steps_offset", 0)
+  timesteps = spaced_timesteps(schedule.num_timesteps, steps, spacing, offset)
+  return timesteps.astype(np.int32)
 
 
 def ddim_step(
@@ -201,11 +245,14 @@ def ddim_step(
   signal, noise_level = jnp.sqrt(alpha), jnp.sqrt(1.0 - alpha)
   if schedule.prediction_type == "epsilon":
     clean, noise = (latents - noise_level * prediction) / signal, prediction
+  elif schedule.prediction_type == "sample":
+    clean, noise = prediction, (latents - signal * prediction) / noise_level
   else:
     clean = signal * latents - noise_level * prediction
     noise = signal * prediction + noise_level * latents
-  if schedule.clip_sample:
-    clean = jnp.clip(clean, -1.0, 1.0)
+  if schedule.config.get("clip_sample", True):  # as diffusers' DDIMScheduler
+    limit = schedule.config.get("clip_sample_range", 1.0)
+    clean = jnp.clip(clean, -limit, limit)
   return jnp.sqrt(previous_alpha) * clean + jnp.sqrt(1.0 - previous_alpha) * noise
 
 
@@ -243,14 +290,16 @@ def guided(
   context: jax.Array,
   null_context: jax.Array,
   guidance_scale: float | jax.Array,
+  rescale: float = 0.0,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """Equation (5) as one doubled batch.
+  """Equation (5) as one doubled batch, and equation (6) if φ is not 0.
 
   Args:
     prediction: (latents (m, h, w, c), timesteps (m,), context (m, l, d)) → latents'
-      shape.
+      shape; the first m/2 rows are those of the empty or negative prompt.
     context, null_context: (n, l, d), of the prompts and of the empty prompt.
     guidance_scale: g, a scalar or (n,).
+    rescale: φ, 0 to 1; the deviations are each image's own.
   """
   both = jnp.concatenate([null_context, context])
   scale = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), context.shape[:1])
@@ -261,6 +310,13 @@ def guided(
     timesteps = jnp.full((doubled.shape[0],), timestep)
     out = prediction(doubled, timesteps, both).astype(jnp.float32)
     unconditional, conditional = jnp.split(out, 2)
-    return unconditional + scale * (conditional - unconditional)
+    mixed = unconditional + scale * (conditional - unconditional)
+    if not rescale:
+      return mixed
+    axes = tuple(range(1, mixed.ndim))
+    wanted, found = (
+      jnp.std(values, axes, keepdims=True) for values in (conditional, mixed)
+    )
+    return mixed * (rescale * wanted / found + (1.0 - rescale))
 
   return predict

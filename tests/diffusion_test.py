@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+  rescale_noise_cfg,
+)
 
 from safetydpo_jax import diffusion
 from safetydpo_jax.errors import InputError
@@ -17,6 +20,11 @@ CONFIGS = {
   "v": {**SCHEDULER, "prediction_type": "v_prediction", "steps_offset": 0},
   "linear": {"beta_schedule": "linear", "beta_end": 0.006, "clip_sample": False},
   "clipped": {key: SCHEDULER[key] for key in SCHEDULER if key != "clip_sample"},
+  "v without terminal signal": {
+    **SCHEDULER,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+  },
 }
 
 
@@ -69,6 +77,32 @@ def test_ddim_equals_diffusers(config, spacing, draws):
   np.testing.assert_allclose(ours, sample, atol=1e-4)
 
 
+def test_the_last_step_has_no_signal_where_the_config_says_so():
+  config = {**SCHEDULER, "rescale_betas_zero_snr": True}
+  alphas = diffusion.Schedule.from_config(config).alphas_cumprod
+  assert alphas[-1] == 0
+  expected = diffusers.DDIMScheduler.from_config(config).alphas_cumprod
+  np.testing.assert_allclose(alphas, expected, rtol=0, atol=1e-6)
+
+
+def test_the_target_of_sample_prediction_is_the_clean_latents(draws):
+  latents, noise, timesteps = draws
+  schedule = diffusion.Schedule.from_config({**SCHEDULER, "prediction_type": "sample"})
+  np.testing.assert_array_equal(
+    diffusion.target(schedule, latents, noise, timesteps), latents
+  )
+
+
+def test_trailing_timesteps_end_before_the_schedule_does():
+  """np.arange makes 62 for 61 steps, the last of them −1."""
+  config = {**SCHEDULER, "timestep_spacing": "trailing"}
+  schedule = diffusion.Schedule.from_config(config)
+  for steps in (20, 61, 998):
+    timesteps = diffusion.sampling_timesteps(schedule, steps)
+    assert (len(timesteps), timesteps[0]) == (steps, 999)
+    assert timesteps[-1] >= 0
+
+
 def test_posterior_sample_equals_diffusers():
   moments = np.random.default_rng(0).standard_normal((2, 3, 3, 8)).astype(np.float32)
   moments[0, 0, 0, 4:] = [-40.0, 30.0, 0.0, 1.0]  # beyond the clip on both sides
@@ -94,6 +128,28 @@ def test_guidance_mixes_the_two_predictions_per_image():
   np.testing.assert_allclose(out[:, 0, 0, 0], [1.0, 4.0])
 
 
+def test_rescaled_guidance_equals_diffusers():
+  rng = np.random.default_rng(0)
+  conditional, unconditional = rng.standard_normal((2, 3, 4, 5, 2)).astype(np.float32)
+  conditional *= np.array([1, 2, 3])[
+    :, None, None, None
+  ]  # each image its own deviation
+  scale = np.array([7.5, 1.0, 3.0], np.float32)
+
+  def prediction(latents, timesteps, context):
+    return jnp.concatenate([unconditional, conditional])
+
+  context = jnp.zeros((3, 1, 1))
+  ours = diffusion.guided(prediction, context, context, scale, rescale=0.7)
+  theirs = torch.from_numpy(
+    unconditional + scale[:, None, None, None] * (conditional - unconditional)
+  )
+  expected = rescale_noise_cfg(theirs, torch.from_numpy(conditional), 0.7)
+  np.testing.assert_allclose(
+    ours(jnp.zeros((3, 4, 5, 2)), jnp.array(7)), expected, rtol=0, atol=1e-5
+  )
+
+
 def test_the_schedule_is_a_pytree_of_numbers():
   schedule = diffusion.Schedule.from_config(SCHEDULER)
   assert len(jax.tree.leaves(schedule)) == 2
@@ -103,10 +159,8 @@ def test_the_schedule_is_a_pytree_of_numbers():
 @pytest.mark.parametrize(
   ("field", "value"),
   [
-    ("prediction_type", "sample"),
+    ("prediction_type", "flow_prediction"),
     ("beta_schedule", "squaredcos_cap_v2"),
-    ("rescale_betas_zero_snr", True),
-    ("thresholding", True),
   ],
 )
 def test_a_schedule_we_do_not_have_is_named(field, value):
