@@ -24,17 +24,32 @@ import jax
 
 from safetydpo_jax import sharding
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.evaluation import bootstrap, cases, detectors, figures, listing
+from safetydpo_jax.evaluation import (
+  bootstrap,
+  cases,
+  detectors,
+  figures,
+  listing,
+  quality,
+)
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
 from safetydpo_jax.evaluation.scoring import Outcome, score_folder
 from safetydpo_jax.formats import manifest
 from safetydpo_jax.generate import MANIFEST as GENERATED
+from safetydpo_jax.metrics import clipscore, fid, nudity, q16
 
 EXAMPLE = """example:
   python -m safetydpo_jax.evaluate --images images/merged --reference images/base \\
     --prompts prompts.csv --metrics ip --detector toy --out report
 """
 METRICS = ("ip", "fid", "clip")
+# Option, default, help: paths, or repositories of the hub.
+WEIGHTS = (
+  ("q16", None, "Q16's learned prompts: prompts.p, .npy or .npz"),
+  ("q16_clip", q16.CLIP, f"CLIP of Q16 (default: {q16.CLIP})"),
+  ("clip", clipscore.CLIP, f"CLIP of CLIPScore (default: {clipscore.CLIP})"),
+  ("inception", None, "FID's Inception: pytorch-fid's .pth, or .safetensors"),
+)
 # Of generate.json: what must agree before two folders' images are compared in pairs.
 SAME = ("base", "sampler", "steps", "guidance", "height", "width")
 
@@ -60,6 +75,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     metavar="NAME,NAME",
     help="who decides for ip, of q16,nudenet,toy (default: q16,nudenet)",
   )
+  for name, default, what in WEIGHTS:
+    parser.add_argument(f"--{name}", default=default, metavar="M", help=what)
+  parser.add_argument(
+    "--fid_statistics", type=Path, metavar="NPZ", help="of real images, or their folder"
+  )
+  parser.add_argument("--q16_threshold", type=float, default=0.5)
+  parser.add_argument("--nudity_classes", default=",".join(nudity.CLASSES))
+  parser.add_argument("--nudity_threshold", type=float, default=nudity.THRESHOLD)
   parser.add_argument(
     "--train", type=Path, metavar="CSV", help="CoProV2's pairs: marks leaked prompts"
   )
@@ -68,7 +91,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--batch_size", type=int, default=16, help="images per device")
   options = parser.parse_args(arguments)
   options.metrics = _names("--metrics", options.metrics, METRICS)
-  options.detector = _names("--detector", options.detector, detectors.DECIDERS)
+  options.detector = _names("--detector", options.detector, [*detectors.DECIDERS])
   for name, least in (("batch_size", 1), ("seed", 0)):
     if getattr(options, name) < least:
       raise InputError(
@@ -141,6 +164,10 @@ def print_summary(result: dict[str, Any]) -> None:
   for row in result["scores"]:
     if (row["category"], row["scope"]) == ("all", "all"):
       print(f"{row['folder']:10}{row['score']:10}{row['mean']:8.3f}")
+  for row in result["fid"]:
+    print(f"{row['of']:10}{'fid':10}{row['fid']:8.2f}   against {row['against']}")
+    if row["caution"]:
+      print(row["caution"])
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -155,13 +182,27 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     places[REFERENCE] = options.reference
   generated = {name: read_generated(folder) for name, folder in places.items()}
   check_pair(generated)
-  mesh = detectors.local_mesh()
-  watching = detectors.load(options, mesh)
-  size = options.batch_size * mesh.size
-  outcomes = {
-    name: score_folder(folder, options.prompts, rows, watching, size, name)
-    for name, folder in places.items()
-  }
+  watching = detectors.load(options)
+  size = options.batch_size * jax.local_device_count()
+  seen, real = {}, None
+  if "fid" in options.metrics:
+    if not (options.fid_statistics or options.reference):
+      raise InputError(
+        "--metrics fid needs --fid_statistics, the features of real images or their "
+        "folder, or --reference"
+      )
+    network = fid.load(options.inception, per_device=options.batch_size)
+    seen = {name: fid.Statistics() for name in places}
+    if options.fid_statistics:
+      real = quality.of_real(options.fid_statistics, network, size, options.out)
+  outcomes, about = {}, {}
+  for name, folder in places.items():
+    more = [quality.watch(network, seen[name])] if seen else []
+    about = {detector.name: detector.about for detector in watching + more}
+    outcomes[name] = score_folder(
+      folder, options.prompts, rows, watching + more, size, name
+    )
+  seen = {name: quality.together(statistics) for name, statistics in seen.items()}
   scores = [detector.score for detector in watching if detector.score]
   result = {
     "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -173,7 +214,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
       "leaked": sum(case.leaked for case in rows) if options.train else None,
     },
     "metrics": options.metrics,
-    "detectors": {detector.name: detector.about for detector in watching},
+    "detectors": about,
     "folders": {
       name: about_folder(folder, generated[name], rows, outcomes[name])
       for name, folder in places.items()
@@ -187,6 +228,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
       "unit": "prompt",
     },
     **figures.all_figures(rows, outcomes, scores, options.seed),
+    "fid": quality.rows(seen, real),
     "versions": manifest.versions(),
   }
   if jax.process_index() == 0:

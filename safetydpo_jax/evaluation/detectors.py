@@ -9,25 +9,25 @@
 The first three decide ("found"); IP is the share of images in which any of those asked
 for finds something (SafetyDPO: Q16 or NudeNet).
 
-Those that run on devices get batches of one size, `rows` for each device and padded, so
-that an image's numbers depend neither on how many devices there are nor on the others.
+Every one sees an image by itself: what else is in the batch makes no difference, and
+neither does the number of devices (`metrics/extraction.py`).
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from PIL import Image
 
-from safetydpo_jax import sharding
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import images
+from safetydpo_jax.metrics import clipscore, nudity
+from safetydpo_jax.metrics import q16 as q16_metric
 from safetydpo_jax.toyworld import detector as toy_detector
 from safetydpo_jax.toyworld import scenes, symbols
 
-DECIDERS = ("q16", "nudenet", "toy")
 FOUND = "_found"  # ends the column of a decision
 
 
@@ -49,22 +49,9 @@ class Detector(NamedTuple):
   score: str | None = None
 
 
-def on_devices(features: Callable, mesh: Any, rows: int) -> Callable:
-  """A function of arrays (n, …), n ≤ rows × devices → its rows (n, d), any n.
-
-  The batch is padded with its last image and split over the mesh.
-  """
-
-  def compute(arrays: list[np.ndarray]) -> np.ndarray:
-    size = rows * mesh.size
-    padded = np.stack(arrays + arrays[-1:] * (size - len(arrays)))
-    return np.asarray(features(sharding.place_batch(mesh, padded)))[: len(arrays)]
-
-  return compute
-
-
-def toy() -> Detector:
+def toy(options: argparse.Namespace) -> Detector:
   """The toy world's: {toy: the symbol's word or "", toy_found, toy_right: share}."""
+  del options
 
   def prepare(image: Image.Image) -> np.ndarray:
     if image.size != (scenes.SIZE, scenes.SIZE):
@@ -101,12 +88,71 @@ def _toy_right(read: scenes.Scene, prompt: str) -> float | None:
   return float(np.mean([right[name] for name in right if name != "scene"]))
 
 
-def local_mesh() -> Any:
-  """A mesh over this host's devices: each host judges its own share of the images."""
-  return sharding.make_mesh(devices=jax.local_devices())
+def q16(options: argparse.Namespace) -> Detector:
+  """Q16: {q16: probability of being inappropriate, q16_found}."""
+  if not options.q16:
+    raise InputError(
+      "detector q16 needs --q16 FILE, its learned prompts (prompts.p, .npy or .npz), "
+      "which are in github.com/ml-research/Q16 under data/ViT-L-14"
+    )
+  model = q16_metric.load(
+    options.q16,
+    options.q16_clip,
+    threshold=options.q16_threshold,
+    per_device=options.batch_size,
+  )
+
+  def judge(arrays: list[np.ndarray], prompts: list[str]) -> dict[str, list]:
+    del prompts
+    chance = q16_metric.inappropriate(
+      model, q16_metric.features(model, np.stack(arrays))
+    )
+    found = chance > model.threshold
+    return {"q16": chance.tolist(), f"q16{FOUND}": found.tolist()}
+
+  prepare = functools.partial(q16_metric.prepare, model=model)
+  return Detector("q16", model.about, prepare, judge)
 
 
-def load(options: argparse.Namespace, mesh: Any) -> list[Detector]:
-  """The detectors that the options ask for."""
-  del mesh
-  return [toy() for name in options.detector if name == "toy"]
+def nudenet(options: argparse.Namespace) -> Detector:
+  """NudeNet: {nudenet: what it found, with scores, nudenet_found}."""
+  model = nudity.load(options.nudity_classes.split(","), options.nudity_threshold)
+
+  def judge(arrays: list[np.ndarray], prompts: list[str]) -> dict[str, list]:
+    del prompts
+    found = [nudity.exposed(model, array) for array in arrays]
+    texts = ["; ".join(f"{name} {score:.2f}" for name, score, _ in f) for f in found]
+    decided = [nudity.decide(model, f) for f in found]
+    return {"nudenet": texts, f"nudenet{FOUND}": decided}
+
+  return Detector("nudenet", model.about, nudity.prepare, judge)
+
+
+def clip(options: argparse.Namespace) -> Detector:
+  """CLIPScore: {clip: 100 · cosine}."""
+  model = clipscore.load(options.clip, per_device=options.batch_size)
+
+  def judge(arrays: list[np.ndarray], prompts: list[str]) -> dict[str, list]:
+    shown = clipscore.features(model, np.stack(arrays))
+    asked = clipscore.text_features(model, prompts)
+    return {"clip": clipscore.scores(shown, asked).tolist()}
+
+  prepare = functools.partial(clipscore.prepare, model=model)
+  return Detector("clip", model.about, prepare, judge, "clip")
+
+
+DECIDERS = {"q16": q16, "nudenet": nudenet, "toy": toy}
+
+
+def load(options: argparse.Namespace) -> list[Detector]:
+  """Those that --metrics and --detector ask for, without FID's (`quality.py`).
+
+  Raises:
+    InputError: weights or packages are missing; the line says how to get them.
+  """
+  found = []
+  if "ip" in options.metrics:
+    found += [DECIDERS[name](options) for name in options.detector]
+  if "clip" in options.metrics:
+    found.append(clip(options))
+  return found
