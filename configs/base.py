@@ -16,6 +16,20 @@ from ml_collections import ConfigDict
 # What differs between model families. Sources: the launchers released with SafetyDPO.
 VARIANTS = {
   "sd15": {"model": "sd15"},
+  # SD2.1 was released without a launcher, and its script refuses v-prediction: the
+  # checkpoint says what it predicts, all numbers are SD1.5's. [inferred]
+  "sd21": {"model": "sd21"},  # 768 pixels, v-prediction
+  "sd21base": {"model": "sd21base"},  # 512 pixels, epsilon
+  # 1024 pixels, sizes (1024, 1024, 0, 0, 1024, 1024).
+  "sdxl": {
+    "model": "sdxl",
+    "optimizer": "adafactor",
+    "scale_lr": False,  # 1e-5 as it stands
+    "warmup_steps": 0,
+    # Not the launcher's, and without influence on the result: 16 pairs one at a time.
+    "accumulation": 16,
+    "remat": "full",
+  },
   # The toy world on a CPU: minutes instead of hours. A flip would move its symbols.
   "toy": {
     "model": "toy",
@@ -73,7 +87,13 @@ def get_config(variant: str = "sd15", category: str = "all") -> ConfigDict:
   config.lora = ConfigDict()
   config.lora.rank = 4
   config.lora.alpha = 4.0
+  # Endings of PyTorch names: also ff.net.0.proj, ff.net.2, proj_in, conv1, conv_in, …
   config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")
+  # Other values for single layers, the first that fits counts: (("conv1", 8),)
+  config.lora.rank_pattern = ()
+  config.lora.alpha_pattern = ()
+  config.lora.dropout = 0.0  # of the policy's LoRA inputs, in training
+  config.lora.init = ""  # a LoRA to start from, in any form `export` and `merge` read
   config.lora.seed = 0  # shared by all experts, so that factor-level merging works
 
   config.seed = 0

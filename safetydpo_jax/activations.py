@@ -14,14 +14,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from safetydpo_jax import diffusion, sharding
+from safetydpo_jax import conditioning, diffusion, sharding
 from safetydpo_jax.calibration import Batch
 from safetydpo_jax.data import batches
 from safetydpo_jax.data.batches import Draw
 from safetydpo_jax.data.records import PairCache
 from safetydpo_jax.formats.pipeline import Pipeline
 from safetydpo_jax.lora import Tree
-from safetydpo_jax.models import clip
+from safetydpo_jax.models.layers import low_rank_input
 
 COLLECTION = "activations"
 
@@ -53,7 +53,7 @@ def _capture(next_call, args, kwargs, context):
   module = context.module
   if context.method_name == "__call__" and module.has_variable("lora", "a"):
     a, b = (module.get_variable("lora", part) for part in "ab")
-    hidden = jnp.dot(args[0].astype(jnp.float32), a, precision="highest")
+    hidden = low_rank_input(module, args[0].astype(jnp.float32), a, "highest")
     parts = {"a": hidden, "b": jnp.dot(hidden, b, precision="highest")}
     for part, value in parts.items():
       tokens = tuple(range(1, value.ndim - 1))
@@ -106,14 +106,16 @@ def make_measure(
     noisy = jax.vmap(draw)(batch.pairs, batch.timesteps, batch.moments)
     noisy = noisy.reshape(-1, *noisy.shape[2:])  # (2B, h, w, c)
     timesteps = jnp.repeat(batch.timesteps, 2)
-    context, _ = clip.encode_text(pipeline.text_encoders, params, batch.token_ids)
-    context = jnp.repeat(context, 2, axis=0)
+    conditions = conditioning.encode(
+      pipeline.text_encoders, params, batch.token_ids, batch.time_ids
+    )
+    context, added_cond = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), conditions)
 
     def one_expert(lora):
       variables = {"params": params["unet"], "lora": lora}
       with nn.intercept_methods(_capture):
         _, state = pipeline.unet.apply(
-          variables, noisy, timesteps, context, mutable=[COLLECTION]
+          variables, noisy, timesteps, context, added_cond, mutable=[COLLECTION]
         )
       return state[COLLECTION]
 
@@ -169,9 +171,15 @@ def measure(
     batch = items[start : start + batch_size]
     padded = batch + batch[-1:] * (batch_size - len(batch))
     own = [padded[row] for row in rows]
-    moments, token_ids = batches.assemble(cache, [pairs[p] for p, _ in own], empty)
+    loaded = batches.assemble(cache, [pairs[p] for p, _ in own], empty)
     numbers = np.array(own, np.int32)
-    place = Batch(moments, token_ids, numbers[:, 0], numbers[:, 1])
+    place = Batch(
+      loaded.moments,
+      loaded.token_ids,
+      numbers[:, 0],
+      numbers[:, 1],
+      loaded.time_ids,
+    )
     activations = step(stacked, params, sharding.place_batch(mesh, place))
     found.append(
       {

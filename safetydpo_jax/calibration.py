@@ -24,12 +24,14 @@ class Batch(NamedTuple):
     token_ids: for each text encoder (B, 77) int32.
     pairs: (B,) int32, which of the calibration's pairs.
     timesteps: (B,) int32.
+    time_ids: (B, 6) int32 for SDXL, else None.
   """
 
   moments: Any
   token_ids: Any
   pairs: Any
   timesteps: Any
+  time_ids: Any = None
 
 
 def categories_of(cache: PairCache) -> list[str]:

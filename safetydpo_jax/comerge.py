@@ -59,7 +59,9 @@ def factor(
   wins = flatten_dict(count_wins(activations))
   return unflatten_dict(
     {
-      path: np.take_along_axis(leaves, wins[path].argmax(0)[None, None], 0)[0]
+      path: np.take_along_axis(
+        leaves, wins[path].argmax(0).reshape((1,) * (leaves.ndim - 1) + (-1,)), 0
+      )[0]
       for path, leaves in flatten_dict(stack(loras)).items()
     }
   )

@@ -31,6 +31,8 @@ from safetydpo_jax import lora as lora_lib
 
 # Accuracy is reported by quarter of the noise schedule.
 TIMESTEP_BINS = 4
+# Tells the keys of dropout from the step's others.
+DROPOUT = 0xD50
 
 Metrics = dict[str, jax.Array]
 
@@ -46,6 +48,7 @@ def denoising_errors(
   unet: Any,
   schedule: diffusion.Schedule,
   added_cond: Mapping[str, jax.Array] | None = None,
+  dropout: tuple[jax.Array, float] | None = None,
 ) -> jax.Array:
   """Equation (1) for k images that share caption, noise and timestep.
 
@@ -59,6 +62,7 @@ def denoising_errors(
     unet: the Flax module.
     schedule: the checkpoint's noise schedule.
     added_cond: None, or arrays (B, …) for SDXL.
+    dropout: None, or (keys (B,), rate) of the LoRA's dropout.
 
   Returns:
     (B, k) float32. Predictions are cast to float32 before the difference: at β = 5000
@@ -76,6 +80,10 @@ def denoising_errors(
   noise, timesteps = per_image(noise), per_image(timesteps)
   noisy = diffusion.add_noise(schedule, latents, noise, timesteps)
   variables = {"params": params} if lora is None else {"params": params, "lora": lora}
+  if dropout is not None:
+    keys, rate = dropout
+    keys = jax.vmap(lambda key: jax.random.split(key, images))(keys).reshape(-1)
+    variables["lora_dropout"] = lora_lib.dropout_draws(lora, keys, rate)
   prediction = unet.apply(
     variables,
     noisy,
@@ -100,6 +108,7 @@ def dpo_loss(
   schedule: diffusion.Schedule,
   beta: float,
   added_cond: Mapping[str, jax.Array] | None = None,
+  dropout: tuple[jax.Array, float] | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """Equations (1) to (3); a pure function of its random draws.
 
@@ -114,6 +123,8 @@ def dpo_loss(
     schedule: the checkpoint's noise schedule.
     beta: β of equation (2).
     added_cond: None, or {'text_embeds': (B, e), 'time_ids': (B, 6)}.
+    dropout: None, or (keys (B,), rate): each image's share of LoRA inputs that the
+      policy does not see. The reference has no LoRA, and none.
 
   Returns:
     The loss, () float32, and metrics: means over the batch of the four errors, the
@@ -123,7 +134,7 @@ def dpo_loss(
   chex.assert_axis_dimension(latents, 1, 2)
   inputs = (params, latents, context, noise, timesteps)
   model = {"unet": unet, "schedule": schedule, "added_cond": added_cond}
-  policy = denoising_errors(lora, *inputs, **model)  # (B, 2)
+  policy = denoising_errors(lora, *inputs, dropout=dropout, **model)  # (B, 2)
   reference = jax.lax.stop_gradient(denoising_errors(None, *inputs, **model))
 
   gap = (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
@@ -158,6 +169,7 @@ def sft_loss(
   schedule: diffusion.Schedule,
   beta: float = 0.0,
   added_cond: Mapping[str, jax.Array] | None = None,
+  dropout: tuple[jax.Array, float] | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """Equation (4): the ablation without a preference. Arguments as in `dpo_loss`."""
   del beta
@@ -171,6 +183,7 @@ def sft_loss(
     unet=unet,
     schedule=schedule,
     added_cond=added_cond,
+    dropout=dropout,
   )
   loss = errors.mean()
   return loss, {"loss": loss, "preferred_error": loss}
@@ -272,38 +285,46 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   loss: str,
   beta: float,
-  lora_scale: float,
+  alpha: float,
   scaling_factor: float,
   devices: int,
   accumulation: int,
   seed: int,
+  alpha_pattern: lora_lib.Pattern = (),
+  dropout: float = 0.0,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
   """One optimizer step: `(state, params, batch) → (state, metrics)`, ready for jit.
 
   Args:
     unet: the Flax module.
     schedule: the checkpoint's noise schedule.
-    encode_text: (params, token ids) → (context (B, l, d), added_cond).
+    encode_text: (params, batch) → (context (B, l, d), added_cond).
     optimizer: applied to the LoRA tree alone.
     loss: 'dpo' or 'sft'.
     beta: β of equation (2).
-    lora_scale: s = alpha / rank.
+    alpha: of the LoRA; s = alpha / rank is folded in before the loss.
     scaling_factor: the VAE's.
     devices: devices that the batch is split over.
     accumulation: microbatches per step; devices × accumulation must divide the batch.
     seed: the run's seed; step n draws from fold_in(seed, n), so a resumed run needs
       no saved key and any number of devices draws the same.
+    alpha_pattern: alphas of single layers, see `lora.fold_alpha`.
+    dropout: share of a LoRA's inputs dropped; at 0 nothing is drawn for it.
   """
 
   def train_step(state, params, batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     latents, noise, timesteps = draw(key, batch.moments, schedule, scaling_factor)
-    context, added_cond = encode_text(params, batch.token_ids)
+    context, added_cond = encode_text(params, batch)
+    # One key a pair, from a stream of its own: no other draw depends on dropout.
+    keys = None
+    if dropout:
+      keys = jax.random.split(jax.random.fold_in(key, DROPOUT), noise.shape[0])
 
     def loss_fn(lora, rows):
-      latents, context, noise, timesteps, added_cond = rows
+      latents, context, noise, timesteps, added_cond, keys = rows
       return LOSSES[loss](
-        lora_lib.scale(lora, lora_scale),
+        lora_lib.fold_alpha(lora, alpha, alpha_pattern),
         params["unet"],
         latents,
         context,
@@ -313,12 +334,13 @@ def make_train_step(
         schedule=schedule,
         beta=beta,
         added_cond=added_cond,
+        dropout=None if keys is None else (keys, dropout),
       )
 
     gradients, metrics = mean_gradient(
       loss_fn,
       state.lora,
-      (latents, context, noise, timesteps, added_cond),
+      (latents, context, noise, timesteps, added_cond, keys),
       devices=devices,
       accumulation=accumulation,
     )

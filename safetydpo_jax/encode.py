@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from etils import epath
 from tqdm import tqdm
 
-from safetydpo_jax import moments, sharding
+from safetydpo_jax import conditioning, moments, sharding
 from safetydpo_jax.data import categories, layouts, places, records, shards, sheet
 from safetydpo_jax.data.pairs import SourcePair, fingerprint
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats import weights
+from safetydpo_jax.formats.hub import PRESETS
 from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
 
 EXAMPLE = """example:
@@ -43,7 +44,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--model", help="diffusers directory, hub id or toy, sd15, sd21, sdxl")
+  presets = ", ".join(PRESETS)
+  add("--model", help=f"diffusers directory, hub id or {presets}")
+  add("--vae", help="another VAE's folder or hub id (default: the model's own)")
   add(
     "--pairs",
     required=True,
@@ -128,11 +131,10 @@ def make_settings(
     if getattr(arguments, name) < 1:
       raise InputError(f"--{name} is {getattr(arguments, name)}, expected 1 or more")
   side = resolution // pipeline.vae_scale
-  vae_files = weights.weight_files(pipeline.path / "vae", arguments.variant)
   return {
     "format": records.FORMAT_VERSION,
     "base": pipeline.fingerprint,
-    "vae": weights.fingerprint(weights.read_tensors(vae_files)),
+    "vae": weights.fingerprint(weights.read_tensors(pipeline.vae_files)),
     "vae_dtype": arguments.dtype,
     "scaling_factor": pipeline.scaling_factor,
     "resolution": resolution,
@@ -220,6 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     components=("vae",),
     dtype=jnp.dtype(arguments.dtype),
     variant=arguments.variant,
+    vae_from=arguments.vae,
   )
   settings = make_settings(arguments, pipeline, pairs)
   out, shard_size = places.as_path(arguments.out), arguments.shard_size
@@ -256,6 +259,9 @@ def main(arguments: list[str] | None = None) -> None:
   sharding.wait_for_hosts("all shards are there")
 
   if jax.process_index() == 0:
+    side = settings["resolution"]
+    sized = len(pipeline.text_encoders) == 2
+    time_ids = conditioning.make_time_ids(side, side) if sized else None
     faults = shards.read_skipped(files)
     lost = [pair for pair in pairs if pair.id in faults]
     counts["skipped"] += len(lost)
@@ -272,6 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
       counts=counts,
       skipped=skipped,
       empty_token_ids=empty_token_ids.tolist(),
+      time_ids=time_ids,
     )
     print(
       f"{out}: {counts['pairs']} pairs with {counts['captions']} captions "

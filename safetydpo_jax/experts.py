@@ -54,13 +54,15 @@ def read_experts(names: Sequence[str]) -> list[Expert]:
 
 
 def check_is_lora(name: str, tree: dict) -> None:
-  """Refuses a tree whose layers are not {'a': (in, r), 'b': (r, out)}."""
+  """Refuses a tree whose layers are not {'a': (…, in, r), 'b': (r, out)}."""
   shapes: dict[tuple, dict] = {}
   for path, leaf in flatten_dict(tree).items():
     shapes.setdefault(path[:-1], {})[path[-1]] = np.shape(leaf)
   for path, parts in shapes.items() or [((), {})]:
     if sorted(parts) != ["a", "b"] or not (
-      len(parts["a"]) == len(parts["b"]) == 2 and parts["a"][1] == parts["b"][0]
+      len(parts["a"]) in (2, 4)
+      and len(parts["b"]) == 2
+      and parts["a"][-1] == parts["b"][0]
     ):
       raise InputError(
         f"{name}: {'/'.join(path) or 'it'} is no LoRA layer, a (in, r) and b (r, out); "
@@ -78,7 +80,10 @@ def check_same_model(one: Expert, other: Expert) -> None:
       f"({bases[1]['fingerprint']}); merge experts of one base model"
     )
   shapes = [
-    {path: leaf.shape[path[-1] == "b"] for path, leaf in flatten_dict(e.lora).items()}
+    {
+      path: leaf.shape[-2 if path[-1] == "a" else 1]
+      for path, leaf in flatten_dict(e.lora).items()
+    }
     for e in (one, other)
   ]
   for path in shapes[0].keys() & shapes[1].keys():

@@ -2,13 +2,18 @@
 
 For a frozen kernel W (in, out) and factors a (in, r), b (r, out) the adapted layer is
 
-  (1)  y = x W + s · (x a) b,     s = alpha / r
+  (1)  y = x W + s · (d(x) a) b,     s = alpha / r
+
+with d a dropout in training and the identity otherwise. A convolution W (kh, kw, in,
+out) larger than 1×1 has a (kh, kw, in, r), of the same stride and padding, and b (r,
+out); a 1×1 convolution is treated as the dense layer it is.
 
 A LoRA tree mirrors the UNet's parameter tree and holds {'a', 'b'}, float32, at each
 adapted layer; the UNet reads it from its 'lora' collection (`models/layers.py`) with s
 folded into b. The DPO reference is the same UNet without that collection.
 
-Source: Hu et al. 2021; initialisation as PEFT's "gaussian": a ~ N(0, (1/r)²), b = 0.
+Source: Hu et al. 2021; initialisation as PEFT's "gaussian": a ~ N(0, (1/r)²), b = 0;
+targets and patterns as PEFT's `target_modules`, `rank_pattern` and `alpha_pattern`.
 """
 
 import re
@@ -18,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from safetydpo_jax.errors import InputError
@@ -27,66 +33,181 @@ ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 Tree = Mapping[str, Any]
 Path = tuple[str, ...]
+# ((ending of a PyTorch name, its number), …); the first that matches a layer counts.
+Pattern = Sequence[tuple[str, float]]
+
+
+def _ending(target: str) -> Path:
+  """The end of a tree's path that a PyTorch name or dotted ending stands for."""
+  return tuple(re.sub(r"\.(\d+)", r"_\1", target).split("."))
+
+
+def _matches(path: Path, target: str) -> bool:
+  ending = _ending(target)
+  return path[-len(ending) :] == ending
 
 
 def target_paths(params: Tree, targets: Sequence[str]) -> list[Path]:
-  """Paths of the dense layers whose PyTorch name ends in one of `targets`.
+  """Paths of the layers whose PyTorch name ends in one of `targets`.
 
   Args:
     params: the UNet's parameter tree (arrays or shapes).
     targets: PyTorch module names or dotted endings of them, as in PEFT's
-      `target_modules`: "to_q" or "attn2.to_out.0".
+      `target_modules`: "to_q", "attn2.to_out.0", "ff.net.0.proj", "conv1".
 
   Raises:
-    InputError: if a target matches no dense layer.
+    InputError: if a target matches no dense layer and no convolution.
   """
-  suffixes = {t: tuple(re.sub(r"\.(\d+)", r"_\1", t).split(".")) for t in targets}
-  dense = [
-    path[:-1]
-    for path, leaf in flatten_dict(params).items()
-    if path[-1] == "kernel" and leaf.ndim == 2
-  ]
-  found = {
-    target: [path for path in dense if path[-len(suffix) :] == suffix]
-    for target, suffix in suffixes.items()
-  }
+  layers = [path[:-1] for path in flatten_dict(params) if path[-1] == "kernel"]
+  found = {t: [path for path in layers if _matches(path, t)] for t in targets}
   for target, paths in found.items():
     if not paths:
       raise InputError(
-        f"lora.targets: {target!r} matches no dense layer of the UNet; "
-        f"the usual targets are {', '.join(ATTENTION_TARGETS)}"
+        f"lora.targets: {target!r} matches no dense layer and no convolution of the "
+        f"UNet; the usual targets are {', '.join(ATTENTION_TARGETS)}"
       )
+  if not found:
+    raise InputError(
+      f"lora.targets is empty; the usual targets are {', '.join(ATTENTION_TARGETS)}"
+    )
   return sorted({path for paths in found.values() for path in paths})
 
 
+def by_layer(paths: Sequence[Path], value: float, pattern: Pattern, name: str) -> dict:
+  """{path: `value`, or the number of the first entry of `pattern` that fits it}.
+
+  Args:
+    paths: the adapted layers.
+    value: for layers that no entry fits.
+    pattern: ((ending of a PyTorch name, number), …).
+    name: of the config's value, for errors.
+
+  Raises:
+    InputError: if an entry is no such pair, fits no adapted layer, or its number is
+      not above 0.
+  """
+  for entry in pattern:
+    if not (
+      isinstance(entry, (tuple, list))
+      and len(entry) == 2
+      and isinstance(entry[0], str)
+      and isinstance(entry[1], (int, float))
+    ):
+      raise InputError(
+        f"{name} has {entry!r}; expected (layer, number), as in (('conv1', 8),)"
+      )
+    if not any(_matches(path, entry[0]) for path in paths):
+      raise InputError(f"{name}: {entry[0]!r} matches no layer of lora.targets")
+    if not entry[1] > 0:
+      raise InputError(f"{name}: {entry[0]!r} has {entry[1]}; expected above 0")
+  return {
+    path: next((number for t, number in pattern if _matches(path, t)), value)
+    for path in paths
+  }
+
+
 def init_lora(
-  key: jax.Array, params: Tree, rank: int, targets: Sequence[str] = ATTENTION_TARGETS
+  key: jax.Array,
+  params: Tree,
+  rank: int,
+  targets: Sequence[str] = ATTENTION_TARGETS,
+  rank_pattern: Pattern = (),
 ) -> dict:
   """A fresh LoRA tree: a ~ N(0, (1/r)²), b = 0, so that policy equals reference.
 
   A layer's draw depends on the key and the layer's name alone: experts that share a
   seed share every `a`, whatever else they adapt.
+
+  Args:
+    key: of the draws.
+    params: the UNet's parameter tree (arrays or shapes).
+    rank: r of every layer that `rank_pattern` does not name.
+    targets: see `target_paths`.
+    rank_pattern: ((target, r), …) for single layers.
+
+  Raises:
+    InputError: for a rank below 1, or a target or entry that matches nothing.
   """
   if rank < 1:
     raise InputError(f"lora.rank is {rank}; expected 1 or more")
   kernels = flatten_dict(params)
+  paths = target_paths(params, targets)
   lora = {}
-  for path in target_paths(params, targets):
-    inputs, outputs = kernels[(*path, "kernel")].shape
+  for path, r in by_layer(paths, rank, rank_pattern, "lora.rank_pattern").items():
+    if r != int(r):
+      raise InputError(f"lora.rank_pattern has rank {r}; expected whole numbers")
+    shape_a, shape_b = factor_shapes(kernels[(*path, "kernel")].shape, int(r))
     layer_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
-    lora[(*path, "a")] = jax.random.normal(layer_key, (inputs, rank)) / rank
-    lora[(*path, "b")] = jnp.zeros((rank, outputs))
+    lora[(*path, "a")] = jax.random.normal(layer_key, shape_a) / r
+    lora[(*path, "b")] = jnp.zeros(shape_b)
   return unflatten_dict(lora)
+
+
+def factor_shapes(kernel: tuple[int, ...], rank: int) -> tuple[tuple, tuple]:
+  """Shapes of a and b for a kernel (in, out) or (kh, kw, in, out)."""
+  *size, inputs, outputs = kernel
+  size = () if tuple(size) == (1, 1) else tuple(size)
+  return (*size, inputs, rank), (rank, outputs)
 
 
 def scale(lora: Tree, factor: float) -> dict:
   """The tree whose product a b is `factor` times that of `lora` (b is scaled)."""
+  return _scale_layers(lora, lambda path, rank: factor)
+
+
+def fold_alpha(lora: Tree, alpha: float, alpha_pattern: Pattern = ()) -> dict:
+  """The tree with s = alpha / r of equation (1) folded into b, layer by layer.
+
+  Args:
+    lora: the LoRA tree as it is trained.
+    alpha: of every layer that `alpha_pattern` does not name.
+    alpha_pattern: ((target, alpha), …) for single layers.
+
+  Raises:
+    InputError: for an alpha that is not above 0, or an entry that matches nothing.
+  """
+  values = alphas(lora, alpha, alpha_pattern)
+  return _scale_layers(lora, lambda path, rank: values[path] / rank)
+
+
+def unfold_alpha(lora: Tree, alpha: float, alpha_pattern: Pattern = ()) -> dict:
+  """The inverse of `fold_alpha`: a finished LoRA as training would hold it."""
+  values = alphas(lora, alpha, alpha_pattern)
+  return _scale_layers(lora, lambda path, rank: rank / values[path])
+
+
+def alphas(lora: Tree, alpha: float, alpha_pattern: Pattern = ()) -> dict[Path, float]:
+  """Each layer's alpha, see `fold_alpha`."""
+  if not alpha > 0:
+    raise InputError(f"lora.alpha is {alpha}; expected above 0")
+  paths = sorted({path[:-1] for path in flatten_dict(lora)})
+  return by_layer(paths, alpha, alpha_pattern, "lora.alpha_pattern")
+
+
+def _scale_layers(lora: Tree, factor_of) -> dict:
+  """b of each layer times factor_of(path, rank)."""
   return unflatten_dict(
     {
-      path: leaf * factor if path[-1] == "b" else leaf
+      path: leaf * factor_of(path[:-1], leaf.shape[0]) if path[-1] == "b" else leaf
       for path, leaf in flatten_dict(lora).items()
     }
   )
+
+
+def dropout_draws(lora: Tree, keys: jax.Array, rate: float) -> dict:
+  """The UNet's 'lora_dropout' collection: for each layer a key for each row.
+
+  Args:
+    lora: the LoRA tree.
+    keys: (n,) typed keys, one for each image the UNet is called with.
+    rate: share of a layer's inputs that its low-rank path does not see.
+  """
+  draws = {}
+  for path in sorted({path[:-1] for path in flatten_dict(lora)}):
+    number = zlib.crc32("/".join(path).encode())
+    draws[(*path, "keys")] = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    draws[(*path, "rate")] = jnp.float32(rate)
+  return unflatten_dict(draws)
 
 
 def add(loras: Sequence[Tree]) -> dict:
@@ -100,7 +221,7 @@ def add(loras: Sequence[Tree]) -> dict:
       factors.setdefault(path, []).append(jnp.asarray(leaf))
   return unflatten_dict(
     {
-      path: jnp.concatenate(leaves, axis=1 if path[-1] == "a" else 0)
+      path: jnp.concatenate(leaves, axis=-1 if path[-1] == "a" else 0)
       for path, leaves in factors.items()
     }
   )
@@ -113,8 +234,8 @@ def check_shapes(params: Tree, lora: Tree) -> None:
     name, kernel = "/".join(path), kernels.get((*path, "kernel"))
     if kernel is None:
       raise InputError(f"the LoRA adapts {name}, which this model does not have")
-    a, b = factors[(*path, "a")].shape, factors[(*path, "b")].shape
-    if a[1] != b[0] or (a[0], b[1]) != kernel.shape:
+    a, b = np.shape(factors[(*path, "a")]), np.shape(factors[(*path, "b")])
+    if (a, b) != factor_shapes(kernel.shape, b[0]):
       raise InputError(
         f"the LoRA's {name} is {a} · {b}, the model's {kernel.shape}: it was made for "
         "another model"
@@ -134,8 +255,10 @@ def fuse(params: Tree, lora: Tree) -> dict:
   for path in {path[:-1] for path in factors}:
     kernel = weights[(*path, "kernel")]
     a, b = factors[(*path, "a")], factors[(*path, "b")]
-    fused = kernel.astype(jnp.float32) + jnp.matmul(a, b, precision="highest")
-    weights[(*path, "kernel")] = fused.astype(kernel.dtype)
+    product = jnp.dot(a, b, precision="highest").reshape(kernel.shape)
+    weights[(*path, "kernel")] = (kernel.astype(jnp.float32) + product).astype(
+      kernel.dtype
+    )
   return unflatten_dict(weights)
 
 

@@ -14,7 +14,8 @@ no expert was trained with. With weights w_n and a density d in (0, 1]:
                     and the mean of the T_n of that sign, weighted by |w_n|, is taken
   (6)  dare_ties    (5) with drop in place of top
 
-(3) to (6) are dense, one layer at a time, and come back to rank r as in (2).
+(3) to (6) are dense, one layer at a time, and come back to rank r as in (2). The a
+(kh, kw, in, r) of a convolution is a matrix (kh·kw·in, r) in all of them.
 
 (5) and (6) are means: the sum of the weights does not matter there. With equal weights
 they are PEFT's `ties` and `dare_ties` at weights 1; with unequal ones they divide by
@@ -25,6 +26,7 @@ Sources: TIES, Yadav et al. 2023 (arXiv 2306.01708); DARE, Yu et al. 2023 (arXiv
 """
 
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -86,7 +88,8 @@ def merge_dense(
   merged = {}
   for path, layer_rank in ranks.items():
     there = [f for f in factors if (*path, "a") in f]
-    shape = there[0][(*path, "a")].shape[0], there[0][(*path, "b")].shape[1]
+    rows = there[0][(*path, "a")].shape[:-1]
+    shape = math.prod(rows), there[0][(*path, "b")].shape[1]
     products = np.zeros((len(loras), *shape), np.float32)
     for n, f in enumerate(factors):
       if (*path, "a") in f:
@@ -94,7 +97,7 @@ def merge_dense(
     rng = np.random.default_rng([seed, zlib.crc32("/".join(path).encode())])
     dense = combine(products, weights, density, rng)
     u, s, v = np.linalg.svd(dense, full_matrices=False)
-    merged |= _balanced(path, u, s, v, layer_rank)
+    merged |= _balanced(path, rows, u, s, v, layer_rank)
   return unflatten_dict(merged)
 
 
@@ -138,11 +141,12 @@ def truncate(lora: Tree, ranks: dict[Path, int]) -> dict:
   """
   factors, merged = flatten_dict(lora), {}
   for path, rank in ranks.items():
-    a, b = (np.asarray(factors[(*path, part)], np.float32) for part in "ab")
+    a, b = _matrices(factors, path)
+    rows = factors[(*path, "a")].shape[:-1]
     left, left_triangle = np.linalg.qr(a)
     right, right_triangle = np.linalg.qr(b.T)
     u, s, v = np.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
-    merged |= _balanced(path, left @ u, s, v @ right.T, rank)
+    merged |= _balanced(path, rows, left @ u, s, v @ right.T, rank)
   return unflatten_dict(merged)
 
 
@@ -161,20 +165,27 @@ def _ranks(loras: Sequence[Tree], rank: int | None) -> dict[Path, int]:
   for lora in loras:
     for path, leaf in flatten_dict(lora).items():
       if path[-1] == "a":
-        ranks[path[:-1]] = max(ranks.get(path[:-1], 0), leaf.shape[1])
+        ranks[path[:-1]] = max(ranks.get(path[:-1], 0), leaf.shape[-1])
   return {path: rank or largest for path, largest in sorted(ranks.items())}
 
 
 def _product(factors: dict, path: Path) -> np.ndarray:
-  a, b = (np.asarray(factors[(*path, part)], np.float32) for part in "ab")
+  a, b = _matrices(factors, path)
   return a @ b
 
 
-def _balanced(path: Path, u, s, v, rank: int) -> dict[Path, np.ndarray]:
-  """a = u √s and b = √s v of the largest `rank` singular values."""
+def _matrices(factors: dict, path: Path) -> tuple[np.ndarray, np.ndarray]:
+  """a (rows, r) and b (r, out) of a layer, float32."""
+  a, b = (np.asarray(factors[(*path, part)], np.float32) for part in "ab")
+  return a.reshape(-1, a.shape[-1]), b
+
+
+def _balanced(path: Path, rows: tuple, u, s, v, rank: int) -> dict[Path, np.ndarray]:
+  """a = u √s, shaped (*rows, r), and b = √s v of the largest `rank` singular values."""
   root = np.sqrt(s[:rank])
+  a = np.ascontiguousarray(u[:, :rank] * root[None, :])
   return {
-    (*path, "a"): np.ascontiguousarray(u[:, :rank] * root[None, :]),
+    (*path, "a"): a.reshape(*rows, a.shape[1]),
     (*path, "b"): np.ascontiguousarray(root[:, None] * v[:rank]),
   }
 

@@ -21,12 +21,20 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
-from safetydpo_jax import checkpoint, dpo, lora, optimizer, sharding, tracking
+from safetydpo_jax import (
+  checkpoint,
+  conditioning,
+  dpo,
+  lora,
+  optimizer,
+  sharding,
+  tracking,
+  warm_start,
+)
 from safetydpo_jax.data import batches, records
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats import expert
 from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
-from safetydpo_jax.models import clip
 
 EXAMPLE = """example:
   python -m safetydpo_jax.train --config configs/hate.py:sd15 --workdir runs/hate \\
@@ -57,6 +65,7 @@ _FREE = (
   "checkpoint_every",
 )
 _FREE += ("mesh", "accumulation", "remat", "attention")
+_OFF = ("lora.dropout", "lora.rank_pattern", "lora.alpha_pattern", "lora.init")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
@@ -114,6 +123,10 @@ def check_config(config: Any) -> None:
   for name, (value, expected) in choices.items():
     if value not in expected:
       raise InputError(f"config.{name} is {value!r}; expected {' or '.join(expected)}")
+  if not 0 <= config.lora.dropout < 1:
+    raise InputError(
+      f"config.lora.dropout is {config.lora.dropout}; expected 0 or more, below 1"
+    )
   if not config.cache:
     raise InputError("config.cache is empty; give the folder that `encode` wrote")
   devices = jax.device_count()
@@ -133,11 +146,15 @@ def check_config(config: Any) -> None:
 
 def run_settings(config: Any, pipeline: Pipeline, cache: Any) -> dict[str, Any]:
   """What must be the same when a run goes on, by its dotted name."""
-  values = flatten_dict(config.to_dict(), sep=".")
+
+  def plain(value):  # as JSON gives it back
+    return [plain(x) for x in value] if isinstance(value, (tuple, list)) else value
+
+  # Options that are off are left out: runs from before an option came go on with it.
   values = {
-    name: list(value) if isinstance(value, tuple) else value
-    for name, value in values.items()
-    if name.split(".")[0] not in _FREE
+    name: plain(value)
+    for name, value in flatten_dict(config.to_dict(), sep=".").items()
+    if name.split(".")[0] not in _FREE and not (name in _OFF and not value)
   }
   return {**values, "dataset": cache.fingerprint, "base": pipeline.fingerprint}
 
@@ -156,24 +173,32 @@ def jit_train_step(
   """
   replicated = NamedSharding(mesh, sharding.REPLICATED)
 
-  def encode_text(params, token_ids):
-    context, _ = clip.encode_text(pipeline.text_encoders, params, token_ids)
-    return context, None
+  def encode_text(params, batch):
+    return conditioning.encode(
+      pipeline.text_encoders, params, batch.token_ids, batch.time_ids
+    )
+
+  train_step = dpo.make_train_step(
+    unet=pipeline.unet,
+    schedule=pipeline.schedule,
+    encode_text=encode_text,
+    optimizer=tx,
+    loss=config.dpo.loss,
+    beta=config.dpo.beta,
+    alpha=config.lora.alpha,
+    alpha_pattern=config.lora.alpha_pattern,
+    dropout=config.lora.dropout,
+    scaling_factor=pipeline.scaling_factor,
+    devices=mesh.size,
+    accumulation=config.accumulation,
+    seed=config.seed,
+  )
+
+  def step(state, params, batch):
+    return train_step(state, sharding.gather_at_use(mesh, params), batch)
 
   return jax.jit(
-    dpo.make_train_step(
-      unet=pipeline.unet,
-      schedule=pipeline.schedule,
-      encode_text=encode_text,
-      optimizer=tx,
-      loss=config.dpo.loss,
-      beta=config.dpo.beta,
-      lora_scale=config.lora.alpha / config.lora.rank,
-      scaling_factor=pipeline.scaling_factor,
-      devices=mesh.size,
-      accumulation=config.accumulation,
-      seed=config.seed,
-    ),
+    step,
     in_shardings=(replicated, shardings, NamedSharding(mesh, sharding.BATCH)),
     out_shardings=replicated,
     donate_argnums=0,
@@ -186,11 +211,14 @@ def print_plan(config: Any, pipeline: Pipeline, cache: Any, mesh: Any, state: An
   rate = optimizer.effective_learning_rate(config)
   device = jax.devices()[0].device_kind
   rows = {
-    "model": f"{config.model} (fingerprint {pipeline.fingerprint}), {config.dtype}",
+    "model": f"{config.model} (fingerprint {pipeline.fingerprint}), "
+    f"{pipeline.schedule.prediction_type}, {config.dtype}",
     "pairs": f"{config.category}: {pairs:,} pairs, {examples:,} examples "
     f"({config.mixture}), {config.steps * config.batch_size / examples:.1f} epochs",
     "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, "
-    f"{len(jax.tree.leaves(state.lora)) // 2} layers, "
+    + (f"from {config.lora.init}, " if config.lora.init else "")
+    + (f"dropout {config.lora.dropout:g}, " if config.lora.dropout else "")
+    + f"{len(jax.tree.leaves(state.lora)) // 2} layers, "
     f"{lora.num_parameters(state.lora):,} parameters, seed {config.lora.seed}",
     "loss": f"{config.dpo.loss}, β {config.dpo.beta:g} in σ(−½β·gap)",
     "batch": f"{config.batch_size} pairs = {config.accumulation} × "
@@ -227,13 +255,11 @@ def main(arguments: list[str] | None = None) -> None:
   # State is born on the devices; base weights are placed once.
   tx = optimizer.make_optimizer(config)
 
-  def init_state():
-    key = jax.random.key(config.lora.seed)
-    shapes = pipeline.unet_shapes()
-    tree = lora.init_lora(key, shapes, config.lora.rank, config.lora.targets)
-    return dpo.init_state(tree, tx)
-
-  state = jax.jit(init_state, out_shardings=replicated)()
+  make_lora, origin = warm_start.first_lora(config.lora, pipeline)
+  make_state = jax.jit(
+    lambda: dpo.init_state(make_lora(), tx), out_shardings=replicated
+  )
+  state = make_state()
   base_shardings = sharding.base_shardings(mesh, pipeline.params)
   params = sharding.place(pipeline.params, base_shardings)
   pipeline.params.clear()
@@ -312,7 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
 
   about = {
     "category": config.category,
-    "rank": config.lora.rank,
+    "rank": lora.rank_of(state.lora),
     "alpha": config.lora.alpha,
     "targets": list(config.lora.targets),
     "base": {"name": config.model, "fingerprint": pipeline.fingerprint},
@@ -321,7 +347,9 @@ def main(arguments: list[str] | None = None) -> None:
     "dataset": cache.fingerprint,
     "config": config.to_dict(),
   }
-  tree = lora.scale(state.lora, config.lora.alpha / config.lora.rank)
+  if origin:
+    about["init"] = origin
+  tree = lora.fold_alpha(state.lora, config.lora.alpha, config.lora.alpha_pattern)
   expert.write_expert(workdir, tree, about)
   if jax.process_index() == 0:
     print(f"expert written to {workdir}", flush=True)

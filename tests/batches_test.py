@@ -41,7 +41,8 @@ def joined(*rows):
   """Batches one after the other, as one."""
   moments = np.concatenate([batch.moments for batch in rows])
   encoders = zip(*(batch.token_ids for batch in rows))
-  return batches.Batch(moments, tuple(map(np.concatenate, encoders)))
+  time_ids = np.concatenate([batch.time_ids for batch in rows])
+  return batches.Batch(moments, tuple(map(np.concatenate, encoders)), time_ids)
 
 
 def identify(cache, batch):
@@ -65,6 +66,13 @@ def test_a_batch_has_the_promised_shapes(cache):
     assert batch.moments.dtype == np.float16
     chex.assert_shape(batch.token_ids, (4, 77))
     assert [ids.dtype for ids in batch.token_ids] == [np.int32] * 2
+    # Two encoders: SDXL. The side of 2 latents is 16 pixels here.
+    np.testing.assert_array_equal(batch.time_ids, [[16, 16, 0, 0, 16, 16]] * 4)
+
+
+def test_a_family_with_one_text_encoder_has_no_time_ids(tmp_path):
+  path = write_cache(tmp_path / "cache", PAIRS, latent_shape=(2, 2, 4), encoders=1)
+  assert all(batch.time_ids is None for batch in read(records.open_cache(path)))
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])

@@ -58,6 +58,51 @@ SCHEDULER = {
   "steps_offset": 1,
   "trained_betas": None,
 }
+# What a tiny checkpoint of the other families has otherwise.
+SD2 = {
+  "unet": {
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "upcast_attention": True,
+  },
+  "text": {"hidden_act": "gelu"},
+  "scheduler": {
+    "_class_name": "DDIMScheduler",
+    "prediction_type": "v_prediction",
+    "skip_prk_steps": None,
+  },
+}
+SDXL = {
+  "unet": {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4),
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "cross_attention_dim": 24 + 16,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 10,
+  },
+  "vae": {"scaling_factor": 0.13025},
+  "scheduler": {
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "set_alpha_to_one": None,
+    "skip_prk_steps": None,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+  },
+}
+TEXT_2 = {
+  "hidden_size": 16,
+  "intermediate_size": 30,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "projection_dim": 10,
+  "hidden_act": "gelu",
+  "bos_token_id": 0,
+}
 MERGES = ("a n", "t h", "th e</w>", "r e", "re d</w>", "an d</w>", "o n</w>", "i n")
 
 
@@ -141,6 +186,7 @@ def save_tiny_checkpoint(
   folder = path / "scheduler"
   folder.mkdir()
   config = {**SCHEDULER, **(scheduler or {})}
+  config = {key: value for key, value in config.items() if value is not None}
   (folder / "scheduler_config.json").write_text(json.dumps(config, indent=2))
   index = {
     "_class_name": "StableDiffusionPipeline",
@@ -153,6 +199,27 @@ def save_tiny_checkpoint(
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
+  }
+  (path / "model_index.json").write_text(json.dumps(index, indent=2))
+  return path
+
+
+def save_tiny_sdxl_checkpoint(path, *, seed=0) -> Path:
+  """Writes a tiny Stable Diffusion XL pipeline; see `save_tiny_checkpoint`."""
+  path = save_tiny_checkpoint(path, seed=seed, **SDXL)
+  size = save_tokenizer(path / "tokenizer_2", pad_token="!")
+  config = transformers.CLIPTextConfig(vocab_size=size, eos_token_id=size - 1, **TEXT_2)
+  encoder = transformers.CLIPTextModelWithProjection(config)
+  perturb(encoder, 10 * seed + 3).save_pretrained(path / "text_encoder_2")
+  index = json.loads((path / "model_index.json").read_text())
+  for name in ("safety_checker", "requires_safety_checker"):
+    del index[name]
+  index |= {
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "image_encoder": [None, None],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
   }
   (path / "model_index.json").write_text(json.dumps(index, indent=2))
   return path

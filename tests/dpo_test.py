@@ -196,15 +196,15 @@ def make_step(schedule, optimizer, **changes):
   settings = {
     "loss": "dpo",
     "beta": 50.0,
-    "lora_scale": 1.0,
+    "alpha": 2.0,
     "scaling_factor": 0.18215,
     "devices": 1,
     "accumulation": 1,
     "seed": 0,
   }
 
-  def encode_text(params, token_ids):
-    return token_ids[0], None
+  def encode_text(params, batch):
+    return batch.token_ids[0], None
 
   return jax.jit(
     dpo.make_train_step(
@@ -288,7 +288,7 @@ def test_the_lora_scale_multiplies_the_product(schedule, layer, layer_lora, batc
   optimizer = optax.sgd(0.0)
   plain = dpo.init_state(layer_lora, optimizer)
   doubled = dpo.init_state(lora.scale(layer_lora, 2.0), optimizer)
-  _, first = make_step(schedule, optimizer, lora_scale=2.0)(plain, layer, batch)
+  _, first = make_step(schedule, optimizer, alpha=4.0)(plain, layer, batch)
   _, second = make_step(schedule, optimizer)(doubled, layer, batch)
   chex.assert_trees_all_close(first["margin"], second["margin"], rtol=1e-5)
   _, other = make_step(schedule, optimizer)(plain, layer, batch)

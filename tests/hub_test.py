@@ -3,11 +3,13 @@
 import fnmatch
 import shutil
 
+import numpy as np
 import pytest
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.hub import download_patterns
+from safetydpo_jax.formats.hub import PRESETS, VAES, download_patterns
 from safetydpo_jax.formats.pipeline import COMPONENTS, load_pipeline
+from tests.checkpoints import save_tiny_checkpoint
 
 
 @pytest.mark.parametrize("model", ["sd15", "nobody/nothing", "no such/id at all"])
@@ -63,6 +65,61 @@ REPOSITORY = [
   "v1-5-pruned.safetensors",
   "safety_checker/model.safetensors",
 ]
+
+
+@pytest.fixture
+def hub(tiny_checkpoint, tmp_path, monkeypatch):
+  """A hub with SDXL (a tiny look-alike) and another VAE; → what was asked of it."""
+  vae = tmp_path / "hub" / "vae"
+  other = save_tiny_checkpoint(tmp_path / "hub" / "other", seed=5)
+  shutil.copytree(other / "vae", vae)
+  repositories = {PRESETS["sdxl"]: tiny_checkpoint, VAES["sdxl"]: vae}
+  asked = {}
+
+  def snapshot_download(repository, *, revision, allow_patterns):
+    asked[repository] = allow_patterns
+    return str(repositories[repository])
+
+  monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+  return asked
+
+
+def test_sdxl_of_the_hub_comes_with_the_vae_that_the_launcher_takes(
+  hub, tiny_checkpoint, tmp_path
+):
+  pipeline = load_pipeline("sdxl", components=("vae",))
+  own = load_pipeline(tiny_checkpoint, components=("vae",))
+  assert not np.allclose(kernel(pipeline), kernel(own))
+  assert [file.parent for file in pipeline.vae_files] == [tmp_path / "hub" / "vae"]
+  assert not [p for p in hub[PRESETS["sdxl"]] if p.startswith("vae/")]
+  assert "diffusion_pytorch_model.safetensors" in hub[VAES["sdxl"]]
+
+
+def test_without_weights_no_more_than_the_vaes_config_is_fetched(hub):
+  assert load_pipeline("sdxl", components=()).vae_files == ()
+  assert hub[VAES["sdxl"]] == ["config.json"]
+
+
+@pytest.mark.parametrize("place", ["other", "other/vae", VAES["sdxl"]])
+def test_another_vae_is_a_folder_a_diffusers_directory_or_a_hub_id(
+  hub, tiny_checkpoint, tmp_path, place
+):
+  given = tmp_path / "hub" / place
+  vae_from = str(given) if given.exists() else place
+  pipeline = load_pipeline(tiny_checkpoint, components=("vae",), vae_from=vae_from)
+  expected = load_pipeline(tmp_path / "hub" / "other", components=("vae",))
+  np.testing.assert_array_equal(kernel(pipeline), kernel(expected))
+
+
+def kernel(pipeline):
+  return pipeline.params["vae"]["encoder"]["conv_in"]["kernel"]
+
+
+def test_a_vae_that_is_none_is_one_clear_line(tiny_checkpoint, tmp_path):
+  with pytest.raises(InputError, match=r"VAE .* has no config\.json"):
+    load_pipeline(tiny_checkpoint, vae_from=tmp_path)
+  with pytest.raises(InputError, match=r"VAE 'no/such' .* could not be had"):
+    load_pipeline(tiny_checkpoint, vae_from="no/such")
 
 
 def test_one_variant_of_the_components_is_downloaded_and_no_more():

@@ -148,6 +148,58 @@ def test_an_adapter_adds_its_product(ours, shape):
   np.testing.assert_array_equal(zero, plain)
 
 
+@pytest.mark.parametrize(
+  ("kernel", "options"),
+  [
+    (3, {}),
+    (5, {}),
+    (3, {"stride": 2, "padding": ((1, 1), (1, 1))}),
+    (3, {"stride": 2, "padding": ((0, 1), (0, 1))}),
+  ],
+  ids=["3x3", "5x5", "down", "down of the VAE"],
+)
+def test_a_convolutions_adapter_equals_the_fused_kernel(kernel, options):
+  ours, x = layers.Conv(5, kernel, **options), jnp.asarray(draw(2, 8, 6, 7))
+  variables = ours.init(jax.random.key(0), x)
+  a, b = draw(kernel, kernel, 7, 2, seed=1), draw(2, 5, seed=2)
+  adapted = ours.apply({**variables, "lora": {"a": a, "b": b}}, x)
+  params = {**variables["params"]}
+  params["kernel"] = params["kernel"] + np.einsum("hwir,ro->hwio", a, b)
+  expected = ours.apply({"params": params}, x)
+  np.testing.assert_allclose(adapted, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("ours", "x", "a"),
+  [
+    (layers.Dense(5), (3, 4, 7), (7, 2)),
+    (layers.Conv(5, 1), (3, 4, 4, 7), (7, 2)),
+    (layers.Conv(5, 3), (3, 4, 4, 7), (3, 3, 7, 2)),
+  ],
+  ids=["dense", "conv1x1", "conv3x3"],
+)
+def test_dropout_is_of_the_low_rank_input_alone_and_of_each_row_by_its_key(ours, x, a):
+  x, a, b = jnp.asarray(draw(*x)), draw(*a, seed=1), draw(2, 5, seed=2)
+  variables = ours.init(jax.random.key(0), x)
+  keys = jax.random.split(jax.random.key(7), len(x))
+  rate = 0.25
+
+  def run(x, keys):
+    dropout = {"keys": keys, "rate": jnp.float32(rate)}
+    return ours.apply(
+      {**variables, "lora": {"a": a, "b": b}, "lora_dropout": dropout}, x
+    )
+
+  masks = [np.asarray(jax.random.bernoulli(k, 1 - rate, x.shape[1:])) for k in keys]
+  assert 0.5 < np.mean(masks) < 0.95
+  low_rank = ours.apply(
+    {**variables, "lora": {"a": a, "b": b}}, np.stack(masks) * x / (1 - rate)
+  ) - ours.apply(variables, np.stack(masks) * x / (1 - rate))
+  expected = ours.apply(variables, x) + low_rank
+  np.testing.assert_allclose(run(x, keys), expected, rtol=0, atol=1e-4)
+  np.testing.assert_allclose(run(x[1:], keys[1:]), expected[1:], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("weights_dtype", [jnp.float32, jnp.bfloat16])
 def test_parameters_are_cast_to_the_compute_type_at_use(weights_dtype):
   ours = layers.ResnetBlock(12, 4, 1e-5, jnp.bfloat16)

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import pipeline as pipelines
 from safetydpo_jax.formats.pipeline import load_pipeline
 from safetydpo_jax.models import clip
-from tests.checkpoints import perturb, save_tiny_checkpoint, save_tokenizer
+from tests.checkpoints import save_tiny_checkpoint, save_tiny_sdxl_checkpoint
 from tests.parity import NETWORK, array, draw, tensor
 
 PROMPTS = ["A red circle on the  Left", "", "é~ 'quoted', 12 " + "and on " * 90]
@@ -127,50 +126,23 @@ def test_another_unet_has_another_fingerprint(tiny_checkpoint, tmp_path):
   assert len(fingerprints) == 2
 
 
-def test_sdxl_layout_has_two_encoders(tiny_checkpoint, tmp_path):
-  second = {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
-  path = edit(tiny_checkpoint, tmp_path, "model_index.json", **second)
-  vocabulary = save_tokenizer(path / "tokenizer_2", pad_token="!")
-  config = transformers.CLIPTextConfig(
-    vocab_size=vocabulary,
-    hidden_size=16,
-    intermediate_size=30,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    projection_dim=10,
-    bos_token_id=0,
-    eos_token_id=vocabulary - 1,
-    hidden_act="gelu",
-  )
-  encoder = perturb(transformers.CLIPTextModelWithProjection(config))
-  encoder.save_pretrained(path / "text_encoder_2")
-  shutil.rmtree(path / "unet")
-  unet = diffusers.UNet2DConditionModel(
-    sample_size=8,
-    block_out_channels=(16, 16),
-    norm_num_groups=4,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    attention_head_dim=(1, 2),
-    transformer_layers_per_block=(1, 2),
-    use_linear_projection=True,
-    cross_attention_dim=24 + 16,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=8,
-    projection_class_embeddings_input_dim=6 * 8 + 10,
-  )
-  unet.save_pretrained(path / "unet")
+def test_sdxl_layout_has_two_encoders(tmp_path):
+  path = save_tiny_sdxl_checkpoint(tmp_path / "sdxl")
   pipeline = load_pipeline(path)
   assert set(pipeline.params) == set(pipelines.COMPONENTS)
   first, second = ids = pipeline.tokenize(["a red circle"])
-  assert first[0, -1] == vocabulary - 1
+  assert first[0, -1] == pipeline.tokenizers[0].eos_token_id
   assert second[0, -1] == 0  # "!", SDXL's second pad token
   np.testing.assert_array_equal(first[0, :5], second[0, :5])
   context, pooled = clip.encode_text(pipeline.text_encoders, pipeline.params, ids)
   assert context.shape == (1, 77, 40)
+  theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(path)
   with torch.no_grad():
-    expected = encoder(torch.tensor(second).long()).text_embeds
-  np.testing.assert_allclose(pooled, expected, rtol=0, atol=NETWORK)
+    expected, _, expected_pooled, _ = theirs.encode_prompt(
+      "a red circle", device="cpu", do_classifier_free_guidance=False
+    )
+  np.testing.assert_allclose(context, expected, rtol=0, atol=NETWORK)
+  np.testing.assert_allclose(pooled, expected_pooled, rtol=0, atol=NETWORK)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +163,7 @@ def test_sdxl_layout_has_two_encoders(tiny_checkpoint, tmp_path):
       {"text_encoder": [None, None]},
       "text_encoder is None",
     ),
-    ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "'sample'"),
+    ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "'flow'"),
   ],
 )
 def test_a_checkpoint_we_cannot_run_is_refused(

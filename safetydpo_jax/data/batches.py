@@ -12,11 +12,12 @@ its devices hold, sees its part of what a single host would.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from safetydpo_jax import conditioning
 from safetydpo_jax.data.records import PairCache
 from safetydpo_jax.errors import InputError
 
@@ -29,10 +30,12 @@ class Batch(NamedTuple):
   Attributes:
     moments: (B, 2, h, w, 2c) float16, VAE posterior moments, index 0 preferred.
     token_ids: for each text encoder (B, 77) int32.
+    time_ids: (B, 6) int32, SDXL's size conditioning, shared by a pair; else None.
   """
 
-  moments: np.ndarray
-  token_ids: tuple[np.ndarray, ...]
+  moments: Any
+  token_ids: tuple[Any, ...]
+  time_ids: Any = None
 
 
 class Draw(NamedTuple):
@@ -153,4 +156,7 @@ def assemble(cache: PairCache, rows: list[Draw], empty: np.ndarray) -> Batch:
     for side, flipped in enumerate(draw.flips):
       moments[row, side] = record["moments"][flipped, side]
     token_ids[:, row] = empty if draw.drop else record["token_ids"][:, draw.slot]
-  return Batch(moments, tuple(token_ids))
+  time_ids = conditioning.read_time_ids(cache.manifest, cache.path)
+  if time_ids is not None:
+    time_ids = np.tile(time_ids, (len(rows), 1))
+  return Batch(moments, tuple(token_ids), time_ids)

@@ -10,7 +10,7 @@ The manifest holds the settings that decide the cache's bytes, their `fingerprin
 `model`, the base as it was named; `fields`, the table of a record's arrays; `shards`,
 the files and their numbers of records; `counts`, what became of the dataset's rows, and
 `skipped`, a line for each pair or file that could not be read; `empty_token_ids`;
-`versions`.
+`time_ids` of SDXL (`conditioning.py`) or null; `versions`.
 """
 
 import bisect
@@ -72,7 +72,8 @@ def complete_cache(
     entries: the index, in the order of records, of all pairs.
     fields: the arrays of a record.
     without: ids of pairs that were skipped and have no record.
-    **more: the manifest's other rows: model, counts, skipped, empty_token_ids.
+    **more: the manifest's other rows: model, counts, skipped, empty_token_ids,
+      time_ids.
 
   Raises:
     InputError: they cannot be written, or no pair is left.

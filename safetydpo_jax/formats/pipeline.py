@@ -20,8 +20,7 @@ import numpy as np
 
 from safetydpo_jax.diffusion import Schedule
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats import weights
-from safetydpo_jax.formats.hub import locate
+from safetydpo_jax.formats import hub, weights
 from safetydpo_jax.formats.manifest import read_json
 from safetydpo_jax.models import clip, vae
 from safetydpo_jax.models.clip import CLIPText
@@ -55,6 +54,7 @@ class Pipeline:
     vae_scale: pixels per latent in each direction, 8 for the published models.
     scaling_factor: latents = scaling_factor · posterior sample.
     resolution: pixels per side that the UNet was trained for.
+    vae_files: the VAE's weight files, if its weights were asked for.
   """
 
   name: str
@@ -70,6 +70,7 @@ class Pipeline:
   vae_scale: int
   scaling_factor: float
   resolution: int
+  vae_files: tuple[Path, ...] = ()
 
   def tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
     """Token ids (n, 77) int32 for each text encoder, padded and truncated."""
@@ -105,6 +106,7 @@ def load_pipeline(
   revision: str | None = None,
   attention: str = "auto",
   remat: str = "none",
+  vae_from: str | Path | None = None,
 ) -> Pipeline:
   """Reads a checkpoint.
 
@@ -118,6 +120,8 @@ def load_pipeline(
     revision: branch, tag or commit on the hub.
     attention: the attention kernel, see `models.attention.attend`.
     remat: what the UNet's backward pass recomputes, see `models.blocks.REMAT`.
+    vae_from: another VAE's folder or hub id (`variant` and `revision` are not its);
+      default the checkpoint's, for a preset of the hub the one in `hub.VAES`.
 
   Raises:
     InputError: the checkpoint is not there, incomplete, or not of a supported kind.
@@ -125,16 +129,24 @@ def load_pipeline(
   wanted = COMPONENTS if components is None else tuple(components)
   if unknown := sorted(set(wanted) - set(COMPONENTS)):
     raise InputError(f"components {unknown} are unknown, expected some of {COMPONENTS}")
-  path = locate(str(model), wanted, variant, revision)
+  vae_from = str(vae_from or hub.default_vae(str(model)) or "")
+  fetched = [name for name in wanted if not (vae_from and name == "vae")]
+  path = hub.locate(str(model), fetched, variant, revision)
+  folders = {name: path / name for name in COMPONENTS}
+  variants = dict.fromkeys(COMPONENTS, variant)
+  if vae_from:
+    folders["vae"] = hub.locate_vae(vae_from, "vae" in wanted)
+    variants["vae"] = None
   index = read_json(path / "model_index.json", "diffusers directory")
   encoders = _check_index(path, index)
-  unet_config, vae_config = _read_config(path, "unet"), _read_config(path, "vae")
+  unet_config = _read_config(folders["unet"], "unet")
+  vae_config = _read_config(folders["vae"], "vae")
   modules = {
     "unet": UNet2DCondition(unet_config, dtype, remat, attention),
     "vae": AutoencoderKL(vae_config, dtype),
   }
   for name in encoders:
-    config = _read_config(path, name, architectures=(index[name][1],))
+    config = _read_config(folders[name], name, architectures=(index[name][1],))
     modules[name] = CLIPText(config, dtype)
   latent_channels = vae.read_config(vae_config).latent_channels
   vae_scale = vae.pixels_per_latent(vae_config)
@@ -154,7 +166,7 @@ def load_pipeline(
     schedule=Schedule.from_config(scheduler),
     params={
       name: weights.load_component(
-        path / name, shapes[name], dtype=dtype, variant=variant
+        folders[name], shapes[name], dtype=dtype, variant=variants[name]
       )
       for name in modules
       if name in wanted
@@ -166,6 +178,9 @@ def load_pipeline(
     vae_scale=vae_scale,
     scaling_factor=vae.read_config(vae_config).scaling_factor,
     resolution=_resolution(unet_config, vae_config, vae_scale),
+    vae_files=tuple(
+      weights.weight_files(folders["vae"], variants["vae"]) if "vae" in wanted else ()
+    ),
   )
 
 
@@ -183,9 +198,9 @@ def parameter_shapes(module: UNet2DCondition | AutoencoderKL | CLIPText) -> dict
   return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
-def _read_config(path: Path, component: str, **defaults: Any) -> Any:
+def _read_config(folder: Path, component: str, **defaults: Any) -> Any:
   """A component's config.json, frozen."""
-  config = read_json(path / component / "config.json", f"{component} folder")
+  config = read_json(folder / "config.json", f"{component} folder")
   return freeze({**defaults, **config})
 
 

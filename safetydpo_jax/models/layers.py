@@ -3,13 +3,19 @@
 Parameters may arrive in any float type; they are cast to the compute `dtype` at use.
 Statistics of the norms and the timestep sinusoid are always computed in float32.
 
-Low-rank adapters. A `Dense` (or 1×1 `Conv`) whose path has an entry {'a', 'b'} in the
-'lora' collection computes
+Low-rank adapters. A `Dense` or `Conv` whose path has an entry {'a', 'b'} in the 'lora'
+collection computes
 
-    y = x W + bias + (x a) b        a: (in, r), b: (r, out), the scale folded into b
+    y = x W + bias + (d(x) a) b     b: (r, out), the scale folded in
 
 and without that entry y = x W + bias, so `apply({'params': p, 'lora': lora}, ...)` is
-the policy and `apply({'params': p}, ...)` the reference.
+the policy and `apply({'params': p}, ...)` the reference. `a` is (in, r); for a kernel
+larger than 1×1 it is (kh, kw, in, r), a convolution with the layer's own stride and
+padding, and b stays 1×1. This is PEFT's form of both.
+
+d is the identity, or dropout where the layer has an entry {'keys', 'rate'} in the
+'lora_dropout' collection: a key for each row of x, so that a row's mask depends on
+neither the batch nor the devices around it.
 """
 
 import math
@@ -66,13 +72,32 @@ def timestep_embedding(
   return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
+def low_rank_input(
+  module: nn.Module, x: jax.Array, a: jax.Array, precision: str | None = None
+) -> jax.Array:
+  """x a, the first half of an adapter: (n, …, in) → (n, …, r), strided as `module`."""
+  if a.ndim == 2:
+    return jnp.dot(x, a, precision=precision)
+  return module.convolve(x, a, precision)
+
+
 def _adapt(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
-  """y + (x a) b if the module has a low-rank entry, else y."""
+  """y + (d(x) a) b if the module has a low-rank entry, else y."""
   if not module.has_variable("lora", "a"):
     return y
   a = jnp.asarray(module.get_variable("lora", "a"), y.dtype)
   b = jnp.asarray(module.get_variable("lora", "b"), y.dtype)
-  return y + jnp.dot(jnp.dot(x, a), b)
+  if module.has_variable("lora_dropout", "keys"):
+    rate = module.get_variable("lora_dropout", "rate")
+    x = _drop(module.get_variable("lora_dropout", "keys"), rate, x)
+  return y + jnp.dot(low_rank_input(module, x, a), b)
+
+
+def _drop(keys: jax.Array, rate: jax.Array, x: jax.Array) -> jax.Array:
+  """x (n, …) with each entry kept with probability 1 − rate and divided by it."""
+  chex.assert_shape(keys, x.shape[:1])
+  kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+  return jnp.where(kept, x / (1.0 - rate).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 class Dense(nn.Module):
@@ -112,19 +137,24 @@ class Conv(nn.Module):
     shape = (size, size, x.shape[-1], self.features)
     kernel = jnp.asarray(self.param("kernel", _kernel_init, shape), self.dtype)
     x = x.astype(self.dtype)
-    if size == 1:
-      y = _adapt(self, x, jnp.dot(x, kernel[0, 0]))
-    else:
-      y = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(self.stride, self.stride),
-        padding=self.padding or (((size - 1) // 2,) * 2,) * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-      )
+    y = jnp.dot(x, kernel[0, 0]) if size == 1 else self.convolve(x, kernel)
     if self.use_bias:
       y += _row(self.param("bias", nn.initializers.zeros, (self.features,)), y)
-    return y
+    return _adapt(self, x, y)
+
+  @nn.nowrap
+  def convolve(
+    self, x: jax.Array, kernel: jax.Array, precision: str | None = None
+  ) -> jax.Array:
+    """x (n, h, w, in) with any kernel (kh, kw, in, out), in this layer's geometry."""
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      window_strides=(self.stride, self.stride),
+      padding=self.padding or (((self.kernel_size - 1) // 2,) * 2,) * 2,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      precision=precision,
+    )
 
 
 def _row(vector: jax.Array, like: jax.Array) -> jax.Array:
