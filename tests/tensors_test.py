@@ -1,12 +1,13 @@
 """Safetensors are mapped, whatever their type; a damaged file is refused."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.tensors import open_safetensors
+from safetydpo_jax.formats.tensors import cast, open_safetensors, write_safetensors
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,10 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path):
     "truncated in the header": good[:40],
     "truncated in the body": good[:-7],
     "a header of the wrong length": np.uint64(2**62).tobytes() + good[8:],
+    "a header beyond all measure": np.uint64(len(good)).tobytes() + good[8:],
+    "nested too deep": np.uint64(10**6).tobytes() + b"[" * 10**6,
+    "metadata that is no text": np.uint64(26).tobytes() + b'{"__metadata__":{"a":[1]}}',
+    "metadata in a list": np.uint64(20).tobytes() + b'{"__metadata__":[1]}',
     "no JSON": good[:8] + b"x" * int(length) + body,
     "a list": np.uint64(2).tobytes() + b"[]" + body,
     "an unknown type": good[:8] + header.replace(b'"F32"', b'"Q32"') + body,
@@ -56,6 +61,75 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path):
     assert content != good, what
     with pytest.raises(InputError, match="no readable safetensors file"):
       open_safetensors(file)
+
+
+def test_a_header_longer_than_the_library_allows_is_not_parsed(tmp_path):
+  file = tmp_path / "x.safetensors"
+  with file.open("wb") as out:  # sparse: no byte of it is on the disk
+    out.write(np.uint64(100_000_001).tobytes())
+    out.truncate(100_000_100)
+  with pytest.raises(InputError, match="a header of 100000001 bytes"):
+    open_safetensors(file)
+
+
+def written(file, tensors, metadata=None):
+  layout = {name: (array.dtype, array.shape) for name, array in tensors.items()}
+  write_safetensors(file, layout, tensors.items(), metadata or {})
+  return file
+
+
+def test_the_library_reads_what_we_write(tmp_path):
+  rng = np.random.default_rng(0)
+  square = rng.standard_normal((4, 6)).astype(np.float32)
+  tensors = {
+    "f32": square,
+    "transposed": square.T,
+    "strided": square[:, ::2],
+    "empty": np.zeros((0, 3), np.float32),
+    "scalar": np.array(3, np.float32),
+    "bf16": square.astype(ml_dtypes.bfloat16).T,
+    "f16": square.astype(np.float16),
+  }
+  file = written(tmp_path / "new" / "x.safetensors", tensors, {"format": "pt"})
+  theirs, (ours, metadata) = load_file(file), open_safetensors(file)
+  assert metadata == {"format": "pt"}
+  for name, array in tensors.items():
+    np.testing.assert_array_equal(theirs[name].float(), array.astype(np.float32))
+    np.testing.assert_array_equal(ours[name], array)
+  assert theirs["bf16"].dtype == torch.bfloat16
+  assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_file_that_is_not_finished_is_not_there(tmp_path):
+  a = np.ones((2, 3), np.float32)
+  file = written(tmp_path / "x.safetensors", {"a": a})
+  before = file.read_bytes()
+
+  def stopped():
+    yield "a", a
+    raise KeyboardInterrupt
+
+  layout = {"a": (a.dtype, a.shape), "b": (a.dtype, a.shape)}
+  for tensors, error in (
+    (stopped(), KeyboardInterrupt),
+    ([("a", a)], ValueError),
+    ([("a", a), ("b", a.T)], ValueError),
+    ([("b", a), ("a", a)], ValueError),
+  ):
+    with pytest.raises(error):
+      write_safetensors(file, layout, tensors, {})
+    assert file.read_bytes() == before
+  assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_cast_never_makes_infinity():
+  a = np.array([1.0, 65504.0], np.float32)
+  assert cast(a, np.float16, "x").dtype == np.float16
+  with pytest.raises(InputError, match=r"x holds 6.6e\+04, too large for float16"):
+    cast(a * np.float32(1.008), np.float16, "x")
+  cast(a * np.float32(1.008), ml_dtypes.bfloat16, "x")
+  with pytest.raises(InputError, match="x holds NaN or infinity"):
+    cast(a * np.nan, np.float32, "x")
 
 
 def test_a_missing_file_is_refused(tmp_path):

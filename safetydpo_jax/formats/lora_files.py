@@ -1,149 +1,153 @@
-"""LoRA files that PyTorch users exchange: safetensors in diffusers and PEFT naming.
+"""Writing LoRA files that PyTorch users load, in diffusers' and in kohya's naming.
 
-diffusers (`pytorch_lora_weights.safetensors`), what we write:
-  unet.<module>.lora.down.weight   (r, in)  = aᵀ
-  unet.<module>.lora.up.weight     (out, r) = bᵀ, the scale folded in
+diffusers, pytorch_lora_weights.safetensors:
+  unet.<module>.lora.down.weight   (r, in) = aᵀ, of a convolution (r, in, kh, kw)
+  unet.<module>.lora.up.weight     (out, r) = bᵀ, of a convolution (out, r, 1, 1)
   header: format = pt, and lora_adapter_metadata = JSON of unet.r, unet.lora_alpha,
-  unet.target_modules and nothing more (diffusers refuses unknown keys). With
-  alpha = r the file needs no `.alpha` tensors.
+  unet.target_modules and nothing more (diffusers refuses unknown keys)
+kohya: see `kohya.py`.
 
-PEFT, also read: <module>.lora_A.weight and .lora_B.weight. A prefix `unet.` or
-`base_model.model.` may be present or not. A scale in the header or in `.alpha`
-tensors is folded into b.
-
-<module> is the PyTorch name, down_blocks.0.attentions.0.….attn1.to_out.0.
+The scale is folded into b and alpha = r, so that readers that know no alpha agree. One
+rank for all layers is what both headers can say: smaller layers are filled up with
+zeros, which change no product.
 """
 
 import json
-import os
-import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from flax.traverse_util import flatten_dict
 
-from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.tensors import open_safetensors
-from safetydpo_jax.formats.weights import torch_name, tree_path
+from safetydpo_jax.formats import kohya
+from safetydpo_jax.formats.tensors import cast, write_safetensors
+from safetydpo_jax.formats.weights import torch_name
 from safetydpo_jax.lora import rank_of
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-
-# Ending of a tensor's name → its part of the layer.
-_PARTS = {
-  ".lora.down.weight": "a",
-  ".lora_A.weight": "a",
-  ".lora_A.default.weight": "a",
-  ".lora.up.weight": "b",
-  ".lora_B.weight": "b",
-  ".lora_B.default.weight": "b",
-  ".alpha": "alpha",
+DTYPES = {
+  "float32": np.float32,
+  "float16": np.float16,
+  "bfloat16": ml_dtypes.bfloat16,
 }
-_PREFIX = re.compile(r"^(unet\.|base_model\.model\.)+")
-_UNET = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 
 
-def adapted_layers(lora: dict) -> list[str]:
+def adapted_layers(lora: Mapping[str, Any]) -> list[str]:
   """PyTorch names of the layer kinds a LoRA adapts: to_q, to_out.0, …"""
   names = [torch_name(path[:-1]) for path in flatten_dict(lora) if path[-1] == "a"]
-  kinds = {".".join(name.split(".")[-2:]) for name in names}
-  return sorted({kind if kind[-1].isdigit() else kind.split(".")[-1] for kind in kinds})
+  kinds = {tuple(name.split(".")[-2:]) for name in names}
+  return sorted({".".join(k) if k[-1].isdigit() else k[-1] for k in kinds})
 
 
-def write_diffusers(folder: Path, lora: Any, targets: tuple[str, ...]) -> Path:
+def write_diffusers(
+  folder: Path,
+  lora: Mapping[str, Any],
+  targets: Sequence[str],
+  *,
+  shapes: Mapping[str, Any] | None = None,
+  dtype: Any = np.float32,
+) -> Path:
   """Writes `lora` (scale folded in) so that `load_lora_weights(folder)` reads it.
 
-  Returns:
-    The file, written through a temporary name.
-  """
-  tensors, rank = {}, rank_of(lora)
-  for path, leaf in flatten_dict(lora).items():
-    part = {"a": "down", "b": "up"}[path[-1]]
-    # One rank for all layers is what the header can say; zeros change no product.
-    missing = rank - leaf.shape[1 if path[-1] == "a" else 0]
-    leaf = np.pad(
-      np.asarray(leaf, np.float32),
-      [(0, 0), (0, missing)][:: 1 if part == "down" else -1],
-    )
-    # A transposed view would be written in its old order: safetensors ignores strides.
-    tensors[f"unet.{torch_name(path[:-1])}.lora.{part}.weight"] = np.ascontiguousarray(
-      leaf.T
-    )
-  about = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": targets}
-  header = {"format": "pt", "lora_adapter_metadata": json.dumps(about)}
-  file = Path(folder) / FILE_NAME
-  temporary = file.with_name(f".{file.name}.{os.getpid()}")
-  try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, temporary, metadata=header)
-    os.replace(temporary, file)
-  except (OSError, SafetensorError) as error:
-    raise InputError(
-      f"cannot write {file}: {error}; choose an --out you can write to"
-    ) from error
-  return file
-
-
-def _read_metadata(file: Path, header: dict[str, str]) -> dict[str, Any]:
-  """The adapter's settings in the header; refuses those that change the product."""
-  try:
-    metadata = json.loads(header.get("lora_adapter_metadata", "{}"))
-  except json.JSONDecodeError as error:
-    raise InputError(f"{file}: lora_adapter_metadata is no JSON: {error}") from error
-  if not isinstance(metadata, dict):
-    raise InputError(f"{file}: lora_adapter_metadata is no JSON object")
-  for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-    if metadata.get(f"unet.{name}"):
-      raise InputError(
-        f"{file} was made with {name}, which is not supported; save it as a plain LoRA"
-      )
-  alpha = metadata.get("unet.lora_alpha")
-  if not isinstance(alpha, int | float | None):
-    raise InputError(f"{file}: unet.lora_alpha is {alpha!r}; expected a number")
-  return metadata
-
-
-def read_lora_file(file: Path) -> dict:
-  """Reads a LoRA file in diffusers or PEFT naming → LoRA tree, float32 numpy.
+  Args:
+    folder: to write to.
+    lora: the tree.
+    targets: PyTorch names of the adapted layers or endings of them, for the header.
+    shapes: the UNet's parameter tree (arrays or shapes), which tells 1×1 convolutions
+      from linear layers; without it there are none of the former.
+    dtype: of the numbers, of `DTYPES`.
 
   Raises:
-    InputError: for an unreadable file, a tensor that is no part of a UNet LoRA, a
-      layer whose factors do not belong together, or a number that is not finite.
+    InputError: the file cannot be written, or a number does not fit `dtype`.
   """
-  tensors, header = open_safetensors(file)
-  metadata = _read_metadata(file, header)
-  layers: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
-  for name, tensor in tensors.items():
-    ending = next((end for end in _PARTS if name.endswith(end)), None)
-    module = _PREFIX.sub("", name.removesuffix(ending or ""))
-    if ending is None or not _UNET.match(module):
-      raise InputError(
-        f"{file}: {name!r} is no UNet LoRA tensor in diffusers or PEFT naming"
-      )
-    layers.setdefault(tree_path(module), {})[_PARTS[ending]] = np.asarray(
-      tensor, np.float32
-    )
-  if not layers:
-    raise InputError(f"{file} holds no tensors")
+  rank = rank_of(lora)
+  about = {
+    "unet.r": rank,
+    "unet.lora_alpha": rank,
+    "unet.target_modules": list(targets),
+  }
+  header = {"format": "pt", "lora_adapter_metadata": json.dumps(about)}
+  named = {}
+  for path, down, up in torch_factors(lora, shapes):
+    named[f"unet.{torch_name(path)}.lora.down.weight"] = down
+    named[f"unet.{torch_name(path)}.lora.up.weight"] = up
+  return _write(Path(folder) / FILE_NAME, named, dtype, header)
 
-  lora = {}
-  for path, parts in layers.items():
-    where = f"{file}: {torch_name(path)}"
-    if not {"a", "b"} <= parts.keys():
-      raise InputError(f"{where} has only one of its two factors")
-    a, b = parts["a"].T, parts["b"].T
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-      raise InputError(
-        f"{where} has factors {a.shape} and {b.shape}; expected one rank, (in, r) and "
-        "(r, out)"
-      )
-    alpha = parts.get("alpha", metadata.get("unet.lora_alpha") or a.shape[1])
-    b = b * (np.float32(alpha) / a.shape[1])
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-      raise InputError(f"{where} holds NaN or infinity")
-    lora[(*path, "a")] = np.ascontiguousarray(a)
-    lora[(*path, "b")] = np.ascontiguousarray(b)
-  return unflatten_dict(lora)
+
+def write_kohya(
+  folder: Path,
+  lora: Mapping[str, Any],
+  header: Mapping[str, str],
+  *,
+  shapes: Mapping[str, Any] | None = None,
+  dtype: Any = np.float32,
+) -> Path:
+  """Writes `lora` as A1111 and ComfyUI read it; `header` is of `kohya.header`.
+
+  The other arguments, and what it raises, are those of `write_diffusers`.
+  """
+  alpha = np.array(rank_of(lora), np.float32)
+  named = {}
+  for path, down, up in torch_factors(lora, shapes):
+    name = kohya.module_name(path)
+    named |= {
+      f"{name}.lora_down.weight": down,
+      f"{name}.lora_up.weight": up,
+      f"{name}.alpha": alpha,
+    }
+  return _write(Path(folder) / kohya.FILE_NAME, named, dtype, header)
+
+
+def torch_factors(
+  lora: Mapping[str, Any], shapes: Mapping[str, Any] | None = None
+) -> Iterator[tuple[tuple[str, ...], np.ndarray, np.ndarray]]:
+  """(path, down, up) of every layer as PyTorch has them, float32, of one rank."""
+  factors, rank = flatten_dict(lora), rank_of(lora)
+  kernels = flatten_dict(shapes) if shapes is not None else {}
+  for path in sorted({path[:-1] for path in factors}):
+    a = np.asarray(factors[(*path, "a")], np.float32)
+    b = np.asarray(factors[(*path, "b")], np.float32)
+    kernel = kernels.get((*path, "kernel"))
+    if a.ndim == 2 and kernel is not None and len(kernel.shape) == 4:
+      a = a[None, None]
+    missing = rank - b.shape[0]
+    a = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
+    b = np.pad(b, [(0, missing), (0, 0)])
+    if a.ndim == 2:
+      yield path, a.T, b.T
+    else:
+      yield path, a.transpose(3, 2, 0, 1), b.T[:, :, None, None]
+
+
+def target_modules(lora: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[str]:
+  """What the header calls the adapted layers, so that PEFT adapts these and no others.
+
+  The kinds (to_q, to_out.0, …) if all layers of these kinds are adapted, as readers
+  know them; else every layer by name.
+  """
+  adapted = {torch_name(path[:-1]) for path in flatten_dict(lora)}
+  kinds = adapted_layers(lora)
+  endings = tuple(f".{kind}" for kind in kinds)
+  fitting = {
+    name
+    for path in flatten_dict(shapes)
+    if path[-1] == "kernel" and f".{(name := torch_name(path[:-1]))}".endswith(endings)
+  }
+  return kinds if fitting == adapted else sorted(adapted)
+
+
+def _write(
+  file: Path, named: Mapping[str, np.ndarray], dtype: Any, header: Mapping[str, str]
+) -> Path:
+  """The file; alphas stay float32, as bfloat16 cannot count past 256."""
+  ready = {
+    name: array if name.endswith(".alpha") else cast(array, dtype, name)
+    for name, array in named.items()
+  }
+  # Wide numbers first, as the library has it, so that every tensor is aligned.
+  ready = dict(sorted(ready.items(), key=lambda item: (-item[1].itemsize, item[0])))
+  layout = {name: (array.dtype, array.shape) for name, array in ready.items()}
+  write_safetensors(file, layout, ready.items(), header)
+  return file

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats import expert, lora_files
+from safetydpo_jax.formats import expert, kohya, lora_files, lora_import
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -28,8 +28,8 @@ def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
   """The LoRA tree (scale folded in) and what is known about it.
 
   Args:
-    name: a run or merged directory of ours, a LoRA file, or a folder that holds
-      pytorch_lora_weights.safetensors.
+    name: a run or merged directory of ours; a LoRA file in diffusers, PEFT or kohya
+      naming; or a folder that diffusers, PEFT or our export wrote one in.
 
   Returns:
     The tree, numpy float32, and expert.json's content; {} for a foreign file, which
@@ -40,11 +40,14 @@ def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
   """
   path = Path(name)
   if path.is_file():
-    return lora_files.read_lora_file(path), {}
+    return lora_import.read_lora_file(path), {}
   if (path / expert.MANIFEST).is_file():  # also with an export of it in the folder
     return expert.read_expert(path)
-  if (path / lora_files.FILE_NAME).is_file():
-    return lora_files.read_lora_file(path / lora_files.FILE_NAME), {}
+  if (path / lora_import.PEFT_CONFIG).is_file():
+    return lora_import.read_peft_folder(path), {}
+  for file in (path / lora_files.FILE_NAME, path / kohya.FILE_NAME):
+    if file.is_file():
+      return lora_import.read_lora_file(file), {}
   if path.is_dir():
     return expert.read_expert(path)
   raise InputError(

@@ -1,16 +1,19 @@
-"""Reading safetensors without loading them: each tensor is a view of a mapped file.
+"""Safetensors without loading them: views of a mapped file, and a streaming writer.
 
 Format (https://github.com/huggingface/safetensors): 8 bytes, little-endian length N of
 the header; N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}, offsets
 counted from the header's end; the tensors' bytes, row-major and little-endian.
 
-The library's own numpy reader knows no bfloat16, hence this one.
+The library's own numpy reader knows no bfloat16, and its writer holds a whole file in
+memory (10 GB for SDXL) and ignores strides, hence these.
 """
 
 import json
 import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +32,8 @@ _DTYPES = {
   "U8": np.uint8,
   "BOOL": np.bool_,
 }
+_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
 def open_safetensors(
@@ -46,13 +51,22 @@ def open_safetensors(
   try:
     data = np.memmap(path, np.uint8, mode="r")
     length = int.from_bytes(data[:8].tobytes(), "little")
-    if len(data) < 8 or 8 + length > len(data):
+    if len(data) < 8 or 8 + length > len(data) or length > _LARGEST_HEADER:
       raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
     header = json.loads(data[8 : 8 + length].tobytes())
     metadata = header.pop("__metadata__", None) or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+      raise ValueError("metadata that is no text")
     body = data[8 + length :]
     tensors = {name: _view(body, name, entry) for name, entry in header.items()}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+  ) as error:
     raise InputError(
       f"{path} is no readable safetensors file ({error}); fetch it again"
     ) from error
@@ -71,3 +85,79 @@ def _view(body: np.ndarray, name: str, entry: dict) -> np.ndarray:
   if end - begin != math.prod(shape) * dtype.itemsize:
     raise ValueError(f"{name} has {end - begin} bytes for shape {shape}")
   return np.asarray(body[begin:end]).view(dtype).reshape(shape)
+
+
+def write_safetensors(
+  file: str | os.PathLike,
+  layout: Mapping[str, tuple[Any, tuple[int, ...]]],
+  tensors: Iterable[tuple[str, np.ndarray]],
+  metadata: Mapping[str, str],
+) -> None:
+  """Writes a file through a temporary name, one tensor in memory at a time.
+
+  Args:
+    layout: {name: (dtype, shape)} of all tensors, in the file's order.
+    tensors: (name, array) in the order of `layout`; any strides.
+    metadata: the header's texts.
+
+  Raises:
+    InputError: the file cannot be written.
+    ValueError: `tensors` does not agree with `layout`.
+  """
+  file = Path(file)
+  temporary = file.with_name(f".{file.name}.{os.getpid()}")
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("wb") as out:
+      out.write(_header(layout, metadata))
+      expected = iter(layout.items())
+      for name, array in tensors:
+        if (name, (array.dtype, array.shape)) != next(expected):
+          raise ValueError(f"{name} {array.dtype} {array.shape} is not in the layout")
+        # A transposed view has its base's bytes; row-major order has to be made.
+        out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+      if (left := next(expected, None)) is not None:
+        raise ValueError(f"{left[0]} is missing")
+    os.replace(temporary, file)
+  except OSError as error:
+    raise InputError(
+      f"cannot write {file}: {error}; choose an --out you can write to"
+    ) from error
+  finally:
+    if temporary.exists():
+      temporary.unlink()
+
+
+def _header(layout: Mapping[str, tuple], metadata: Mapping[str, str]) -> bytes:
+  """The length and the JSON, padded so that the tensors begin at a multiple of 8."""
+  entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+  end = 0
+  for name, (dtype, shape) in layout.items():
+    begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+    entries[name] = {
+      "dtype": _CODES[np.dtype(dtype)],
+      "shape": list(shape),
+      "data_offsets": [begin, end],
+    }
+  text = json.dumps(entries, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  return len(text).to_bytes(8, "little") + text
+
+
+def cast(array: np.ndarray, dtype: Any, what: str) -> np.ndarray:
+  """`array` in another float type.
+
+  Raises:
+    InputError: it holds NaN or infinity, or a number too large for `dtype`; `what`
+      names it.
+  """
+  with np.errstate(over="ignore", invalid="ignore"):
+    result = array.astype(dtype)
+  if not np.isfinite(result).all():
+    if not np.isfinite(array).all():
+      raise InputError(f"{what} holds NaN or infinity; make it again")
+    raise InputError(
+      f"{what} holds {np.abs(array).max():.3g}, too large for {np.dtype(dtype).name}; "
+      "use --dtype bfloat16 or float32"
+    )
+  return result

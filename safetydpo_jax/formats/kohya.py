@@ -1,0 +1,139 @@
+"""Kohya's names of LoRA layers, which A1111, Forge and ComfyUI read.
+
+  lora_unet_<module>.lora_down.weight   (r, in[, kh, kw])
+  lora_unet_<module>.lora_up.weight     (out, r[, 1, 1])
+  lora_unet_<module>.alpha              scalar; the product is scaled by alpha / r
+
+<module> is one of two spellings, with every dot written as an underscore:
+  diffusers'  down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q
+  sgm's       input_blocks_4_1_transformer_blocks_0_attn1_to_q, what kohya's trainer
+              calls the layers of SDXL; all published models have two layers a block
+
+Both are read by exact grammar, so that a name which is no module of a Stable Diffusion
+UNet is refused; nothing is guessed. We write the first spelling for all models.
+
+Sources: kohya-ss/sd-scripts (networks/lora.py, library/sai_model_spec.py), A1111
+(extensions-builtin/Lora), diffusers (loaders/lora_conversion_utils.py).
+"""
+
+import json
+import re
+from collections.abc import Mapping
+
+PREFIX = "lora_unet_"
+TEXT_ENCODERS = ("lora_te_", "lora_te1_", "lora_te2_")
+FILE_NAME = "safetydpo_lora.safetensors"
+
+# The parts of a module's path in our tree; joined by underscores they are its name.
+_PART = re.compile(
+  r"(?:^|_)((?:(?:down|up)_blocks|attentions|resnets|transformer_blocks|downsamplers"
+  r"|upsamplers|to_out|net)_\d+|mid_block|attn[12]|to_[qkv]|ff|proj_in|proj_out|proj"
+  r"|conv_in|conv_out|conv_shortcut|conv[12]?|time_emb_proj|time_embedding"
+  r"|add_embedding|linear_[12])(?=_|$)"
+)
+_SGM = re.compile(
+  r"(input_blocks|output_blocks)_(\d+)_(\d)_(.+)|(middle_block)_([012])_(.+)"
+)
+_SGM_OUTSIDE = {
+  "input_blocks_0_0": ("conv_in",),
+  "out_2": ("conv_out",),
+  "time_embed_0": ("time_embedding", "linear_1"),
+  "time_embed_2": ("time_embedding", "linear_2"),
+  "label_emb_0_0": ("add_embedding", "linear_1"),
+  "label_emb_0_2": ("add_embedding", "linear_2"),
+}
+_SGM_RESNET = {
+  "in_layers_2": "conv1",
+  "out_layers_3": "conv2",
+  "emb_layers_1": "time_emb_proj",
+  "skip_connection": "conv_shortcut",
+}
+
+
+def module_name(path: tuple[str, ...]) -> str:
+  """lora_unet_<module> of a path in our tree."""
+  return PREFIX + "_".join(path)
+
+
+def module_path(name: str) -> tuple[str, ...] | None:
+  """The path in our tree of lora_unet_<module>, None if it is no module of a UNet."""
+  flat = name.removeprefix(PREFIX)
+  return _read_sgm(flat) or _read_parts(flat)
+
+
+def _read_parts(flat: str) -> tuple[str, ...] | None:
+  """A path from its parts joined by underscores."""
+  parts = tuple(_PART.findall(flat))
+  return parts if parts and "_".join(parts) == flat else None
+
+
+def _read_sgm(flat: str) -> tuple[str, ...] | None:
+  """A path from sgm's name of the module."""
+  if flat in _SGM_OUTSIDE:
+    return _SGM_OUTSIDE[flat]
+  found = _SGM.fullmatch(flat)
+  if not found:
+    return None
+  if found[5]:
+    where, kind = (
+      ("mid_block",),
+      ("resnets_0", "attentions_0", "resnets_1")[int(found[6])],
+    )
+    rest = found[7]
+  else:
+    down, inner, rest = found[1] == "input_blocks", int(found[3]), found[4]
+    # Three entries a block; the first of the input is conv_in.
+    block, layer = divmod(int(found[2]) - down, 3)
+    where = (f"{'down' if down else 'up'}_blocks_{block}",)
+    if rest in ("op", "conv"):
+      right = (layer, inner) == (2, 0) if down else layer == 2 and inner in (1, 2)
+      if not right or (rest == "op") != down:
+        return None
+      return (*where, "downsamplers_0" if down else "upsamplers_0", "conv")
+    if block < 0 or inner > 1 or (down and layer == 2):
+      return None
+    kind = f"{('resnets', 'attentions')[inner]}_{layer}"
+  if kind.startswith("resnets"):
+    return (*where, kind, _SGM_RESNET[rest]) if rest in _SGM_RESNET else None
+  parts = _read_parts(rest)
+  return (*where, kind, *parts) if parts else None
+
+
+def header(
+  unet_config: Mapping, prediction_type: str, resolution: int, rank: int, title: str
+) -> dict[str, str]:
+  """What A1111, ComfyUI and kohya's tools look for in a file's header.
+
+  A date would make equal LoRAs unequal files, so there is none.
+
+  Args:
+    unet_config: the base UNet's config.json.
+    prediction_type: "epsilon" or "v_prediction".
+    resolution: pixels per side the base was trained for.
+    rank: r of all layers, which is alpha too.
+    title: of the LoRA.
+  """
+  sdxl = unet_config.get("addition_embed_type") == "text_time"
+  v2 = not sdxl and unet_config.get("cross_attention_dim") == 1024
+  velocity = prediction_type == "v_prediction"
+  version = "sdxl_base_v1-0" if sdxl else "sd_v2" if v2 else "sd_v1"
+  architecture = {
+    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
+    "sd_v2": "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512",
+    "sd_v1": "stable-diffusion-v1",
+  }[version]
+  return {
+    "format": "pt",
+    "ss_network_module": "networks.lora",
+    "ss_network_dim": str(rank),
+    "ss_network_alpha": str(float(rank)),
+    "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": float(rank)}),
+    "ss_base_model_version": version,
+    "ss_v2": str(v2),
+    "modelspec.sai_model_spec": "1.0.1",
+    "modelspec.architecture": f"{architecture}/lora",
+    "modelspec.implementation": "diffusers",
+    "modelspec.title": title,
+    "modelspec.resolution": f"{resolution}x{resolution}",
+    "modelspec.prediction_type": "v" if velocity else "epsilon",
+  }
