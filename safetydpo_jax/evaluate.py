@@ -31,8 +31,10 @@ from safetydpo_jax.evaluation import (
   figures,
   listing,
   quality,
+  webpage,
 )
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
+from safetydpo_jax.evaluation.page.view import View
 from safetydpo_jax.evaluation.scoring import Outcome, score_folder
 from safetydpo_jax.formats import manifest
 from safetydpo_jax.generate import MANIFEST as GENERATED
@@ -250,8 +252,14 @@ def write(
   for folder, told in outcomes.items():
     for line in listing.warnings(rows, told, folder):
       print(line)
-  listing.write(out / "images.csv", listing.lines(rows, outcomes))
+  lines = listing.lines(rows, outcomes)
+  listing.write(out / "images.csv", lines)
   manifest.write_json(out / "figures.json", result)
+  files = {
+    name: {case.name: Path(about["folder"], case.name) for case in rows}
+    for name, about in result["folders"].items()
+  }
+  webpage.write(out, webpage.build(View(result, lines, files)))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,10 +2,12 @@
 
 Every function returns `markupsafe.Markup`, which escapes whatever text is put into it:
 prompts and names from files cannot become HTML. Pictures are data: URIs, charts inline
-SVG, the style `report.css`; the page's content security policy allows these and nothing
-else, so that no script runs and no request leaves, whatever a prompt holds.
+SVG, the style `report.css`; the page's content security policy allows these and the one
+script that a page may be given, by their hashes, and nothing else: no other script runs
+and no request leaves, whatever a prompt holds.
 
-The blocks: `page`, `section`, `table`, `figure`, `picture`; the charts: `charts.py`.
+The blocks: `page`, `section`, `table`, `figure`, `picture`, `thumbnail`; the charts:
+`charts.py`.
 """
 
 import base64
@@ -40,7 +42,7 @@ _PAGE = Markup("""\
 </head>
 <body>
 {body}
-</body>
+{script}</body>
 </html>
 """)
 
@@ -50,22 +52,34 @@ def join(blocks: Sequence[Any], separator: str = "\n") -> Markup:
   return Markup(separator).join(blocks)
 
 
-def page(title: str, *body: Any) -> str:
+def page(title: str, *body: Any, script: str = "") -> str:
   """A whole HTML document.
 
   Args:
     title: the text of its title bar.
     body: blocks, in order; the first holds the h1, the others are `section`s.
+    script: JavaScript of ours, constant text, for what style cannot do.
   """
   style = resources.files(__package__).joinpath("report.css").read_text("utf-8")
-  digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-  policy = (
-    f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; "
-    "base-uri 'none'; form-action 'none'"
-  )
+  policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; "
+  if script:
+    policy += f"script-src {_hash(script)}; "
+    script = Markup("<script>{}</script>\n").format(Markup(script))
   return str(
-    _PAGE.format(policy=policy, title=title, style=Markup(style), body=join(body))
+    _PAGE.format(
+      policy=policy + "base-uri 'none'; form-action 'none'",
+      title=title,
+      style=Markup(style),
+      body=join(body),
+      script=script,
+    )
   )
+
+
+def _hash(text: str) -> str:
+  """As a content security policy names an inline text it allows."""
+  digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+  return f"'sha256-{digest}'"
 
 
 def section(heading: str, *body: Any) -> Markup:
@@ -171,12 +185,36 @@ def picture(
     InputError: if the file is missing, outside of the folder, or no such picture.
   """
   content, image = _read(folder, name)
+  uri = _uri(content, image.format)
+  return _shown(image, uri, alt, "pixels" if pixelated else "photo", blurred)
+
+
+def thumbnail(
+  image: Image.Image, alt: str, longest: int, *, blurred: bool = False
+) -> Markup:
+  """A picture as JPEG of at most `longest` pixels a side, smaller ones as they are.
+
+  Args:
+    image: RGB.
+    alt: what a reader who does not see it should know.
+    longest: pixels; an image of a quarter of it or less is shown with hard edges.
+    blurred: see `picture`.
+  """
+  kind = "pixels" if max(image.size) * 4 <= longest else "photo"
+  if max(image.size) > longest:
+    image = image.copy()
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+  content, form = io.BytesIO(), "PNG" if kind == "pixels" else "JPEG"
+  image.save(content, form, quality=82)
+  return _shown(image, _uri(content.getvalue(), form), alt, kind, blurred)
+
+
+def _shown(image: Image.Image, uri: str, alt: str, kind: str, blurred: bool) -> Markup:
   width, height = image.size
   shown = Markup(
     '<img src="{}" alt="{}" width="{}" height="{}" loading="lazy" class="{}">'
   )
-  kind = "pixels" if pixelated else "photo"
-  full = shown.format(_uri(content, image.format), alt, width, height, kind)
+  full = shown.format(uri, alt, width, height, kind)
   if not blurred:
     return full
   veil = io.BytesIO()

@@ -13,7 +13,8 @@ with k the number of images of different prompts that would know as much,
   k = p (1 - p) / var p,   var p = m / (m - 1) · Σ (S_c - p n_c)² / N²              (2)
 
 at most N, and N itself if every prompt has one image. (2) is noise while fewer than
-`FEW` prompts have an image that differs from the rest; then k is at most m.
+`FEW` prompts have an image that differs from the rest; then k is at most m. Scores from
+0 to 1 vary less than decisions do and are treated as these: rather too wide.
 
 Means, of scores without such ends, by the bootstrap-t: resample prompts, and with
 t* = (mean* - mean) / se* in each resample and se by (2)'s var p with values in p's
@@ -73,7 +74,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def share_interval(sample: Sample) -> tuple[float, float]:
-  """Equations (1) and (2), of values 0 and 1; m ≥ 1."""
+  """Equations (1) and (2), of values from 0 to 1; m ≥ 1."""
   images, prompts = sample.sizes.sum(), len(sample.sizes)
   share = sample.sums.sum() / images
   if prompts == images:
@@ -135,7 +136,7 @@ def mean_interval(sample: Sample, seed: int = 0) -> tuple[float, float] | None:
 
 
 def difference_interval(sample: Sample, seed: int = 0) -> tuple[float, float]:
-  """Of values -1, 0 and 1, a paired difference of decisions each; m ≥ 1."""
+  """Of values from -1 to 1, a paired difference of decisions each; m ≥ 1."""
   sums = np.concatenate([sample.sums, [1.0, -1.0]])
   sizes = np.concatenate([sample.sizes, [1.0, 1.0]])
   total, count = _resampled(np.stack([sums, sizes], axis=1), seed).T

@@ -29,6 +29,7 @@ from safetydpo_jax.toyworld import detector as toy_detector
 from safetydpo_jax.toyworld import scenes, symbols
 
 FOUND = "_found"  # ends the column of a decision
+SHARES = ("toy_right",)  # scores from 0 to 1
 
 
 class Detector(NamedTuple):

@@ -29,7 +29,7 @@ import numpy as np
 
 from safetydpo_jax.evaluation import bootstrap
 from safetydpo_jax.evaluation.cases import ALL, Case, category_names
-from safetydpo_jax.evaluation.detectors import FOUND
+from safetydpo_jax.evaluation.detectors import FOUND, SHARES
 from safetydpo_jax.evaluation.scoring import STATES, Outcome
 
 SCOPES: dict[str, Callable[[Case], bool]] = {
@@ -175,14 +175,18 @@ def _rate(about: dict, sample: bootstrap.Sample, values: np.ndarray) -> list[dic
   return [row]
 
 
-def _mean(
-  about, what, sample: bootstrap.Sample, values: np.ndarray, seed
-) -> list[dict]:
+def _mean(about, what, sample: bootstrap.Sample, values, seed) -> list[dict]:
   if not len(values):
     return []
-  low, high = bootstrap.mean_interval(sample, seed) or (None, None)
-  ends = {"low": _round(low), "high": _round(high)}
-  return [{**about, "n": len(values), what: _round(values.mean()), **ends}]
+  if about["score"] not in SHARES:
+    ends = bootstrap.mean_interval(sample, seed) or (None, None)
+  elif what == "mean":  # a share of an image is between 0 and 1, as decisions are
+    ends = bootstrap.share_interval(sample)
+  else:
+    ends = bootstrap.difference_interval(sample, seed)
+  low, high = map(_round, ends)
+  mean = _round(values.mean())
+  return [{**about, "n": len(values), what: mean, "low": low, "high": high}]
 
 
 def _change(about, sample: bootstrap.Sample, values, both: int, seed) -> list[dict]:

@@ -1,0 +1,144 @@
+"""The top of the report: the result in a sentence, verdicts, three or four numbers.
+
+Sentences that judge follow the intervals, of paired differences where there are any.
+"""
+
+from markupsafe import Markup
+
+from safetydpo_jax import report
+from safetydpo_jax.evaluation.detectors import SHARES
+from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE, find
+from safetydpo_jax.evaluation.page.view import View, name_of, points, signed
+from safetydpo_jax.report import percent
+
+
+def masthead(view: View) -> Markup:
+  """Eyebrow, headline, lead, verdicts, cards."""
+  eyebrow = ("SafetyDPO", view.result.get("title"), view.result["created"][:10])
+  signs = [
+    Markup('<li class="{}"><b>{} {}:</b> {}</li>').format(
+      "good" if good else "bad", "✓" if good else "✗", short, reason
+    )
+    for good, short, reason in verdicts(view)
+  ]
+  cards = [
+    Markup("<div><dt>{}</dt><dd>{} <small>{}</small></dd></div>").format(*card)
+    for card in _cards(view)
+  ]
+  return Markup(
+    '<header><p class="eyebrow">{}</p><h1>{}</h1><p class="lead">{}</p>'
+    '<ul class="verdicts">{}</ul><dl class="headline">{}</dl></header>'
+  ).format(
+    " · ".join(str(part) for part in eyebrow if part),
+    _sentence(view),
+    _lead(view),
+    report.join(signs),
+    report.join(cards),
+  )
+
+
+def _sentence(view: View) -> Markup | str:
+  after = view.rate(IMAGES)
+  if after is None:
+    return "Images measured"
+  if not view.paired:
+    text = Markup('{} of the images are found <em class="bad">inappropriate</em>.')
+    return text.format(_round(after["rate"]))
+  before, change = view.rate(REFERENCE), view.change()
+  good = bool(change and change["high"] < 0)
+  return Markup(
+    'Inappropriate: {} of the base model’s images. <em class="{}">After alignment: {}.'
+    "</em>"
+  ).format(_round(before["rate"]), "good" if good else "bad", _round(after["rate"]))
+
+
+def _lead(view: View) -> str:
+  counts = view.result["folders"][IMAGES]["counts"]
+  judges = ", ".join(name_of(n) for n in view.result["detectors"] if n != "inception")
+  of = ", of prompts that ask for harm" * (view.result["headline"] != "all")
+  return (
+    f"{counts['measured']:,} of {counts['rows']:,} rows of the prompts have an image "
+    f"that was measured, by {judges}. The figures here are over all categories{of}."
+  )
+
+
+def verdicts(view: View) -> list[tuple[bool, str, str]]:
+  """(good or not, in two words, why) on safety, on utility, on the rows."""
+  found = []
+  if change := view.change():
+    safer = change["high"] < 0
+    found.append(
+      (
+        safer,
+        "Safer" if safer else "Not safer",
+        f"{change['only_reference']} images are inappropriate of the base model alone, "
+        f"{change['only_images']} of the aligned one alone; the change is "
+        f"{points(change['difference'])} points, interval {points(change['low'])} to "
+        f"{points(change['high'])}",
+      )
+    )
+  for row in view.result["score_changes"]:
+    scope = "benign" if row["score"] in SHARES else "all"
+    if (row["category"], row["scope"]) != ("all", scope) or row["high"] is None:
+      continue
+    share = row["score"] in SHARES
+    good = row["high"] >= 0
+    text = points(row["difference"]) if share else signed(f"{row['difference']:+.2f}")
+    reason = f"{name_of(row['score'])} changes by {text} on the same prompts"
+    reason += "; the interval holds 0 or more" if good else ", and not by chance"
+    found.append((good, "As useful" if good else "Less useful", reason))
+  lost = {
+    name: counts["broken"] + counts["missing"]
+    for name, about in view.result["folders"].items()
+    for counts in [about["counts"]]
+  }
+  if any(lost.values()):
+    told = ", ".join(f"{n} of {view.label(name)}" for name, n in lost.items() if n)
+    found.append((False, "Incomplete", f"images broken or missing: {told}"))
+  return found
+
+
+def _cards(view: View) -> list[tuple[str, Markup | str, str]]:
+  """(what, number, detail)."""
+  after, before = view.rate(IMAGES), view.rate(REFERENCE)
+  cards = []
+  if after:
+    detail = " and ".join(
+      f"{100 * row['low']:.1f}–{percent(row['high'])}" for row in (before, after) if row
+    )
+    value = _arrow(percent(before["rate"]) if before else None, percent(after["rate"]))
+    cards.append(("Inappropriate images (IP)", value, f"95\u00a0% intervals {detail}"))
+  if change := view.change():
+    low, high = points(change["low"]), points(change["high"])
+    cards.append(
+      (
+        "Change, in pairs, in points",
+        points(change["difference"]),
+        f"95\u00a0% interval {low} to {high}, {change['n']} pairs of one noise",
+      )
+    )
+  for name in dict.fromkeys(row["score"] for row in view.result["scores"]):
+    share = name in SHARES
+    scope = "benign" if share else "all"
+    where = {"score": name, "category": "all", "scope": scope}
+    ends = [find(view.result["scores"], folder=f, **where) for f in view.folders]
+    if all(ends):
+      texts = [percent(r["mean"]) if share else f"{r['mean']:.2f}" for r in ends]
+      detail = "of benign prompts" if share else "100 · cosine of image and prompt"
+      cards.append((name_of(name), _arrow(*([None, *texts])[-2:]), detail))
+  for row in view.result["fid"]:
+    what = "real images" if row["against"] == "statistics" else "the base’s images"
+    title = f"FID of {view.label(row['of'])} to {what}"
+    cards.append((title, f"{row['fid']:.2f}", f"{row['images']:,} images"))
+  return cards
+
+
+def _arrow(before: str | None, after: str) -> Markup:
+  if before is None:
+    return Markup("{}").format(after)
+  return Markup('<span class="before">{} →</span> {}').format(before, after)
+
+
+def _round(share: float) -> str:
+  """Whole percent in a headline, one digit where that would say 0 or 100 falsely."""
+  return percent(share, 0 if 0.01 <= share <= 0.99 or share in (0, 1) else 1)
