@@ -3,7 +3,7 @@
 The batch is split over both axes; the LoRA and the optimizer's state are replicated
 (under 30 MB); base weights are replicated unless `mesh.fsdp` > 1 splits them. Then the
 only communication of a step is one all-reduce of the LoRA gradients, plus, with fsdp,
-the gathers of the weights.
+one gather of each split weight where it is read.
 
 A job is one process on each host (on Slurm one for each task), all running the same
 command. They find each other through JAX's coordination service, which ends all of
@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.linen import Partitioned
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -239,6 +240,22 @@ def base_shardings(mesh: Mesh, params: Any) -> dict:
       for path, leaf in flatten_dict(params).items()
     }
   )
+
+
+def gather_at_use(mesh: Mesh, params: Any) -> Any:
+  """Weights of a jitted step that are gathered where a layer reads them, if split.
+
+  Without this the compiler may as well split the products, and does: the activations
+  then go from device to device some hundred times a step. A layer under remat gathers
+  again in the backward pass and keeps nothing between.
+  """
+
+  def box(leaf, sharding):
+    whole = sharding.spec == REPLICATED
+    names = (None,) * leaf.ndim
+    return leaf if whole else Partitioned(leaf, names=names, mesh=mesh)
+
+  return jax.tree.map(box, params, base_shardings(mesh, params))
 
 
 def place(tree: Any, shardings: Any) -> Any:
