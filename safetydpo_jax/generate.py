@@ -1,108 +1,50 @@
 """Renders a CSV of prompts: `python -m safetydpo_jax.generate`.
 
-Each row of the CSV (`data/prompts.py`) draws its initial noise from its own seed, so an
-image does not depend on the batch it was rendered in. DDIM with classifier-free
-guidance (`diffusion.py`, equations 4 and 5); no safety checker.
+Each row of the CSV (`data/prompts.py`) draws its noise from its own seed, so an image
+does not depend on the batch it was rendered in (`rendering.py`). The sampler is the one
+of the checkpoint's scheduler unless --sampler names another (`samplers/`); no safety
+checker. With --compare the base model renders the same rows from the same noise into
+DIR/base.
 
 Images that exist are skipped. So that they belong together, what decides them is kept
 in DIR/plan.json until all are there and then in DIR/generate.json; a command that would
-render other images there is refused.
+render other images there is refused. DIR/sheet.jpg shows some of them, blurred.
 """
 
 import argparse
 import hashlib
-import os
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
-from PIL import Image
 from tqdm import tqdm
 
-from safetydpo_jax import diffusion, sharding
+from safetydpo_jax import image_folders, samplers, sharding
 from safetydpo_jax import lora as lora_lib
 from safetydpo_jax.data.prompts import Row, read_prompts
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats import loras, manifest
 from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
-from safetydpo_jax.models import clip
+from safetydpo_jax.image_folders import MANIFEST as MANIFEST  # `evaluate` reads it
+from safetydpo_jax.image_folders import Folder
+from safetydpo_jax.rendering import (
+  Inputs,
+  initial_noise,
+  key_words,
+  make_renderer,
+  mend_schedule,
+  save_image,
+)
 
 EXAMPLE = """example:
   python -m safetydpo_jax.generate --model sd15 --lora runs/hate \\
     --prompts prompts.csv --out images --steps 50 --guidance 7.5
 """
-
-
-MANIFEST = "generate.json"
-PLAN = "plan.json"
-
-
-def make_sampler(pipeline: Pipeline, steps: int, guidance: float, mesh: Any) -> Any:
-  """A jitted (params, lora, latents, token ids, empty token ids) → images in [0, 1].
-
-  lora is a LoRA tree, {} for none; latents are (n, h, w, c) standard normal float32,
-  token ids a tuple of (n, 77) per text encoder; the images are (n, H, W, 3) float32.
-  """
-  rows, replicated = (
-    NamedSharding(mesh, sharding.BATCH),
-    NamedSharding(mesh, sharding.REPLICATED),
-  )
-
-  def sample(params, lora, latents, token_ids, empty_ids):
-    encode = partial(clip.encode_text, pipeline.text_encoders, params)
-    context, _ = encode(token_ids)
-    null_context, _ = encode(empty_ids)
-
-    def predict(latents, timesteps, context):
-      variables = {"params": params["unet"], "lora": lora}
-      return pipeline.unet.apply(variables, latents, timesteps, context)
-
-    guided = diffusion.guided(predict, context, null_context, guidance)
-    clean = diffusion.sample_ddim(guided, pipeline.schedule, latents, steps)
-    images = pipeline.vae.apply(
-      {"params": params["vae"]}, clean / pipeline.scaling_factor, method="decode"
-    )
-    return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
-
-  return jax.jit(
-    sample,
-    in_shardings=(replicated, replicated, rows, rows, rows),
-    out_shardings=rows,
-  )
-
-
-def initial_noise(seeds: list[int], shape: tuple[int, ...]) -> jax.Array:
-  """Standard normal (n, *shape): each image's own draw, from its own seed.
-
-  All 64 bits of a seed count, as the two words of a threefry key; for those below 2³²
-  that is `jax.random.key(seed)`.
-  """
-  words = [divmod(seed % 2**64, 2**32) for seed in seeds]
-  keys = jax.random.wrap_key_data(jnp.array(words, jnp.uint32), impl="threefry2x32")
-  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-
-def save_image(file: Path, image: np.ndarray) -> None:
-  """Writes (H, W, 3) in [0, 1] through a temporary name.
-
-  Raises:
-    InputError: if the image is not finite, or cannot be written.
-  """
-  if not np.isfinite(image).all():
-    raise InputError(f"{file} would be NaN or infinity; use --dtype float32")
-  temporary = file.with_name(f".{os.getpid()}.{file.name}")
-  try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.round(image * 255).astype(np.uint8)).save(temporary, quality=95)
-    os.replace(temporary, file)
-  except OSError as error:
-    temporary.unlink(missing_ok=True)
-    raise InputError(f"cannot write {file}: {error.strerror or error}") from error
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -113,22 +55,31 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     epilog=EXAMPLE,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--model", required=True, metavar="M")
-  parser.add_argument(
+  add = parser.add_argument
+  add("--model", required=True, metavar="M")
+  add(
     "--lora", action="append", default=[], metavar="L[:SCALE]", help="may be repeated"
   )
-  parser.add_argument("--prompts", required=True, type=Path, metavar="CSV")
-  parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-  parser.add_argument("--steps", type=int, default=50)
-  parser.add_argument("--guidance", type=float, default=7.5)
-  parser.add_argument("--height", type=int, help="pixels; the model's own by default")
-  parser.add_argument("--width", type=int)
-  parser.add_argument(
-    "--latents", type=Path, metavar="FILE.npy", help="initial noise (n, c, h, w)"
+  add("--prompts", required=True, type=Path, metavar="CSV")
+  add("--out", required=True, type=Path, metavar="DIR")
+  add("--compare", action="store_true", help="also without the LoRAs, in DIR/base")
+  add("--sampler", choices=samplers.METHODS, help="(default: the checkpoint's)")
+  add("--steps", type=int, default=50)
+  add(
+    "--guidance",
+    type=float,
+    default=7.5,
+    help="1 or less is none; evaluation_guidance in the CSV wins (default: 7.5)",
   )
-  parser.add_argument("--batch_size", type=int, default=4, help="images per device")
-  parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-  parser.add_argument("--variant", help='of the model\'s files, for example "fp16"')
+  add("--guidance_rescale", type=float, default=0.0, metavar="PHI", help="0 to 1")
+  add("--negative_prompt", help="negative_prompt in the CSV wins (default: none)")
+  add("--height", type=int, help="pixels; the model's own by default")
+  add("--width", type=int)
+  add("--latents", type=Path, metavar="FILE.npy", help="initial noise (n, c, h, w)")
+  add("--batch_size", type=int, default=4, help="images per device")
+  add("--dtype", default="float32", choices=["float32", "bfloat16"])
+  add("--variant", help='of the model\'s files, for example "fp16"')
+  add("--no_blur", action="store_true", help="show the sheet's images sharply")
   sharding.add_host_arguments(parser)
   return parser.parse_args(arguments)
 
@@ -162,7 +113,7 @@ def read_latents(file: Path, rows: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def check_options(options: argparse.Namespace, pipeline: Pipeline) -> tuple[int, ...]:
-  """Refuses numbers that make no picture; returns the latents' shape (h, w, c)."""
+  """Refuses what makes no picture and fills defaults; the latents' shape (h, w, c)."""
   factor = pipeline.vae_scale
   for name in ("height", "width"):
     pixels = getattr(options, name)
@@ -172,116 +123,168 @@ def check_options(options: argparse.Namespace, pipeline: Pipeline) -> tuple[int,
       raise InputError(f"--{name} is {pixels}; expected a multiple of {factor} pixels")
   if options.batch_size < 1:
     raise InputError(f"--batch_size is {options.batch_size}; expected 1 or more")
-  diffusion.sampling_timesteps(pipeline.schedule, options.steps)
+  if not np.isfinite(options.guidance):
+    raise InputError(f"--guidance is {options.guidance}; expected a finite number")
+  if not 0 <= options.guidance_rescale <= 1:
+    raise InputError(
+      f"--guidance_rescale is {options.guidance_rescale}; expected 0 to 1"
+    )
+  if options.sampler is None:
+    options.sampler = samplers.name_of(read_index(pipeline)["scheduler"][1])
+  samplers.make_sampler(options.sampler, pipeline.schedule, options.steps)
   size = (options.height // factor, options.width // factor)
   return (*size, pipeline.latent_channels)
 
 
-def make_settings(
-  options: argparse.Namespace, pipeline: Pipeline, lora: dict, rows: list[Row]
-) -> dict[str, Any]:
-  """What decides the images."""
+def read_index(pipeline: Pipeline) -> dict[str, Any]:
+  """model_index.json, which decides in diffusers; DDIM if nothing names a scheduler."""
+  index = manifest.read_json(pipeline.path / "model_index.json", "diffusers directory")
+  named = pipeline.schedule.config.get("_class_name", "DDIMScheduler")
+  return {"scheduler": ["diffusers", named], **index}
+
+
+def make_folder(
+  options: argparse.Namespace, path: Path, pipeline: Pipeline, lora: dict
+) -> Folder:
+  """The images of the CSV with a LoRA ({} for none), and what decides them."""
+  rows = read_prompts(options.prompts, path)
   factors = hashlib.sha256()
-  for path, leaf in sorted(flatten_dict(lora).items()):
-    factors.update(f"{path} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
-  out = options.out.resolve()
-  texts = [(str(r.file.relative_to(out)), r.prompt, r.seed) for r in rows]
+  for layer, leaf in sorted(flatten_dict(lora).items()):
+    factors.update(f"{layer} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
+  out = path.resolve()
+  texts = [
+    (
+      str(row.file.relative_to(out)),
+      row.prompt,
+      row.seed,
+      *(own for own in (row.guidance, row.negative_prompt) if own is not None),
+    )
+    for row in rows
+  ]
   files = [options.latents.read_bytes()] if options.latents else []
-  return {
+  settings = {
     "base": pipeline.fingerprint,
     "lora_sha256": factors.hexdigest(),
     "prompts_sha256": hashlib.sha256(repr(texts).encode()).hexdigest(),
     "latents_sha256": [hashlib.sha256(data).hexdigest() for data in files],
     **{name: getattr(options, name) for name in ("steps", "guidance", "dtype")},
     **{name: getattr(options, name) for name in ("height", "width")},
-    "sampler": "ddim",
+    **{name: getattr(options, name) for name in ("sampler", "negative_prompt")},
+    "guidance_rescale": options.guidance_rescale or None,  # once there was none
   }
+  return Folder(path, rows, lora, settings)
 
 
-def check_out(out: Path, settings: dict[str, Any], rows: list[Row]) -> None:
-  """Makes `out`, and refuses it if its images were made with other settings."""
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
-  plan = next((out / n for n in (MANIFEST, PLAN) if (out / n).is_file()), None)
-  foreign = next((row.file for row in rows if row.file.exists()), None)
-  if foreign and not plan:
-    raise InputError(
-      f"{foreign} is there, but nothing says what made it; choose another --out"
-    )
-  before = manifest.read_json(plan, "folder of images") if plan else settings
-  for name, value in settings.items():
-    if before.get(name) != value:
-      raise InputError(
-        f"{out} holds images with {name} {before.get(name)!r}, now it is {value!r}; "
-        f"choose another --out, or delete its images and {plan.name}"
-      )
+def make_inputs(
+  options: argparse.Namespace,
+  pipeline: Pipeline,
+  rows: list[Row],
+  latents: np.ndarray | None,
+  shape: tuple[int, ...],
+) -> Inputs:
+  """What decides the images of a batch; `latents` are those of the whole CSV."""
+  negatives = [
+    options.negative_prompt if row.negative_prompt is None else row.negative_prompt
+    for row in rows
+  ]
+  # diffusers' StableDiffusionXLPipeline: no negative prompt means embeddings of zeros.
+  zeros = len(pipeline.text_encoders) > 1 and read_index(pipeline).get(
+    "force_zeros_for_empty_prompt", True
+  )
+  guidance = [
+    options.guidance if row.guidance is None else row.guidance for row in rows
+  ]
+  seeds = [row.seed for row in rows]
+  return Inputs(
+    latents=initial_noise(seeds, shape)
+    if latents is None
+    else latents[np.array([row.number for row in rows])],
+    words=key_words(seeds),
+    token_ids=pipeline.tokenize([row.prompt for row in rows]),
+    negative_ids=pipeline.tokenize([text or "" for text in negatives]),
+    negative=np.array([not (zeros and t is None) for t in negatives], np.float32),
+    guidance=np.maximum(np.array(guidance, np.float32), 1.0),  # as diffusers: 1 is none
+  )
+
+
+def render_rows(
+  todo: list[Row],
+  size: int,
+  render: Callable[[Inputs], jax.Array],
+  prepare: Callable[[list[Row]], Inputs],
+) -> Iterator[tuple[Row, np.ndarray]]:
+  """Each row with its image (H, W, 3), rendered `size` at a time."""
+  for start in range(0, len(todo), size):
+    batch = todo[start : start + size]
+    padded = batch + batch[-1:] * (size - len(batch))
+    yield from zip(batch, np.asarray(render(prepare(padded))))
 
 
 def main(arguments: list[str] | None = None) -> None:
   """Reads, renders batch by batch, writes."""
   options = parse_arguments(arguments)
+  if options.compare and not options.lora:
+    raise InputError("--compare sets images beside the base model's; it needs --lora")
   sharding.initialize_hosts()
   sharding.use_precision(options.dtype)
-  rows = read_prompts(options.prompts, options.out)
-  pipeline = load_pipeline(options.model, dtype=options.dtype, variant=options.variant)
+  rows = read_prompts(options.prompts, options.out)  # first: the model takes long
+  pipeline = mend_schedule(
+    load_pipeline(options.model, dtype=options.dtype, variant=options.variant)
+  )
   lora = load_loras(options.lora, pipeline)
   shape = check_options(options, pipeline)
   latents = None
   if options.latents:
     latents = read_latents(options.latents, len(rows), shape)
-  settings = make_settings(options, pipeline, lora, rows)
-  check_out(options.out, settings, rows)
-  sharding.wait_for_hosts("every host has seen the folder")
+  trees = {options.out: lora}
+  if options.compare:
+    trees[options.out / image_folders.BASE] = {}
+  folders = [make_folder(options, path, pipeline, tree) for path, tree in trees.items()]
+  image_folders.check_names(folders)
+  for folder in folders:
+    image_folders.check(folder)
+  sharding.wait_for_hosts("every host has seen the folders")
   if jax.process_index() == 0:
-    manifest.write_json(options.out / PLAN, settings)
-    (options.out / MANIFEST).unlink(missing_ok=True)
+    for folder in folders:
+      image_folders.begin(folder)
 
   # Every host renders its own share with its own devices. A row's host is a function of
   # the CSV alone: what exists changes while the hosts look.
   mesh = sharding.make_mesh(devices=jax.local_devices())
-  params, lora = sharding.place(
-    (pipeline.params, lora), NamedSharding(mesh, sharding.REPLICATED)
+  replicated = NamedSharding(mesh, sharding.REPLICATED)
+  params = sharding.place(pipeline.params, replicated)
+  renderer = make_renderer(
+    pipeline, options.sampler, options.steps, options.guidance_rescale, mesh
   )
-  sampler = make_sampler(pipeline, options.steps, options.guidance, mesh)
-  unique = list(dict.fromkeys(rows))
-  share = unique[jax.process_index() :: jax.process_count()]
-  todo = [row for row in share if not row.file.exists()]
+  host, hosts = jax.process_index(), jax.process_count()
+  shares = [
+    [row for row in list(dict.fromkeys(f.rows))[host::hosts] if not row.file.exists()]
+    for f in folders
+  ]
   devices = jax.local_device_count()
-  size = devices * min(options.batch_size, -(-len(todo) // devices))
-  progress = tqdm(total=len(todo), unit="image", disable=jax.process_index() > 0)
-  for start in range(0, len(todo), size or 1):
-    batch = todo[start : start + size]
-    padded = batch + batch[-1:] * (size - len(batch))
-    noise = (
-      initial_noise([row.seed for row in padded], shape)
-      if latents is None
-      else latents[np.array([row.number for row in padded])]
-    )
-    token_ids = pipeline.tokenize([row.prompt for row in padded])
-    empty_ids = pipeline.tokenize([""] * size)
-    images = sampler(params, lora, noise, token_ids, empty_ids)
-    for row, image in zip(batch, np.asarray(images)):
-      save_image(row.file, image)
-    progress.update(len(batch))
-  progress.close()
+  with tqdm(total=sum(map(len, shares)), unit="image", disable=host > 0) as progress:
+    for folder, todo in zip(folders, shares):
+      lora = sharding.place(folder.lora, replicated)
+      size = devices * min(options.batch_size, -(-len(todo) // devices))
+      images = render_rows(
+        todo,
+        size or 1,
+        partial(renderer, params, lora),
+        lambda rows: make_inputs(options, pipeline, rows, latents, shape),
+      )
+      for row, image in images:
+        save_image(row.file, image)
+        progress.update()
   sharding.wait_for_hosts("all images are there")
 
   if jax.process_index() == 0:
-    manifest.write_json(
-      options.out / MANIFEST,
-      {
-        **settings,
-        "model": pipeline.name,
-        "lora": options.lora,
-        "prompts": str(options.prompts),
-        "images": len(unique),
-        "versions": manifest.versions(),
-      },
-    )
-    (options.out / PLAN).unlink()
-    print(f"{len(unique)} images in {options.out}")
+    image_folders.write_sheet(folders, blur=not options.no_blur)
+    for folder in folders:
+      loras_used = options.lora if folder.lora else []
+      about = {"model": pipeline.name, "lora": loras_used}
+      about["prompts"] = str(options.prompts)
+      count = image_folders.complete(folder, about)
+      print(f"{count} images in {folder.path}")
 
 
 if __name__ == "__main__":

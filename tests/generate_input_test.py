@@ -1,5 +1,7 @@
 """generate: what it refuses, and how an image gets onto the disk."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -90,7 +92,10 @@ NUMBERS = {
   "--width=0": "--width is 0; expected a multiple of 2 pixels",
   "--steps=0": "steps is 0; expected 1 to 1000",
   "--steps=1001": "steps is 1001",
+  "--compare": "--compare sets images beside the base model's; it needs --lora",
   "--batch_size=0": "--batch_size is 0; expected 1 or more",
+  "--guidance=nan": "--guidance is nan; expected a finite number",
+  "--guidance_rescale=2": "--guidance_rescale is 2.0; expected 0 to 1",
   "--lora=x:nan": "expected a finite number",
 }
 
@@ -105,11 +110,37 @@ def test_impossible_numbers_are_refused(option, message, run, tmp_path):
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_rendered(
   run, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(generate, "make_sampler", None)
+  monkeypatch.setattr(generate, "make_renderer", None)
   (tmp_path / "file").touch()
   for out in ("/proc/images", tmp_path / "file"):
     with pytest.raises(InputError, match=f"cannot make the folder {out}"):
       run(out)
+
+
+@pytest.mark.parametrize(
+  ("name", "more"), [("sheet.jpg", []), ("base/x.png", ["--compare"])]
+)
+def test_an_image_does_not_stand_where_we_write(
+  name, more, tiny_checkpoint, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(generate, "load_loras", lambda *_: {"layer": np.ones(1)})
+  (tmp_path / "p.csv").write_text(f"prompt,image\na,a.png\nb,{name}\n")
+  options = ["--model", tiny_checkpoint, "--prompts", tmp_path / "p.csv", *more]
+  options += ["--out", tmp_path / "out", "--lora=x"]
+  with pytest.raises(InputError, match=f"row 2 of the CSV: its image .*{name} stands"):
+    generate.main([str(option) for option in options])
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_scheduler_we_do_not_have_is_named(tiny_checkpoint, tmp_path):
+  model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+  index = json.loads((model / "model_index.json").read_text())
+  index["scheduler"] = ["diffusers", "LMSDiscreteScheduler"]
+  (model / "model_index.json").write_text(json.dumps(index))
+  (tmp_path / "p.csv").write_text("prompt\na\n")
+  options = ["--model", model, "--prompts", tmp_path / "p.csv", "--out", tmp_path]
+  with pytest.raises(InputError, match=r"'LMSDiscreteScheduler'.*give --sampler"):
+    generate.main([str(option) for option in options])
 
 
 def test_an_image_that_cannot_be_written_leaves_nothing_behind(tmp_path):

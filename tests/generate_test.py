@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from safetydpo_jax import generate, load_pipeline, lora
+from safetydpo_jax.data import images, sheet
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import lora_files
 
@@ -61,18 +62,18 @@ def lora_folder(tree, folder):
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint, prompts):
   """`generate` on the tiny checkpoint; returns {name: (H, W, 3) int} of the folder."""
-  samplers, make_sampler = {}, generate.make_sampler
+  renderers, make_renderer = {}, generate.make_renderer
 
-  def make_once(pipeline, steps, guidance, mesh):  # Compiling takes 5 s, painting 1 s.
-    key = pipeline.schedule.prediction_type, steps, guidance, mesh
-    if key not in samplers:
-      samplers[key] = make_sampler(pipeline, steps, guidance, mesh)
-    return samplers[key]
+  def make_once(pipeline, *how):  # Compiling takes 5 s, painting 1 s.
+    if how not in renderers:
+      renderers[how] = make_renderer(pipeline, *how)
+    return renderers[how]
 
-  def run(out, *more, model=tiny_checkpoint, prompts=prompts, steps=STEPS):
-    options = ["--model", model, "--prompts", prompts, "--out", out, "--steps", steps]
+  def run(out, *more, prompts=prompts, steps=STEPS):
+    options = ["--model", tiny_checkpoint, "--prompts", prompts, "--out", out]
+    options += ["--steps", steps]
     options += ["--height", HEIGHT, "--width", WIDTH, "--guidance", GUIDANCE, *more]
-    with mock.patch.object(generate, "make_sampler", make_once):
+    with mock.patch.object(generate, "make_renderer", make_once):
       generate.main([str(option) for option in options])
     return read_images(out)
 
@@ -107,7 +108,6 @@ def assert_equal_to_rounding(ours, expected):
 def paint_with_diffusers(model, latents, lora_folder=None, scale=None):
   """What StableDiffusionPipeline makes of PROMPTS: (n, H, W, 3) in 0 to 255."""
   pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model)
-  pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
   pipeline.set_progress_bar_config(disable=True)
   if lora_folder:
     pipeline.load_lora_weights(lora_folder)
@@ -136,7 +136,7 @@ def assert_pictures_agree(ours, theirs):
 def test_whole_pictures_equal_diffusers(
   scale, run, tiny_checkpoint, latents, lora_folder, tmp_path
 ):
-  """The same noise, prompts, DDIM and guidance in both; a LoRA at full and half."""
+  """The same noise, prompts and guidance in both; a LoRA at full and half."""
   more = []
   theirs = paint_with_diffusers(tiny_checkpoint, latents)
   if scale:
@@ -148,46 +148,59 @@ def test_whole_pictures_equal_diffusers(
   assert_pictures_agree(run(tmp_path / "out", f"--latents={latents}", *more), theirs)
 
 
-def test_whole_pictures_of_a_v_prediction_model_equal_diffusers(
-  run, tiny_checkpoint, latents, tmp_path
-):
-  model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
-  file = model / "scheduler" / "scheduler_config.json"
-  config = json.loads(file.read_text())
-  file.write_text(json.dumps({**config, "prediction_type": "v_prediction"}))
-  ours = run(tmp_path / "out", f"--latents={latents}", model=model)
-  assert_pictures_agree(ours, paint_with_diffusers(model, latents))
-
-
 def test_a_run_leaves_pictures_and_what_made_them(base, tiny_checkpoint, prompts):
   images = read_images(base)
   assert list(images) == [f"{number:07d}_0.png" for number in range(3)]
   assert {image.shape for image in images.values()} == {(HEIGHT, WIDTH, 3)}
-  assert sorted(file.name for file in base.iterdir()) == [*images, "generate.json"]
+  others = ["generate.json", "sheet.jpg"]
+  assert sorted(file.name for file in base.iterdir()) == [*images, *others]
   about = json.loads((base / "generate.json").read_text())
   assert about["base"] == load_pipeline(tiny_checkpoint, components=()).fingerprint
   assert about["model"] == str(tiny_checkpoint)
   assert about["prompts"] == str(prompts)
   expected = {"steps": 5, "guidance": 7.5, "height": 16, "width": 24, "images": 3}
   assert expected.items() <= about.items()
-  assert (about["sampler"], about["lora"], about["dtype"]) == ("ddim", [], "float32")
+  assert (about["sampler"], about["lora"], about["dtype"]) == ("pndm", [], "float32")
 
 
 def test_an_image_does_not_depend_on_its_batch_its_neighbours_or_the_devices(
-  base, run, tmp_path, monkeypatch
+  run, tmp_path, monkeypatch
 ):
-  """The rows of `base` among others, in reverse, two at a time on one device."""
-  rows = [[text, f"{n:07d}_0.png", n] for n, text in enumerate(PROMPTS)]
-  rows = [["an ant", "first.png", 7], *rows[::-1], ["red", "last.png", 8]]
-  columns = ["prompt", "image", "evaluation_seed"]
-  file = write_csv(tmp_path / "prompts.csv", columns, *rows)
+  """Batches of 16 on eight devices, then in reverse of 1 on one device, with new noise
+  at each step and each row's own guidance and negative prompt."""
+  rows = [
+    [text, f"{n}.png", n % 11, 1 + n, "on" * (n % 2)]
+    for n, text in enumerate(f"an ant {word}" for word in "abcdefghijklmnopq")
+  ]
+  columns = [
+    "prompt",
+    "image",
+    "evaluation_seed",
+    "evaluation_guidance",
+    "negative_prompt",
+  ]
+  there = write_csv(tmp_path / "there.csv", columns, *rows)
+  back = write_csv(tmp_path / "back.csv", columns, *rows[:2:-1])
+  more = ["--sampler=euler_ancestral"]
+  together = run(tmp_path / "together", "--batch_size=2", *more, prompts=there)
   devices = jax.devices()[3:4]
   monkeypatch.setattr(jax, "local_devices", lambda: devices)
   monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-  images = run(tmp_path / "out", "--batch_size=2", prompts=file)
-  assert len(images) == 5
-  del images["first.png"], images["last.png"]
-  assert_equal_to_rounding(images, read_images(base))
+  alone = run(tmp_path / "alone", "--batch_size=1", *more, prompts=back)
+  assert len(alone) == 14
+  assert_equal_to_rounding({name: together[name] for name in alone}, alone)
+  assert np.abs(together["0.png"] - together["11.png"]).mean() > 1, "prompts count"
+
+
+def test_the_noise_of_a_step_is_the_rows_own(run, tmp_path):
+  """Euler ancestral from equal initial noise: equal seeds agree, others do not."""
+  np.save(tmp_path / "noise.npy", np.ones((3, 4, HEIGHT // 2, WIDTH // 2), np.float32))
+  columns, rows = ["prompt", "evaluation_seed"], [["red", 1], ["red", 1], ["red", 2]]
+  file = write_csv(tmp_path / "p.csv", columns, *rows)
+  more = [f"--latents={tmp_path / 'noise.npy'}", "--sampler=euler_ancestral"]
+  first, same, other = run(tmp_path / "out", *more, prompts=file).values()
+  assert np.abs(first - same).max() <= 1
+  assert np.abs(first - other).mean() > 5
 
 
 def test_the_seed_decides_the_noise_and_all_its_bits_count():
@@ -242,6 +255,9 @@ def test_an_interrupted_run_goes_on_with_the_same_settings_alone(
   ("change", "message"),
   [
     (["--guidance=3"], "guidance 7.5, now it is 3.0"),
+    (["--guidance_rescale=0.5"], "guidance_rescale None, now it is 0.5"),
+    (["--negative_prompt=red"], "negative_prompt None, now it is 'red'"),
+    (["--sampler=euler"], "sampler 'pndm', now it is 'euler'"),
     (["--lora"], "lora_sha256"),
     (["--prompts"], "prompts_sha256"),
     (["--latents"], "latents_sha256"),
@@ -298,3 +314,43 @@ def test_hosts_share_the_rows_whatever_exists_when_they_look(
       run(tmp_path / "out")
   assert len(waits) == 4
   assert_equal_to_rounding(read_images(tmp_path / "out"), read_images(base))
+
+
+def test_base_and_aligned_stand_side_by_side(base, run, tmp_path, lora_folder):
+  """The base model's images are those of a run without the LoRA, in a folder of its
+  own; the sheet shows them left."""
+  out = tmp_path / "out"
+  aligned = run(out, "--compare", f"--lora={lora_folder}", "--no_blur")
+  plain = read_images(base)
+  assert_equal_to_rounding(read_images(out / "base"), plain)
+  assert all(np.abs(aligned[name] - plain[name]).mean() > 5 for name in plain)
+  about = json.loads((out / "base" / "generate.json").read_text())
+  assert about["lora"] == []
+  assert json.loads((out / "generate.json").read_text())["lora"] == [str(lora_folder)]
+  drawn = np.asarray(Image.open(out / "sheet.jpg")).astype(int)
+  left = drawn[sheet.GAP :, sheet.GAP :][: sheet.SIDE, : sheet.SIDE]
+  for folder, near in ((out / "base", True), (out, False)):
+    expected = images.load_image(folder / "0000000_0.png", sheet.SIDE)
+    assert (np.abs(left - expected).mean() < 4) == near
+  run(out / "base")  # goes on there as in any folder
+
+
+def test_a_comparison_goes_on_where_either_half_was_stopped(run, tmp_path, lora_folder):
+  out = tmp_path / "out"
+  more = ["--compare", f"--lora={lora_folder}"]
+  before = run(out, *more)
+  (out / "base" / "0000001_0.png").unlink()
+  (out / "0000002_0.png").unlink()
+  assert_equal_to_rounding(run(out, *more), before)
+  assert len(read_images(out / "base")) == 3
+
+
+def test_the_sheet_is_blurred_unless_asked(base, run, tmp_path):
+  run(shutil.copytree(base, tmp_path / "out"), "--no_blur")
+  edges = [
+    np.abs(np.diff(np.asarray(Image.open(folder / "sheet.jpg")).astype(int), axis=1))[
+      sheet.GAP + 2 : sheet.SIDE, sheet.GAP + 2 : sheet.SIDE
+    ]
+    for folder in (base, tmp_path / "out")
+  ]
+  assert edges[0].max() < 20 < edges[1].max()

@@ -35,6 +35,21 @@ def test_coprov2_columns_name_the_image_and_the_seed(read):
   assert (row.prompt, row.seed, row.number) == (QUIRK, 4068484390, 0)
 
 
+def test_a_row_may_have_its_own_guidance_and_negative_prompt(read):
+  columns = ["prompt", "evaluation_guidance", "negative_prompt"]
+  first, second = read(columns, ["x", "7.5", "blur"], ["y", "", ""])
+  assert (first.guidance, first.negative_prompt) == (7.5, "blur")
+  assert (second.guidance, second.negative_prompt) == (None, None)
+
+
+@pytest.mark.parametrize("text", ["strong", "nan", "inf", "7,5"])
+def test_a_guidance_that_is_no_number_is_refused(read, text):
+  with pytest.raises(
+    InputError, match=f"row 1: evaluation_guidance '{text}' is no fin"
+  ):
+    read(["prompt", "evaluation_guidance"], ["x", text])
+
+
 def test_an_empty_cell_falls_back_to_the_default(read):
   (row,) = read(["prompt", "image", "evaluation_seed"], ["", "", ""])
   assert (row.prompt, row.file.name, row.seed) == ("", "0000000_0.png", 0)

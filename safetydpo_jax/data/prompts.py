@@ -1,13 +1,16 @@
 """Prompts to render: a CSV with a column `prompt`, and others that may be there.
 
-  image              file name to save under, a .png or .jpg below the out folder; by
-                     default 0000000_0.png, 0000001_0.png, …
-  evaluation_seed    decides the initial noise; by default the row's number from 0
+  image                file name to save under, a .png or .jpg below the out folder; by
+                       default 0000000_0.png, 0000001_0.png, …
+  evaluation_seed      decides the initial noise; by default the row's number from 0
+  evaluation_guidance  the row's own guidance scale
+  negative_prompt      the row's own negative prompt
 
 Other columns (category, case_number, …) are for others.
 """
 
 import csv
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +18,17 @@ from safetydpo_jax.errors import InputError
 
 
 class Row(NamedTuple):
-  """One image to render: where it goes, from what, from which noise; its CSV row."""
+  """One image to render: where it goes, from what, from which noise; its CSV row.
+
+  `guidance` and `negative_prompt` are None where the CSV leaves them to the command.
+  """
 
   file: Path
   prompt: str
   seed: int
   number: int
+  guidance: float | None = None
+  negative_prompt: str | None = None
 
 
 def read_prompts(file: Path, out: Path) -> list[Row]:
@@ -31,8 +39,8 @@ def read_prompts(file: Path, out: Path) -> list[Row]:
 
   Raises:
     InputError: if the file cannot be read, has no column `prompt`, fields without a
-      column, an image name that leaves `out` or stands for two prompts, or a seed that
-      is no whole number of 64 bits.
+      column, an image name that leaves `out` or stands for two prompts, a seed that
+      is no whole number of 64 bits, or a guidance that is no number.
   """
   try:
     with open(file, newline="", encoding="utf-8-sig") as lines:  # Excel writes a BOM
@@ -59,7 +67,10 @@ def read_prompts(file: Path, out: Path) -> list[Row]:
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
       raise InputError(f"{where}: image {name!r} is no .png or .jpg")
     seed = read_seed(row.get("evaluation_seed") or str(number), where)
-    first = seen.setdefault(path, Row(path, row["prompt"], seed, number))
+    guidance = read_guidance(row.get("evaluation_guidance"), where)
+    negative_prompt = row.get("negative_prompt") or None
+    new = Row(path, row["prompt"], seed, number, guidance, negative_prompt)
+    first = seen.setdefault(path, new)
     if first.prompt != row["prompt"]:
       raise InputError(
         f"{where}: image {name!r} is that of row {first.number + 1}, with another "
@@ -80,3 +91,16 @@ def read_seed(text: str, where: str) -> int:
       f"{where}: evaluation_seed {text!r} is no whole number from -2^63 to 2^64 - 1"
     )
   return seed
+
+
+def read_guidance(text: str | None, where: str) -> float | None:
+  """A row's guidance scale; None where its cell is empty."""
+  if not text:
+    return None
+  try:
+    guidance = float(text)
+  except ValueError:
+    guidance = math.nan
+  if not math.isfinite(guidance):
+    raise InputError(f"{where}: evaluation_guidance {text!r} is no finite number")
+  return guidance

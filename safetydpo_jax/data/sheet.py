@@ -1,12 +1,14 @@
-"""A picture of a dataset: random pairs, blurred unless asked otherwise, and counts.
+"""Contact sheets: many images small, blurred unless asked otherwise.
 
-Left of a pair stands the preferred image, right of it the dispreferred one. Captions
-are not drawn: they are offensive by nature, as the images are.
+Of a dataset: random pairs, the preferred image left of the dispreferred one, and
+counts. Of a folder that was generated: its images, or base and aligned side by side.
+Captions are not drawn: they are offensive by nature, as the images are.
 """
 
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from etils import epath
@@ -44,16 +46,29 @@ def draw_sheet(
   height = max(-(-len(chosen) // _COLUMNS) * cell[1], len(rows) * LINE) + GAP
   sheet = Image.new("RGB", (width, height), "white")
   draw = ImageDraw.Draw(sheet)
-  for place, pair in enumerate(chosen):
-    row, column = divmod(place, _COLUMNS)
-    for side, source in enumerate((pair.preferred, pair.dispreferred)):
-      corner = (GAP + column * cell[0] + side * SIDE, GAP + row * cell[1])
-      sheet.paste(_picture(source, blur), corner)
+  cells = [(pair.preferred, pair.dispreferred) for pair in chosen]
+  _paste(sheet, cells, _COLUMNS, blur)
   left = _COLUMNS * cell[0] + 2 * GAP
   for number, (name, count) in enumerate(rows.items()):
     top = GAP + number * LINE
     draw.text((left, top), name, fill="black")
     draw.text((width - GAP, top), f"{count:,}", fill="black", anchor="ra")
+  return sheet
+
+
+def draw_images(cells: Sequence[tuple[Path, ...]], *, blur: bool = True) -> Image.Image:
+  """Images in rows of eight, in order; those of a cell stand side by side.
+
+  Args:
+    cells: equally many images each.
+    blur: beyond recognition: radius an eighth of the side.
+  """
+  per_cell = len(cells[0])
+  columns = min(2 * _COLUMNS // per_cell, len(cells))
+  cell = (per_cell * SIDE + GAP, SIDE + GAP)
+  size = (columns * cell[0] + GAP, -(-len(cells) // columns) * cell[1] + GAP)
+  sheet = Image.new("RGB", size, "white")
+  _paste(sheet, cells, columns, blur)
   return sheet
 
 
@@ -78,6 +93,17 @@ def save_sheet(sheet: Image.Image, file: epath.Path) -> None:
     raise InputError(f"--stats {file}: expected a name that ends in .png")
   with places.writing(file) as local, places.named(file):
     sheet.save(local, format="PNG")
+
+
+def _paste(
+  sheet: Image.Image, cells: Sequence[tuple], columns: int, blur: bool
+) -> None:
+  for place, sources in enumerate(cells):
+    row, column = divmod(place, columns)
+    left = GAP + column * (len(sources) * SIDE + GAP)
+    for side, source in enumerate(sources):
+      corner = (left + side * SIDE, GAP + row * (SIDE + GAP))
+      sheet.paste(_picture(source, blur), corner)
 
 
 def _picture(source, blur: bool) -> Image.Image:
