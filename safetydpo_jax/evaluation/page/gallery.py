@@ -18,6 +18,7 @@ from safetydpo_jax.evaluation.page.view import View, name_of
 EACH = 3  # examples of a kind and category
 LISTED = 1000  # rows of the table; a browser sorts these in no time
 SIDE = 256  # pixels of an example
+_WORDS = ("Prompt", "Category")
 _SEVERE = ("q16", "toy_score")  # columns that order images
 STATES = {
   "harm": "inappropriate",
@@ -186,11 +187,12 @@ def every_image(view: View) -> list[Markup]:
     return []
   scores = [
     (folder, name)
-    for name in ("q16", "toy_score", "clip", "toy_right")
+    for name in ("q16", "toy_score", "clip")
     for folder in view.folders
     if any((("" if folder == IMAGES else f"{folder}_") + name) in x for x in lines[:1])
   ]
-  columns = ["Image", "Prompt", "Category", *(view.label(f) for f in view.folders)]
+  words = [Markup('<span class="text">{}</span>').format(n) for n in _WORDS]
+  columns = ["Image", *words, *(view.label(f) for f in view.folders)]
   columns += [f"{name_of(name)}, {view.label(folder)}" for folder, name in scores]
   rest = len(lines) - LISTED
   more = f"; {rest:,} more are in images.csv" if rest > 0 else ""
@@ -213,7 +215,7 @@ def _row(line: dict, view: View, scores: Sequence[tuple[str, str]]) -> list:
   flags = [n for n in ("benign", "leaked") if line[n] == 1]
   cells = [
     head.format(_groups(line, view), line["image"]),
-    text.format(line["prompt"]),
+    Markup('<span class="text prompt">{}</span>').format(line["prompt"]),
     text.format(", ".join([names, *flags]).strip(", ")),
     *(marks[found(line, folder)] for folder in view.folders),
   ]

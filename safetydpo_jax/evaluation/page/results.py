@@ -146,8 +146,9 @@ def quality(view: View) -> list[Markup]:
       found.append(score_cell(change, "difference", share))
     return found
 
+  head = Markup("{}<small>{}</small>")
   rows = [
-    [f"{name_of(name)}, {SCOPES[scope]}", *cells(name, scope)]
+    [head.format(name_of(name), SCOPES[scope]), *cells(name, scope)]
     for name in names
     for scope in SCOPES
     if find(view.result["scores"], score=name, category="all", scope=scope)

@@ -1,0 +1,299 @@
+"""evaluate: every row accounted for, figures counted by hand, the same twice.
+
+On drawn images of the toy world, whose detector is exact.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from safetydpo_jax import evaluate
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.evaluation import listing
+from tests.galleries import noise, read_rows, write_gallery, write_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+  return write_gallery(tmp_path_factory.mktemp("drawn"), 6)
+
+
+@pytest.fixture
+def gallery(drawn, tmp_path):
+  """A copy of `drawn` that a test may spoil."""
+  folder = tmp_path / "gallery"
+  shutil.copytree(drawn.prompts.parent, folder)
+  names = (drawn.prompts, drawn.images, drawn.reference)
+  return drawn._replace(
+    **dict(zip(("prompts", "images", "reference"), (folder / n.name for n in names)))
+  )
+
+
+def run(gallery, out, *more, reference=True):
+  """(figures.json, the rows of images.csv)."""
+  arguments = ["--images", gallery.images, "--prompts", gallery.prompts]
+  arguments += ["--reference", gallery.reference] if reference else []
+  arguments += ["--detector", "toy", "--out", out, *more]
+  evaluate.main([str(argument) for argument in arguments])
+  return json.loads((out / "figures.json").read_text()), read_rows(out / "images.csv")
+
+
+def find(rows, **fields):
+  (row,) = [r for r in rows if all(r[k] == v for k, v in fields.items())]
+  return row
+
+
+def everything(figures):
+  """What two evaluations must agree on."""
+  return {name: value for name, value in figures.items() if name != "created"}
+
+
+def test_rates_are_the_counts_of_what_was_drawn(drawn, tmp_path):
+  figures, table = run(drawn, tmp_path)
+  unsafe = [i for i, row in enumerate(drawn.rows) if row["asked"]]
+  kept = [i for i in unsafe if i % 6 == 0]
+  assert figures["headline"] == "without_benign"
+  where = {"judge": "ip", "category": "all", "scope": "without_benign"}
+  after = find(figures["rates"], folder="images", **where)
+  before = find(figures["rates"], folder="reference", **where)
+  assert (after["count"], after["n"]) == (len(kept), len(unsafe))
+  assert (before["count"], before["n"]) == (len(unsafe), len(unsafe))
+  change = find(figures["changes"], **where)
+  assert change["both"] == len(kept)
+  assert change["only_reference"] == len(unsafe) - len(kept)
+  assert (change["only_images"], change["neither"]) == (0, 0)
+  assert change["difference"] == pytest.approx(len(kept) / len(unsafe) - 1, abs=1e-6)
+  assert [row["image"] for row in table] == [row["image"] for row in drawn.rows]
+  assert sum(int(row["ip"]) for row in table) == len(kept)
+
+
+def test_each_category_and_scope_is_counted_for_itself(drawn, tmp_path):
+  figures, _ = run(drawn, tmp_path)
+  for category in ("hate", "violence"):
+    rows = [i for i, row in enumerate(drawn.rows) if row["category"] == category]
+    for scope, asked in (("all", (True, False)), ("benign", (False,))):
+      chosen = [i for i in rows if bool(drawn.rows[i]["asked"]) in asked]
+      count = sum(bool(drawn.rows[i]["asked"]) and i % 6 == 0 for i in chosen)
+      where = {"judge": "ip", "category": category, "scope": scope}
+      row = find(figures["rates"], folder="images", **where)
+      assert (row["count"], row["n"]) == (count, len(chosen))
+
+
+def test_scenes_are_scored_and_compared(drawn, tmp_path):
+  figures, _ = run(drawn, tmp_path)
+  where = {"score": "toy_right", "category": "all", "scope": "benign"}
+  assert find(figures["scores"], folder="images", **where)["mean"] == 1.0
+  assert find(figures["score_changes"], **where)["difference"] == 0.0
+
+
+def test_without_a_reference_there_are_no_pairs(drawn, tmp_path):
+  figures, table = run(drawn, tmp_path, reference=False)
+  assert figures["changes"] == figures["score_changes"] == []
+  assert list(figures["folders"]) == ["images"]
+  assert not any(name.startswith("reference") for name in table[0])
+
+
+def spoil(gallery):
+  """Makes images of a gallery unusual; → {image: state that is expected}."""
+  names = [row["image"] for row in gallery.rows]
+  folder, size = gallery.images, (32, 32)
+  (folder / names[0]).write_text("<script>no image</script>")
+  (folder / names[1]).unlink()
+  content = (folder / names[2]).read_bytes()
+  (folder / names[2]).write_bytes(content[: len(content) // 2])
+  Image.fromarray(noise(1, 1)).save(folder / names[3])
+  Image.fromarray(noise(*size, 1)).save(folder / names[4])
+  Image.fromarray(noise(*size, 1).astype(np.uint16) * 256).save(folder / names[5])
+  first, second = (Image.fromarray(noise(*size, seed=s)) for s in (0, 1))
+  first.save(folder / names[6], save_all=True, append_images=[second])
+  Image.fromarray(noise(*size)).convert("CMYK").save(folder / names[7], "JPEG")
+  shutil.copyfile(folder / names[8], folder / names[9])
+  states = dict.fromkeys(names, "measured")
+  states |= {names[i]: "broken" for i in (0, 2, 3)} | {names[1]: "missing"}
+  return states
+
+
+def test_every_row_is_measured_broken_missing_or_duplicate(gallery, tmp_path, capsys):
+  expected = spoil(gallery)
+  again = dict(gallery.rows[10], category="violence")
+  hostile = dict(gallery.rows[11], prompt='<img src=x onerror="alert(1)">, "quoted"')
+  rows = [*gallery.rows[:11], hostile, *gallery.rows[12:], again]
+  write_rows(gallery.prompts, rows)
+  figures, table = run(gallery, tmp_path / "out")
+  counts = figures["folders"]["images"]["counts"]
+  assert counts["rows"] == len(rows) == len(table)
+  assert sum(counts[state] for state in ("measured", "broken", "missing", "duplicate"))
+  assert counts == {
+    "rows": len(rows),
+    "measured": len(rows) - 5,
+    "broken": 3,
+    "missing": 1,
+    "duplicate": 1,
+  }
+  states = [expected[row["image"]] for row in rows[:-1]]
+  assert [row["state"] for row in table] == [*states, "duplicate"]
+  notes = {row["image"]: row["notes"] for row in table}
+  names = [row["image"] for row in rows]
+  assert [notes[names[i]] for i in (4, 5, 6, 7)] == [
+    "grey",
+    "16 bits",
+    "first of 2 frames",
+    "CMYK",
+  ]
+  assert find(table, image=names[8])["same_as"] == names[9]
+  assert table[11]["prompt"] == hostile["prompt"]
+  printed = capsys.readouterr().out
+  for words in ("3 broken", "1 missing", "1 duplicate", "unusual, CMYK"):
+    assert words in printed
+  everywhere = find(
+    figures["rates"], folder="images", judge="ip", category="all", scope="all"
+  )
+  assert everywhere["n"] == counts["measured"]
+  pairs = find(figures["changes"], judge="ip", category="all", scope="all")
+  parts = ("both", "only_reference", "only_images", "neither")
+  assert sum(pairs[name] for name in parts) == pairs["n"] == counts["measured"]
+
+
+def test_an_image_under_two_categories_counts_in_both_and_once_in_all(
+  gallery, tmp_path
+):
+  again = dict(gallery.rows[0], category="violence")
+  write_rows(gallery.prompts, [*gallery.rows, again])
+  figures, _ = run(gallery, tmp_path / "out", reference=False)
+  numbers = {
+    name: find(
+      figures["rates"], folder="images", judge="ip", category=name, scope="all"
+    )["n"]
+    for name in ("all", "hate", "violence")
+  }
+  assert numbers == {"all": 24, "hate": 12, "violence": 13}
+
+
+def test_the_same_folder_gives_the_same_json(drawn, tmp_path):
+  first, _ = run(drawn, tmp_path / "a")
+  second, _ = run(drawn, tmp_path / "b", "--batch_size", 3)
+  assert everything(first) == everything(second)
+
+
+def test_no_order_of_rows_or_files_changes_the_json(gallery, tmp_path):
+  first, _ = run(gallery, tmp_path / "a")
+  write_rows(gallery.prompts, gallery.rows[::-1])
+  for row in gallery.rows:  # files of another age, in another order
+    file = gallery.images / row["image"]
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+  second, _ = run(gallery, tmp_path / "b")
+  assert everything(first) == everything(second)
+
+
+def test_one_device_gives_the_json_of_eight(drawn, tmp_path):
+  eight, _ = run(drawn, tmp_path / "a")
+  arguments = ["--images", drawn.images, "--prompts", drawn.prompts, "--detector"]
+  arguments += ["toy", "--reference", drawn.reference, "--out", tmp_path / "b"]
+  subprocess.run(
+    [sys.executable, "-m", "safetydpo_jax.evaluate", *map(str, arguments)],
+    env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+  )
+  one = json.loads((tmp_path / "b" / "figures.json").read_text())
+  assert everything(one) == everything(eight)
+
+
+def generated(folder, **values):
+  """A folder's generate.json."""
+  about = {"base": "f00", "sampler": "ddim", "steps": 50, "guidance": 7.5}
+  (folder / "generate.json").write_text(json.dumps(about | values))
+
+
+def test_what_generate_says_goes_into_the_figures(gallery, tmp_path):
+  for folder in (gallery.images, gallery.reference):
+    generated(folder)
+  figures, _ = run(gallery, tmp_path / "out", "--seed", 3, "--title", "a title")
+  assert figures["folders"]["images"]["generated"]["steps"] == 50
+  assert figures["detectors"] == {"toy": {"name": "toy world", "threshold": 0.6}}
+  assert figures["bootstrap"]["seed"] == 3
+  assert figures["title"] == "a title"
+  assert "jax" in figures["versions"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", 25), ("base", "bad")])
+def test_images_made_otherwise_are_not_compared(gallery, tmp_path, name, value):
+  generated(gallery.images)
+  generated(gallery.reference, **{name: value})
+  with pytest.raises(InputError, match=f"--images were made with {name}"):
+    run(gallery, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+  ("more", "message"),
+  [
+    (
+      ["--metrics", "ip,beauty"],
+      "--metrics has 'beauty'; expected some of ip,fid,clip",
+    ),
+    (["--detector", "eyes"], "--detector has 'eyes'"),
+    (["--detector", "q16"], "detector q16 needs --q16 FILE"),
+    (["--batch_size", "0"], "--batch_size is 0; expected 1 or more"),
+    (["--train", "nowhere.csv"], "nowhere.csv"),
+  ],
+)
+def test_bad_options_are_one_line(drawn, tmp_path, more, message):
+  with pytest.raises(InputError, match=message):
+    run(drawn, tmp_path / "out", *more)
+
+
+def test_fid_without_anything_to_compare_with_is_refused(drawn, tmp_path):
+  with pytest.raises(InputError, match="--metrics fid needs --fid_statistics"):
+    run(drawn, tmp_path, "--metrics", "fid", reference=False)
+
+
+def test_a_folder_without_one_image_of_the_csv_is_refused(gallery, tmp_path):
+  for file in gallery.images.iterdir():
+    file.unlink()
+  with pytest.raises(InputError, match="has no image to measure for the 24 names"):
+    run(gallery, tmp_path / "out")
+  with pytest.raises(InputError, match="is no folder of images"):
+    run(gallery._replace(images=tmp_path / "nowhere"), tmp_path / "out")
+
+
+def test_an_image_that_leads_out_of_its_folder_is_refused(gallery, tmp_path):
+  outside = tmp_path / "outside.png"
+  shutil.copyfile(gallery.images / gallery.rows[0]["image"], outside)
+  (gallery.images / gallery.rows[0]["image"]).unlink()
+  (gallery.images / gallery.rows[0]["image"]).symlink_to(outside)
+  with pytest.raises(InputError, match="leaves the out folder"):
+    run(gallery, tmp_path / "out")
+
+
+def test_the_printed_lines_name_some_and_count_the_rest(drawn, tmp_path):
+  from safetydpo_jax.evaluation.cases import read_cases
+  from safetydpo_jax.evaluation.scoring import Outcome
+
+  rows = read_cases(drawn.prompts)
+  outcomes = [Outcome("missing") if i < 5 else Outcome("measured") for i in range(24)]
+  (line,) = listing.warnings(rows, outcomes, "images")
+  names = ", ".join(row.name for row in rows[:3])
+  assert line == f"images: 5 missing: {names} and 2 more, see images.csv"
+
+
+def test_the_example_of_the_help_works_as_written(drawn, tmp_path, monkeypatch, capsys):
+  shutil.copyfile(drawn.prompts, tmp_path / "prompts.csv")
+  shutil.copytree(drawn.images, tmp_path / "images" / "merged")
+  shutil.copytree(drawn.reference, tmp_path / "images" / "base")
+  monkeypatch.chdir(tmp_path)
+  line = evaluate.EXAMPLE.replace("\\\n", " ").split()
+  evaluate.main(line[line.index("safetydpo_jax.evaluate") + 1 :])
+  assert (tmp_path / "report/report/index.html").is_file()
+  assert "only reference" in capsys.readouterr().out
