@@ -63,7 +63,7 @@ def look(images: Path, prompts: Path) -> list[Picture]:
         f"{prompts} row {number}: phrasing {line['phrasing']!r}; expected one of "
         f"{', '.join(scenes.INDICES)}"
       )
-  pixels = np.stack([_read(row.file) for row in rows])
+  pixels = np.stack([read_picture(row.file) for row in rows])
   asked = [scenes.parse(row.prompt) for row in rows]
   found = [
     symbols.CONCEPTS[index].word if index >= 0 else None
@@ -85,7 +85,12 @@ def look(images: Path, prompts: Path) -> list[Picture]:
   ]
 
 
-def _read(file: Path) -> np.ndarray:
+def read_picture(file: Path) -> np.ndarray:
+  """A toy picture's pixels, (32, 32, 3) uint8.
+
+  Raises:
+    InputError: if it cannot be read, or has another size.
+  """
   try:
     with Image.open(file, formats=FORMATS) as image:
       width, height = image.size

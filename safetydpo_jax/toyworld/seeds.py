@@ -113,14 +113,10 @@ def run_demo(out: Path, seed: int, rest: list[str]) -> dict[str, Any]:
   return manifest.read_json(out / "figures.json", "demo")
 
 
-def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list]:
-  """The command line, and what is left of it for the demo."""
-  parser = argparse.ArgumentParser(
-    prog="python -m safetydpo_jax.toyworld.seeds",
-    description="Runs the demo with several seeds; other options are the demo's.",
-    epilog=EXAMPLE,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+def parse_seeds(
+  parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+  """`--out` and `--seeds`, and what is left of the command line for the demo."""
   parser.add_argument("--out", required=True, type=Path, metavar="DIR")
   parser.add_argument("--seeds", default="0,1,2", metavar="N,N,...")
   options, rest = parser.parse_known_args(arguments)
@@ -135,7 +131,13 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
 
 def main(arguments: list[str] | None = None) -> None:
   """Runs the demos one after the other, then prints."""
-  options, rest = parse_arguments(arguments)
+  parser = argparse.ArgumentParser(
+    prog="python -m safetydpo_jax.toyworld.seeds",
+    description="Runs the demo with several seeds; other options are the demo's.",
+    epilog=EXAMPLE,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  options, rest = parse_seeds(parser, arguments)
   results = {
     seed: run_demo(options.out / f"seed{seed}", seed, rest) for seed in options.seeds
   }

@@ -1,0 +1,72 @@
+"""Merging in the toy world, measured: `python -m safetydpo_jax.toyworld.study`.
+
+For each seed the demo (`demo.py`), whose seven experts then stand beside
+  - one LoRA trained on all pairs, with the steps of one expert and of all of them;
+  - every merging method, at the experts' rank where it has one (`trials.py`);
+  - Co-Merge and the linear mean of the first 1 to 7 experts;
+  - experts trained on a share of the pairs.
+Prints Markdown tables (`study_tables.py`) and writes them to OUT/study.md, all figures
+to OUT/study.json and the picture to OUT/study.png. What is there is not made again, so
+a stopped study goes on where it was stopped.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from safetydpo_jax.errors import run_command
+from safetydpo_jax.formats import manifest
+from safetydpo_jax.toyworld import seeds, study_picture, study_tables
+from safetydpo_jax.toyworld.demo import parse_arguments as parse_demo
+from safetydpo_jax.toyworld.pretrain import machine
+from safetydpo_jax.toyworld.trials import run_trial, trials
+
+EXAMPLE = """example:
+  python -m safetydpo_jax.toyworld.study --out study --seeds 0,1,2
+"""
+
+
+def run_seed(out: Path, seed: int, rest: list[str]) -> dict[str, Any]:
+  """One seed's demo and trials; returns {demo: its figures, trials: theirs}."""
+  demo, ours = out / f"seed{seed}", out / f"trials{seed}"
+  options = parse_demo(["--out", str(demo), "--seed", str(seed), *rest])
+  if (demo / "figures.json").exists():
+    figures = manifest.read_json(demo / "figures.json", "demo")
+  else:
+    figures = seeds.run_demo(demo, seed, rest)
+  table = trials(demo, ours, options)
+  done, start = [], time.monotonic()
+  for number, trial in enumerate(table, start=1):
+    minutes = (time.monotonic() - start) / 60
+    left = minutes / (number - 1) * (len(table) - number + 1) if number > 1 else 0
+    print(
+      f"\nseed {seed}, trial {number} of {len(table)}: {trial.group}, {trial.name} "
+      f"({minutes:.0f} minutes, {left:.0f} to go)",
+      flush=True,
+    )
+    done.append(run_trial(trial, demo, ours, options.model))
+  return {"demo": figures, "trials": done}
+
+
+def main(arguments: list[str] | None = None) -> None:
+  """Runs seed after seed, then prints and draws."""
+  parser = argparse.ArgumentParser(
+    prog="python -m safetydpo_jax.toyworld.study",
+    description="Compares merging methods in the toy world; other options are the "
+    "demo's.",
+    epilog=EXAMPLE,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  options, rest = seeds.parse_seeds(parser, arguments)
+  results = {seed: run_seed(options.out, seed, rest) for seed in options.seeds}
+  about = {"machine": machine(), "versions": manifest.versions()}
+  manifest.write_json(options.out / "study.json", {**about, "seeds": results})
+  text = study_tables.write(results)
+  (options.out / "study.md").write_text(text, encoding="utf-8")
+  study_picture.draw(options.out / "study.png", results)
+  print(f"\n{text}\n{options.out / 'study.png'}")
+
+
+if __name__ == "__main__":
+  run_command(main)

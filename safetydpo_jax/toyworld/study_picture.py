@@ -1,0 +1,100 @@
+"""The study as a picture: methods, number of experts, share of the pairs."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from safetydpo_jax import comerge
+from safetydpo_jax.toyworld import study_tables
+from safetydpo_jax.toyworld.study_tables import ALONE, LINEAR, Results
+
+# Colour-blind safe (Okabe and Ito). What a dot belongs to: colour and mark.
+STYLES = {
+  "linear": ("#E69F00", "o"),
+  "co_merge": ("#0072B2", "D"),
+  "all_single": ("#D55E00", "s"),
+  "other": ("#888888", "^"),
+}
+# Names that would lie on each other stand below their mark.
+BELOW = ("co_merge_product", "dare_ties")
+
+
+def draw(file: Path, results: Results) -> None:
+  """Writes the picture, through a temporary name."""
+  figures = study_tables.read_figures(results)
+  count = len(next(iter(results.values()))["demo"]["categories"])
+  style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+  with matplotlib.rc_context(style):
+    figure = Figure(figsize=(12, 4.2), layout="constrained", dpi=120)
+    panels = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
+    _methods(panels[0], figures)
+    _experts(panels[1], figures, count)
+    _data(panels[2], figures)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    figure.savefig(temporary, format="png")
+  os.replace(temporary, file)
+
+
+def _mean(seeds) -> tuple[float, float]:
+  """(IP, utility lost) in per cent."""
+  return 100 * np.mean([x.ip for x in seeds]), 100 * np.mean([x.utility for x in seeds])
+
+
+def _methods(axes, figures) -> None:
+  """IP against utility: down and to the right is better."""
+  curve = []
+  for (group, name), seeds in figures.items():
+    if group not in ("all_single", "merges"):
+      continue
+    kind = next((k for k in STYLES if name.startswith(k)), "other")
+    colour, mark = STYLES["all_single" if group == "all_single" else kind]
+    ip, utility = _mean(seeds)
+    if kind == "linear":
+      curve.append((utility, ip))
+    axes.plot(
+      [100 * x.utility for x in seeds],
+      [100 * x.ip for x in seeds],
+      ".",
+      color=colour,
+      alpha=0.5,
+      ms=4,
+    )
+    axes.plot(utility, ip, mark, color=colour, ms=7)
+    words = name if group == "merges" else f"one LoRA, {name}"
+    side = -10 if name in BELOW else 5
+    axes.annotate(words, (utility, ip), (5, side), textcoords="offset points", size=7)
+  axes.plot(*zip(*curve), color=STYLES["linear"][0], lw=1, zorder=0)
+  axes.set(xlabel="utility, %", ylabel="IP, %", title="Seven experts in one LoRA")
+
+
+def _experts(axes, figures, count: int) -> None:
+  """IP over all categories by the number of experts merged."""
+  merged = {"linear": LINEAR, "co_merge": comerge.DEFAULT}
+  for method, whole in merged.items():
+    keys = [(f"experts, {method}", str(n)) for n in range(1, count)]
+    keys.append(("merges", whole))
+    _band(axes, range(1, count + 1), [figures[key] for key in keys], method, 0)
+  axes.legend(["linear, mean", "Co-Merge"], frameon=False)
+  axes.set(xlabel="experts merged", ylabel="IP over all categories, %", ylim=(0, None))
+  axes.set_title("Number of experts")
+
+
+def _data(axes, figures) -> None:
+  """IP and utility lost of single experts by the share of the pairs."""
+  shares = study_tables.shares(figures)
+  seeds = [figures[f"data, {share:g}", ""] for share in shares] + [figures[ALONE, ""]]
+  _band(axes, [100 * share for share in (*shares, 1)], seeds, "co_merge", 0)
+  axes.set(xlabel="share of the pairs, %", ylabel="IP, %", ylim=(0, None))
+  axes.set_title("Experts alone, by the pairs they saw")
+
+
+def _band(axes, x, rows, style: str, field: int) -> None:
+  """A line of means, with the lowest and highest of the seeds."""
+  colour, mark = STYLES[style]
+  values = 100 * np.array([[figures[field] for figures in seeds] for seeds in rows])
+  means = values.mean(1)
+  spread = np.abs(np.stack([values.min(1), values.max(1)]) - means[None])
+  axes.errorbar(list(x), means, spread, color=colour, marker=mark, ms=5, capsize=3)
