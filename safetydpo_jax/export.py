@@ -1,64 +1,223 @@
 """Hands a LoRA to PyTorch: `python -m safetydpo_jax.export --lora L --model M …`.
 
-`diffusers` writes pytorch_lora_weights.safetensors (`formats/lora_files.py`), which
-`StableDiffusionPipeline.load_lora_weights` reads as it is, and export.json beside it.
+  diffusers  pytorch_lora_weights.safetensors, which `load_lora_weights` reads
+  kohya      safetydpo_lora.safetensors, which A1111, Forge and ComfyUI read
+  pipeline   a diffusers directory with the LoRA in the UNet's weights
+
+and with each a model card, README.md, and export.json, which says what it was made of.
+What the files hold: `formats/lora_files.py`, `kohya.py`, `fused.py`, `model_card.py`.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from flax.traverse_util import flatten_dict
-
-from safetydpo_jax.errors import run_command
-from safetydpo_jax.formats import lora_files, loras, manifest
-from safetydpo_jax.formats.pipeline import load_pipeline
+from safetydpo_jax.errors import InputError, run_command
+from safetydpo_jax.formats import (
+  fused,
+  hub,
+  kohya,
+  lora_files,
+  loras,
+  manifest,
+  model_card,
+  verify,
+)
+from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.lora import check_shapes, num_parameters, rank_of, scale
 
 EXAMPLE = """example:
   python -m safetydpo_jax.export --lora runs/hate --model sd15 --format diffusers \\
     --out exported/hate
 """
+FORMATS = ("diffusers", "kohya", "pipeline")
+CARD = "README.md"
+ABOUT = "export.json"
+# Components that have weights, or settings, to fetch.
+_FETCHED = (
+  "vae",
+  "text_encoder",
+  "text_encoder_2",
+  "safety_checker",
+  "image_encoder",
+)
 
 
-def main(arguments: list[str] | None = None) -> None:
-  """Reads the LoRA, checks it against the model, writes it."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+  """The command line."""
   parser = argparse.ArgumentParser(
     prog="python -m safetydpo_jax.export",
     description="Exports a LoRA for PyTorch.",
     epilog=EXAMPLE,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument(
-    "--lora", required=True, metavar="L[:SCALE]", help="run directory or LoRA file"
+  add = parser.add_argument
+  add("--lora", required=True, metavar="L[:SCALE]", help="run directory or LoRA file")
+  add("--model", required=True, metavar="M", help="the base model")
+  add(
+    "--format",
+    default="diffusers",
+    choices=FORMATS,
+    help="a LoRA for diffusers, a LoRA for A1111 and ComfyUI, or the whole model with "
+    "the LoRA in its weights (default: diffusers)",
   )
-  parser.add_argument("--model", required=True, metavar="M", help="the base model")
-  parser.add_argument("--format", default="diffusers", choices=["diffusers"])
-  parser.add_argument("--out", required=True, type=Path, help="folder to write to")
-  parser.add_argument("--variant", help='of the model\'s files, for example "fp16"')
-  options = parser.parse_args(arguments)
+  add("--out", required=True, type=Path, help="folder to write to")
+  add(
+    "--dtype",
+    choices=tuple(lora_files.DTYPES),
+    help="of the numbers (default: float32 for a LoRA, the base's for a pipeline)",
+  )
+  add("--variant", help='of the model\'s files, for example "fp16"')
+  add("--figures", type=Path, metavar="JSON", help="evaluate's, for the model card")
+  add(
+    "--verify",
+    action="store_true",
+    help="load the result in PyTorch and compare predictions",
+  )
+  add(
+    "--push",
+    metavar="REPOSITORY",
+    help="upload the result to the hub; a new repository is private",
+  )
+  return parser.parse_args(arguments)
 
+
+def main(arguments: list[str] | None = None) -> None:
+  """Reads the LoRA, checks it against the model, writes it."""
+  options = parse_arguments(arguments)
+  if options.verify:
+    verify.check_installed()
   name, factor = loras.split_scale(options.lora)
   lora, about = loras.load_lora(name)
-  pipeline = load_pipeline(options.model, components=(), variant=options.variant)
-  loras.check_fits(name, about, pipeline.fingerprint)
-  check_shapes(pipeline.unet_shapes(), lora)
+  if options.format == "pipeline":
+    hub.locate(options.model, _FETCHED, options.variant, None)
+  base = load_pipeline(options.model, components=(), variant=options.variant)
+  loras.check_fits(name, about, base.fingerprint)
+  check_shapes(base.unet_shapes(), lora)
+  lora = scale(lora, factor)
 
-  file = lora_files.write_diffusers(
-    options.out, scale(lora, factor), lora_files.adapted_layers(lora)
+  if options.format == "pipeline":
+    with fused.new_folder(options.out) as folder:
+      files = write_pipeline(folder, base, lora, options)
+      describe(folder, None, base, lora, about, options)
+  else:
+    files = [write_lora(options.out, base, lora, about, options)]
+    describe(options.out, files[0].name, base, lora, about, options)
+  print(
+    f"{options.out}: {', '.join(file.name for file in files)}; rank {rank_of(lora)}, "
+    f"{num_parameters(lora):,} parameters"
   )
+  if options.verify:
+    result = options.out if options.format == "pipeline" else files[0]
+    found = verify.compare(
+      base,
+      lora,
+      result,
+      fused=options.format == "pipeline",
+      variant=options.variant,
+    )
+    print(found.describe())
+    verify.check(found, options.dtype or "float32")
+  if options.push:
+    push(options.out, options.push)
+
+
+def write_lora(
+  out: Path,
+  base: Pipeline,
+  lora: dict[str, Any],
+  about: dict[str, Any],
+  options: argparse.Namespace,
+) -> Path:
+  """The LoRA file in `out`."""
+  shapes = base.unet_shapes()
+  to = {"shapes": shapes, "dtype": lora_files.DTYPES[options.dtype or "float32"]}
+  if options.format == "diffusers":
+    targets = lora_files.target_modules(lora, shapes)
+    return lora_files.write_diffusers(out, lora, targets, **to)
+  header = kohya.header(
+    base.unet.config,
+    base.schedule.prediction_type,
+    base.resolution,
+    rank_of(lora),
+    f"SafetyDPO {about.get('category') or 'LoRA'}",
+  )
+  return lora_files.write_kohya(out, lora, header, **to)
+
+
+def write_pipeline(
+  out: Path, base: Pipeline, lora: dict[str, Any], options: argparse.Namespace
+) -> list[Path]:
+  """The fused pipeline in `out`; returns the UNet's files."""
+  fused.copy_base(base.path, out)
+  dtype = options.dtype and lora_files.DTYPES[options.dtype]
+  return fused.write_unet(out, base.path, lora, variant=options.variant, dtype=dtype)
+
+
+def describe(
+  folder: Path,
+  file: str | None,
+  base: Pipeline,
+  lora: dict[str, Any],
+  about: dict[str, Any],
+  options: argparse.Namespace,
+) -> None:
+  """export.json and the model card."""
+  card = model_card.Export(
+    kind=options.format,
+    file=file,
+    base=options.model,
+    fingerprint=base.fingerprint,
+    variant=options.variant,
+    about=about,
+    rank=rank_of(lora),
+    parameters=num_parameters(lora),
+    dtype=options.dtype or (file and "float32"),
+    repository=options.push,
+  )
+  model_card.write_card(folder / CARD, card, options.figures)
   manifest.write_json(
-    options.out / "export.json",
+    folder / ABOUT,
     {
       "lora": options.lora,
+      "format": options.format,
+      "dtype": card.dtype,
       "about": about,
-      "base": {"name": options.model, "fingerprint": pipeline.fingerprint},
+      "base": {"name": options.model, "fingerprint": base.fingerprint},
       "versions": manifest.versions(),
     },
   )
-  print(
-    f"{file}: rank {rank_of(lora)}, {num_parameters(lora):,} parameters in "
-    f"{len(flatten_dict(lora))} tensors"
-  )
+
+
+def push(folder: Path, repository: str) -> None:
+  """Uploads an export to the hub.
+
+  export.json stays here: it names folders of this machine. A repository that is not
+  there is made private, since nobody can take a publication back.
+
+  Raises:
+    InputError: the hub does not take it.
+  """
+  # Imported here: it takes a second, and most exports stay here.
+  import huggingface_hub
+  from huggingface_hub.errors import HfHubHTTPError
+
+  hub_client = huggingface_hub.HfApi()
+  try:
+    hub_client.create_repo(repository, private=True, exist_ok=True)
+    hub_client.upload_folder(
+      repo_id=repository,
+      folder_path=folder,
+      ignore_patterns=[ABOUT],
+      commit_message="SafetyDPO export",
+    )
+  except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise InputError(
+      f"could not push {folder} to {repository} ({reason}); log in with `hf auth "
+      "login` and check the name; the export is complete"
+    ) from error
+  print(f"pushed to https://huggingface.co/{repository}")
 
 
 if __name__ == "__main__":
