@@ -4,12 +4,9 @@ On drawn images of the toy world, whose detector is exact.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,9 +14,9 @@ from PIL import Image
 from safetydpo_jax import evaluate
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import listing
+from safetydpo_jax.metrics import clipscore, fid, q16
+from tests.clips import save_tiny_clip
 from tests.galleries import noise, read_rows, write_gallery, write_rows
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -196,19 +193,82 @@ def test_no_order_of_rows_or_files_changes_the_json(gallery, tmp_path):
   assert everything(first) == everything(second)
 
 
-def test_one_device_gives_the_json_of_eight(drawn, tmp_path):
-  eight, _ = run(drawn, tmp_path / "a")
-  arguments = ["--images", drawn.images, "--prompts", drawn.prompts, "--detector"]
-  arguments += ["toy", "--reference", drawn.reference, "--out", tmp_path / "b"]
-  subprocess.run(
-    [sys.executable, "-m", "safetydpo_jax.evaluate", *map(str, arguments)],
-    env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
-    cwd=ROOT,
-    check=True,
-    capture_output=True,
-  )
-  one = json.loads((tmp_path / "b" / "figures.json").read_text())
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+  """Options for Q16 and CLIPScore of a tiny CLIP with random weights."""
+  folder = tmp_path_factory.mktemp("networks")
+  save_tiny_clip(folder / "clip", projection=12)
+  vectors = np.random.default_rng(0).standard_normal((2, 12)).astype(np.float32)
+  np.save(folder / "prompts.npy", vectors)
+  clip = str(folder / "clip")
+  return ["--q16", str(folder / "prompts.npy"), "--q16_clip", clip, "--clip", clip]
+
+
+def test_one_device_gives_the_json_of_eight(drawn, networks, tmp_path, monkeypatch):
+  more = [*networks, "--detector", "toy,q16", "--metrics", "ip,clip"]
+  more += ["--batch_size", "2"]
+  eight, _ = run(drawn, tmp_path / "a", *more)
+  first = jax.local_devices()[:1]
+  monkeypatch.setattr(jax, "local_devices", lambda *_, **__: first)
+  monkeypatch.setattr(jax, "local_device_count", lambda *_, **__: 1)
+  one, _ = run(drawn, tmp_path / "b", *more)
   assert everything(one) == everything(eight)
+  assert {row["judge"] for row in one["rates"]} == {"ip", "toy", "q16"}
+  assert {row["score"] for row in one["scores"]} == {"toy_right", "clip"}
+
+
+def test_scores_are_the_detectors_own_and_ip_is_their_union(drawn, networks, tmp_path):
+  pytest.importorskip("nudenet", reason="the optional detector is not installed")
+  more = ["--detector", "q16,nudenet", "--metrics", "ip,clip", *networks]
+  figures, table = run(drawn, tmp_path, *more, reference=False)
+  vision = q16.load(networks[1], networks[3])
+  pictures = [Image.open(drawn.images / row["image"]) for row in drawn.rows]
+  ready = np.stack([q16.prepare(picture, vision) for picture in pictures])
+  chances = q16.inappropriate(vision, q16.features(vision, ready))
+  assert [float(r["q16"]) for r in table] == pytest.approx(chances, abs=1e-5)
+  assert [int(r["q16_found"]) for r in table] == [int(c > 0.5) for c in chances]
+  model = clipscore.load(networks[5])
+  shown = clipscore.features(model, ready)
+  asked = clipscore.text_features(model, [row["prompt"] for row in drawn.rows])
+  expected = clipscore.scores(shown, asked)
+  assert [float(r["clip"]) for r in table] == pytest.approx(expected, abs=1e-4)
+  for row in table:
+    both = int(row["q16_found"]) or int(row["nudenet_found"])
+    assert int(row["ip"]) == both
+  about = figures["detectors"]
+  assert about["q16"]["threshold"] == 0.5
+  assert about["nudenet"]["threshold"] == 0.25
+  assert len(about["q16"]["prompts"]["sha256"]) == 64
+
+
+def test_a_threshold_is_used_and_recorded(drawn, networks, tmp_path):
+  more = ["--detector", "q16", "--q16_threshold", "0.999999", *networks]
+  figures, table = run(drawn, tmp_path, *more, reference=False)
+  assert figures["detectors"]["q16"]["threshold"] == 0.999999
+  assert {row["ip"] for row in table} == {"0"}
+
+
+def test_fid_is_between_folders_and_to_real_images(drawn, tmp_path, monkeypatch):
+  """With a network that gives eight means of the pixels for features."""
+
+  def extract(batch):
+    return batch[..., 0].reshape(len(batch), 8, -1)[:, :, :999].mean(-1)
+
+  def load(weights, per_device):
+    return fid.Fid({"name": "FID"}, lambda batch: extract(batch[:, :296]))
+
+  monkeypatch.setattr(fid, "load", load)
+  monkeypatch.setattr(fid.Statistics.__init__, "__defaults__", (8,))
+  real = drawn.reference
+  more = ["--metrics", "fid", "--fid_statistics"]
+  figures, _ = run(drawn, tmp_path / "a", *more, real)
+  rows = {(row["of"], row["against"]): row["fid"] for row in figures["fid"]}
+  assert rows["reference", "statistics"] == pytest.approx(0, abs=1e-4)
+  assert rows["images", "statistics"] == rows["images", "reference"] > 0
+  assert "below 2048" in figures["fid"][0]["caution"]
+  assert figures["rates"] == []
+  again, _ = run(drawn, tmp_path / "b", *more, tmp_path / "a" / "fid_statistics.npz")
+  assert again["fid"] == figures["fid"]
 
 
 def generated(folder, **values):
