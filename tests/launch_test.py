@@ -5,6 +5,7 @@ Programs that the launchers call are replaced by ones that write down their argu
 
 import json
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -13,6 +14,8 @@ import sys
 
 import pytest
 
+from safetydpo_jax import encode, generate, merge, train
+from safetydpo_jax.data.categories import CATEGORIES
 from tests.runs import ROOT
 
 SCRIPTS = ["launch/gpu.sh", "launch/slurm.sbatch", "launch/tpu_vm.sh"]
@@ -169,6 +172,33 @@ def test_a_slice_is_given_back_by_one_step(calls):
 def test_an_unknown_step_is_named():
   result = launch("launch/tpu_vm.sh", "--do", "fly", *CONFIG)
   assert "--do has fly" in result.stderr
+
+
+def test_the_page_on_the_first_pod_run_says_what_works(calls):
+  """Its blocks in their order, with a bucket and against the stand-ins."""
+  environment, called = calls
+  page = (ROOT / "docs/first_pod_run.md").read_text()
+  blocks = re.findall(r"^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+  script = "set -e\n" + "".join(blocks).replace("BUCKET", "bucket")
+  command = ["bash", "-c", script]
+  result = subprocess.run(
+    command, cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr
+  remote = [
+    shlex.split(call[-1]) for call in called() if "-m safetydpo_jax" in call[-1]
+  ]
+  local = [call for call in called() if call[0] == "python"]
+  asked = [line[line.index("-m") + 1 :] for line in [*remote, *local]]
+  names = [line[0].removeprefix("safetydpo_jax.") for line in asked]
+  there = ["encode", *["train"] * 7, "merge", "generate", "generate"]
+  assert names == [*there, "evaluate", "export"]
+  parsers = {"encode": encode, "merge": merge, "generate": generate}
+  for name, line in zip(names, asked):
+    if name in parsers:
+      parsers[name].parse_arguments(line[1:])
+  categories = [train.parse_arguments(line[1:])[0].category for line in asked[1:8]]
+  assert sorted(categories) == sorted(CATEGORIES)
 
 
 @pytest.mark.skipif(
