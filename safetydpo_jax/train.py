@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
@@ -27,6 +26,7 @@ from safetydpo_jax import (
   dpo,
   lora,
   optimizer,
+  run_config,
   sharding,
   tracking,
   warm_start,
@@ -34,13 +34,15 @@ from safetydpo_jax import (
 from safetydpo_jax.data import batches, records
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats import expert
-from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.formats.pipeline import load_pipeline
 
 EXAMPLE = """example:
   python -m safetydpo_jax.train --config configs/hate.py:sd15 --workdir runs/hate \\
     --config.cache=cache/hate --config.steps=2000
 """
 
+# What training computes with; the VAE's part is in the cache.
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 # What ml_collections raises for an unknown name, a value of the wrong type or a config
 # file that is not there.
 _CONFIG_ERRORS = (
@@ -52,20 +54,6 @@ _CONFIG_ERRORS = (
   OSError,
   ImportError,
 )
-
-# Changing these does not make it another run. The model and the cache are compared by
-# what is in them.
-_FREE = (
-  "model",
-  "cache",
-  "variant",
-  "steps",
-  "resume",
-  "log_every",
-  "checkpoint_every",
-)
-_FREE += ("mesh", "accumulation", "remat", "attention")
-_OFF = ("lora.dropout", "lora.rank_pattern", "lora.alpha_pattern", "lora.init")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
@@ -109,54 +97,6 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
     # The library's message ends in ours, after a traceback; a KeyError's is quoted.
     reason = str(error.args[0] if error.args else error).strip().splitlines()[-1]
     raise InputError(f"--config {known.config}: {reason}") from error
-
-
-def check_config(config: Any) -> None:
-  """Raises `InputError` for values that cannot work together."""
-  for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every"):
-    if config[name] < 1:
-      raise InputError(f"config.{name} is {config[name]}; expected 1 or more")
-  choices = {
-    "dpo.loss": (config.dpo.loss, tuple(dpo.LOSSES)),
-    "dtype": (config.dtype, ("bfloat16", "float32")),
-  }
-  for name, (value, expected) in choices.items():
-    if value not in expected:
-      raise InputError(f"config.{name} is {value!r}; expected {' or '.join(expected)}")
-  if not 0 <= config.lora.dropout < 1:
-    raise InputError(
-      f"config.lora.dropout is {config.lora.dropout}; expected 0 or more, below 1"
-    )
-  if not config.cache:
-    raise InputError("config.cache is empty; give the folder that `encode` wrote")
-  devices = jax.device_count()
-  if config.batch_size % devices:
-    raise InputError(
-      f"config.batch_size is {config.batch_size} pairs; expected a multiple of the "
-      f"{devices} devices"
-    )
-  rows = config.batch_size // devices
-  if rows % config.accumulation:
-    raise InputError(
-      f"config.accumulation is {config.accumulation}, each device has {rows} of the "
-      f"{config.batch_size} pairs; set config.accumulation="
-      f"{math.gcd(rows, config.accumulation)}"
-    )
-
-
-def run_settings(config: Any, pipeline: Pipeline, cache: Any) -> dict[str, Any]:
-  """What must be the same when a run goes on, by its dotted name."""
-
-  def plain(value):  # as JSON gives it back
-    return [plain(x) for x in value] if isinstance(value, (tuple, list)) else value
-
-  # Options that are off are left out: runs from before an option came go on with it.
-  values = {
-    name: plain(value)
-    for name, value in flatten_dict(config.to_dict(), sep=".").items()
-    if name.split(".")[0] not in _FREE and not (name in _OFF and not value)
-  }
-  return {**values, "dataset": cache.fingerprint, "base": pipeline.fingerprint}
 
 
 def jit_train_step(
@@ -205,38 +145,12 @@ def jit_train_step(
   )
 
 
-def print_plan(config: Any, pipeline: Pipeline, cache: Any, mesh: Any, state: Any):
-  """What this run will do, with the numbers that decide whether it learns."""
-  pairs, examples = cache.count(config.category, config.mixture, config.holdout)
-  rate = optimizer.effective_learning_rate(config)
-  device = jax.devices()[0].device_kind
-  rows = {
-    "model": f"{config.model} (fingerprint {pipeline.fingerprint}), "
-    f"{pipeline.schedule.prediction_type}, {config.dtype}",
-    "pairs": f"{config.category}: {pairs:,} pairs, {examples:,} examples "
-    f"({config.mixture}), {config.steps * config.batch_size / examples:.1f} epochs",
-    "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, "
-    + (f"from {config.lora.init}, " if config.lora.init else "")
-    + (f"dropout {config.lora.dropout:g}, " if config.lora.dropout else "")
-    + f"{len(jax.tree.leaves(state.lora)) // 2} layers, "
-    f"{lora.num_parameters(state.lora):,} parameters, seed {config.lora.seed}",
-    "loss": f"{config.dpo.loss}, β {config.dpo.beta:g} in σ(−½β·gap)",
-    "batch": f"{config.batch_size} pairs = {config.accumulation} × "
-    f"{config.batch_size // config.accumulation}, {jax.process_count()} process(es) × "
-    f"{jax.local_device_count()} {device}, mesh {dict(mesh.shape)}",
-    "rate": f"{config.optimizer} {rate:.3g}"
-    + (f" = {config.learning_rate:g} × {config.batch_size}" if config.scale_lr else "")
-    + f", {config.warmup_steps} warm-up steps, {config.steps} steps",
-  }
-  print("\n".join(f"{name:6} {row}" for name, row in rows.items()), flush=True)
-
-
 def main(arguments: list[str] | None = None) -> None:
   """Reads, prepares, trains, writes: in the order things happen."""
   config, workdir = parse_arguments(arguments)
   sharding.initialize_hosts(preemption=True)
   sharding.use_precision(config.dtype)
-  check_config(config)
+  run_config.check_config(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   replicated = NamedSharding(mesh, sharding.REPLICATED)
 
@@ -244,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
   cache = records.open_cache(config.cache)
   pipeline = load_pipeline(
     config.model,
-    components=("unet", "text_encoder", "text_encoder_2"),
+    components=COMPONENTS,
     dtype=config.dtype,
     attention=config.attention,
     remat=config.remat,
@@ -265,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
   pipeline.params.clear()
 
   # A stopped run goes on from its newest checkpoint.
-  settings = run_settings(config, pipeline, cache)
+  settings = run_config.run_settings(config, pipeline, cache)
   checkpoints = checkpoint.open_checkpoints(workdir)
   if checkpoints.latest_step() is not None:
     if not config.resume:
@@ -281,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
       "another --workdir"
     )
   if jax.process_index() == 0:
-    print_plan(config, pipeline, cache, mesh, state)
+    run_config.print_plan(config, pipeline, cache, mesh, state)
     if start:
       print(f"resume from step {start}", flush=True)
 

@@ -9,6 +9,7 @@ from configs import base
 from safetydpo_jax import lora, optimizer, train
 from safetydpo_jax.data.categories import CATEGORIES
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.hub import PRESETS
 from tests import runs
 
 # What the launchers released with SafetyDPO set for SD1.5.
@@ -34,6 +35,24 @@ SD15 = {
   "lora.rank": 4,
   "lora.alpha": 4.0,
   "lora.targets": ("to_q", "to_k", "to_v", "to_out.0"),
+  "lora.rank_pattern": (),
+  "lora.alpha_pattern": (),
+  "lora.dropout": 0.0,
+  "lora.init": "",
+}
+# What the other families set otherwise. SDXL's as its launcher: Adafactor at a rate
+# neither scaled nor warmed up; the last two change memory and not the result.
+FAMILIES = {
+  "sd21": {"model": "sd21"},
+  "sd21base": {"model": "sd21base"},
+  "sdxl": {
+    "model": "sdxl",
+    "optimizer": "adafactor",
+    "scale_lr": False,
+    "warmup_steps": 0,
+    "accumulation": 16,
+    "remat": "full",
+  },
 }
 # What the toy world sets otherwise; everything else is the same.
 TOY = {
@@ -74,6 +93,26 @@ def test_sd15_is_trained_as_the_released_launchers_do(name, value):
 def test_the_toy_world_is_trained_with_these_numbers_and_else_as_sd15():
   toy = {name: (value, type(value)) for name, value in TOY.items()}
   assert numbers("toy") == {**numbers("sd15"), **toy}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_trained_with_these_numbers_and_else_as_sd15(family):
+  changed = {name: (value, type(value)) for name, value in FAMILIES[family].items()}
+  assert numbers(family) == {**numbers("sd15"), **changed}
+
+
+def test_sdxls_rate_is_the_launchers_as_it_stands():
+  assert optimizer.effective_learning_rate(base.get_config("sdxl")) == 1e-5
+
+
+@pytest.mark.parametrize("variant", base.VARIANTS)
+def test_every_variant_names_a_model_that_is_known(variant):
+  assert base.get_config(variant).model in PRESETS
+
+
+def test_ranks_of_single_layers_are_given_on_the_command_line():
+  config = parse("hate.py", "--config.lora.rank_pattern=(('conv1', 8), ('to_q', 2))")
+  assert config.lora.rank_pattern == (("conv1", 8), ("to_q", 2))
 
 
 def test_the_rate_after_scaling_is_the_launchers():
