@@ -11,6 +11,11 @@ Metrics: ip (`evaluation/detectors.py`: the share of images in which any detecto
 something), clip (CLIPScore), fid. Images and their states: `evaluation/scoring.py`;
 what the tables of figures.json hold: `evaluation/figures.py`. With --reference, images
 of the same CSV by the model before, figures stand in pairs as well.
+
+--suite renders and measures several prompt sets (`evaluation/suite.py`):
+
+  python -m safetydpo_jax.evaluate --suite safety --model sd15 --lora merged \\
+    --sets sets --q16 prompts.p --out report
 """
 
 import argparse
@@ -22,7 +27,7 @@ from typing import Any
 
 import jax
 
-from safetydpo_jax import sharding
+from safetydpo_jax import generate, sharding
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.evaluation import (
   bootstrap,
@@ -31,13 +36,13 @@ from safetydpo_jax.evaluation import (
   figures,
   listing,
   quality,
+  suite,
   webpage,
 )
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
 from safetydpo_jax.evaluation.page.view import View
 from safetydpo_jax.evaluation.scoring import Outcome, score_folder
 from safetydpo_jax.formats import manifest
-from safetydpo_jax.generate import MANIFEST as GENERATED
 from safetydpo_jax.metrics import clipscore, fid, nudity, q16
 
 EXAMPLE = """example:
@@ -64,8 +69,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     epilog=EXAMPLE,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--images", required=True, type=Path, metavar="DIR")
-  parser.add_argument("--prompts", required=True, type=Path, metavar="CSV")
+  parser.add_argument("--images", type=Path, metavar="DIR")
+  parser.add_argument("--prompts", type=Path, metavar="CSV")
   parser.add_argument(
     "--reference", type=Path, metavar="DIR", help="images of the model before"
   )
@@ -88,13 +93,39 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--train", type=Path, metavar="CSV", help="CoProV2's pairs: marks leaked prompts"
   )
+  parser.add_argument(
+    "--suite", choices=[*suite.SUITES], help="render and measure the sets of --sets"
+  )
+  parser.add_argument(
+    "--sets", type=Path, metavar="DIR", help="prompt sets: i2p.csv, …"
+  )
+  parser.add_argument("--model", metavar="M", help="of --suite, which renders")
+  parser.add_argument("--lora", action="append", default=[], metavar="L[:SCALE]")
+  parser.add_argument("--steps", type=int, default=50)
+  parser.add_argument("--guidance", type=float, default=7.5)
+  parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+  parser.add_argument("--render_batch_size", type=int, default=4, metavar="N")
+  parser.add_argument("--limit", type=int, default=0, help="prompts of each set")
   parser.add_argument("--title", default="", help="of the report")
   parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
   parser.add_argument("--batch_size", type=int, default=16, help="images per device")
   options = parser.parse_args(arguments)
   options.metrics = _names("--metrics", options.metrics, METRICS)
   options.detector = _names("--detector", options.detector, [*detectors.DECIDERS])
-  for name, least in (("batch_size", 1), ("seed", 0)):
+  needed = ("sets", "model") if options.suite else ("images", "prompts")
+  if lacking := [name for name in needed if getattr(options, name) is None]:
+    raise InputError(
+      f"--{lacking[0]} is missing; give --images and --prompts, or --suite with --sets "
+      "and --model"
+    )
+  if "fid" in options.metrics and not (
+    options.fid_statistics or options.reference or options.lora
+  ):
+    raise InputError(
+      "--metrics fid needs --fid_statistics, the features of real images or their "
+      "folder, or a model to compare with"
+    )
+  for name, least in (("batch_size", 1), ("seed", 0), ("limit", 0)):
     if getattr(options, name) < least:
       raise InputError(
         f"--{name} is {getattr(options, name)}; expected {least} or more"
@@ -111,12 +142,12 @@ def _names(option: str, text: str, known: Sequence[str]) -> list[str]:
 
 def read_generated(folder: Path) -> dict[str, Any] | None:
   """What `generate` says of its images, None if others made them."""
-  if not (folder / GENERATED).is_file():
+  if not (folder / generate.MANIFEST).is_file():
     return None
-  about = manifest.read_json(folder / GENERATED, "folder of images")
+  about = manifest.read_json(folder / generate.MANIFEST, "folder of images")
   if not isinstance(about, dict):
     raise InputError(
-      f"{folder / GENERATED} is no JSON object; generate the images again"
+      f"{folder / generate.MANIFEST} is no JSON object; generate the images again"
     )
   return about
 
@@ -150,6 +181,8 @@ def about_folder(
 
 def print_summary(result: dict[str, Any]) -> None:
   """The headline figures as lines."""
+  if jax.process_index() > 0:
+    return
   for row in result["rates"]:
     if (row["category"], row["scope"]) == ("all", result["headline"]):
       print(
@@ -188,11 +221,6 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
   size = options.batch_size * jax.local_device_count()
   seen, real = {}, None
   if "fid" in options.metrics:
-    if not (options.fid_statistics or options.reference):
-      raise InputError(
-        "--metrics fid needs --fid_statistics, the features of real images or their "
-        "folder, or --reference"
-      )
     network = fid.load(options.inception, per_device=options.batch_size)
     seen = {name: fid.Statistics() for name in places}
     if options.fid_statistics:
@@ -267,9 +295,13 @@ def main(arguments: list[str] | None = None) -> None:
   options = parse_arguments(arguments)
   sharding.initialize_hosts()
   sharding.use_precision("float32")
-  result = evaluate(options)
-  if jax.process_index() == 0:
+  if options.suite:
+    detectors.load(options)  # what is missing is said before hours of rendering
+    suite.run(options, generate.main, evaluate)
+  else:
+    result = evaluate(options)
     print_summary(result)
+  if jax.process_index() == 0:
     print(f"{options.out}/report/index.html")
 
 
