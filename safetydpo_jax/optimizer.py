@@ -23,15 +23,29 @@ def effective_learning_rate(config: Any) -> float:
   return config.learning_rate * (config.batch_size if config.scale_lr else 1)
 
 
-def make_optimizer(config: Any) -> optax.GradientTransformation:
-  """The optimizer of `config.optimizer`, 'adamw' or 'adafactor'.
+def learning_rate_schedule(config: Any) -> optax.Schedule:
+  """The rate by step: up from 0 over `config.warmup_steps`, then `config.schedule`.
 
-  The rate grows linearly from 0 over `config.warmup_steps`, then stays; the first step
-  with warm-up has rate 0, as with diffusers' constant_with_warmup.
+  constant stays, linear and cosine fall to 0 at `config.steps`, as in diffusers'
+  `get_scheduler`. The first step with warm-up has rate 0.
   """
-  rate = effective_learning_rate(config)
-  if config.warmup_steps:
-    rate = optax.linear_schedule(0.0, rate, config.warmup_steps)
+  rate, rest = effective_learning_rate(config), config.steps - config.warmup_steps
+  after = {
+    "constant": optax.constant_schedule(rate),
+    "linear": optax.linear_schedule(rate, 0.0, max(rest, 1)),
+    "cosine": optax.cosine_decay_schedule(rate, max(rest, 1)),
+  }
+  if config.schedule not in after:
+    raise InputError(
+      f"schedule is {config.schedule!r}; expected one of {', '.join(after)}"
+    )
+  warmup = optax.linear_schedule(0.0, rate, max(config.warmup_steps, 1))
+  return optax.join_schedules([warmup, after[config.schedule]], [config.warmup_steps])
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+  """The optimizer of `config.optimizer`, 'adamw' or 'adafactor'."""
+  rate = learning_rate_schedule(config)
   if config.optimizer == "adamw":
     return optax.chain(
       optax.clip_by_global_norm(config.clip_norm),

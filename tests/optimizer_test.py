@@ -60,6 +60,36 @@ def test_adamw_with_clipping_and_warmup_equals_pytorch(config):
   assert not np.allclose(expected, run_torch(make, config.clip_norm, 2), atol=1e-4)
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+@pytest.mark.parametrize(
+  ("schedule", "theirs"),
+  [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")],
+)
+def test_the_rate_of_every_step_is_diffusers(config, schedule, theirs, warmup_steps):
+  config.schedule, config.warmup_steps, config.steps = schedule, warmup_steps, 10
+  tx = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.01)
+  steps = {"num_warmup_steps": warmup_steps, "num_training_steps": config.steps}
+  expected = get_scheduler(theirs, tx, **steps)
+  ours = optimizer.learning_rate_schedule(config)
+  for step in range(config.steps):
+    assert float(ours(step)) == pytest.approx(expected.get_last_lr()[0], 1e-6, 1e-9)
+    tx.step()
+    expected.step()
+
+
+def test_the_optimizer_follows_the_schedule(config):
+  config.weight_decay, config.steps = 0.0, STEPS
+  constant = run_optax(config)
+  config.schedule = "linear"
+  assert (run_optax(config) - constant > 1e-3).any()
+
+
+def test_an_unknown_schedule_is_named(config):
+  config.schedule = "rising"
+  with pytest.raises(InputError, match="'rising'; expected one of constant, linear"):
+    optimizer.make_optimizer(config)
+
+
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (7, 1), (1, 7)])
 def test_adafactor_equals_transformers(config, shape):
   config.optimizer, config.warmup_steps = "adafactor", 0

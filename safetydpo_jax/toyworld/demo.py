@@ -45,7 +45,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--model", default="toy", metavar="M", help="default: toy")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument(
-    "--pairs", type=int, default=84, help="training pairs of each category"
+    "--pairs", type=int, default=168, help="training pairs of each category"
   )
   parser.add_argument(
     "--test", type=int, default=48, help="unsafe test prompts of each category"
