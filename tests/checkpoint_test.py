@@ -1,5 +1,8 @@
 """Checkpoints: exact, the newest kept, on any devices, and of this run alone."""
 
+import os
+import signal
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -110,3 +113,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
   for workdir in ("/proc/run", tmp_path / "file"):
     with pytest.raises(InputError, match=f"cannot write checkpoints to {workdir}"):
       checkpoint.open_checkpoints(workdir)
+
+
+def test_sigterm_is_told_to_the_loop_and_ends_the_process_again_afterwards():
+  before = signal.getsignal(signal.SIGTERM)
+  with checkpoint.watch_preemption() as asked:
+    assert not asked(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert asked(2)
+  assert signal.getsignal(signal.SIGTERM) == before
