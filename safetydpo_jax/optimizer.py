@@ -13,6 +13,13 @@ import optax
 
 from safetydpo_jax.errors import InputError
 
+# After the warm-up: (rate, steps) → rate by step.
+SCHEDULES = {
+  "constant": lambda rate, steps: optax.constant_schedule(rate),
+  "linear": lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
+  "cosine": optax.cosine_decay_schedule,
+}
+
 
 def effective_learning_rate(config: Any) -> float:
   """The rate after warm-up.
@@ -29,18 +36,14 @@ def learning_rate_schedule(config: Any) -> optax.Schedule:
   constant stays, linear and cosine fall to 0 at `config.steps`, as in diffusers'
   `get_scheduler`. The first step with warm-up has rate 0.
   """
-  rate, rest = effective_learning_rate(config), config.steps - config.warmup_steps
-  after = {
-    "constant": optax.constant_schedule(rate),
-    "linear": optax.linear_schedule(rate, 0.0, max(rest, 1)),
-    "cosine": optax.cosine_decay_schedule(rate, max(rest, 1)),
-  }
-  if config.schedule not in after:
+  if config.schedule not in SCHEDULES:
     raise InputError(
-      f"schedule is {config.schedule!r}; expected one of {', '.join(after)}"
+      f"schedule is {config.schedule!r}; expected one of {', '.join(SCHEDULES)}"
     )
+  rate = effective_learning_rate(config)
+  after = SCHEDULES[config.schedule](rate, max(config.steps - config.warmup_steps, 1))
   warmup = optax.linear_schedule(0.0, rate, max(config.warmup_steps, 1))
-  return optax.join_schedules([warmup, after[config.schedule]], [config.warmup_steps])
+  return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:

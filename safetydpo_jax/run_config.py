@@ -26,7 +26,13 @@ _FREE = (
   "attention",
 )
 # Options that came later: left out where they are off, so that older runs go on.
-_OFF = ("lora.dropout", "lora.rank_pattern", "lora.alpha_pattern", "lora.init")
+_OFF = {
+  "schedule": "constant",
+  "lora.dropout": 0.0,
+  "lora.rank_pattern": (),
+  "lora.alpha_pattern": (),
+  "lora.init": "",
+}
 
 
 def check_config(config: Any) -> None:
@@ -37,6 +43,7 @@ def check_config(config: Any) -> None:
   choices = {
     "dpo.loss": (config.dpo.loss, tuple(dpo.LOSSES)),
     "dtype": (config.dtype, ("bfloat16", "float32")),
+    "schedule": (config.schedule, tuple(optimizer.SCHEDULES)),
   }
   for name, (value, expected) in choices.items():
     if value not in expected:
@@ -68,10 +75,12 @@ def run_settings(config: Any, pipeline: Pipeline, cache: Any) -> dict[str, Any]:
   def plain(value):  # as JSON gives it back
     return [plain(x) for x in value] if isinstance(value, (tuple, list)) else value
 
+  # A rate that falls depends on where it ends.
+  free = {*_FREE} - ({"steps"} if config.schedule != "constant" else set())
   values = {
     name: plain(value)
     for name, value in flatten_dict(config.to_dict(), sep=".").items()
-    if name.split(".")[0] not in _FREE and not (name in _OFF and not value)
+    if name.split(".")[0] not in free and not (name in _OFF and value == _OFF[name])
   }
   return {**values, "dataset": cache.fingerprint, "base": pipeline.fingerprint}
 
@@ -99,6 +108,7 @@ def print_plan(
     f"{jax.local_device_count()} {device}, mesh {dict(mesh.shape)}",
     "rate": f"{config.optimizer} {rate:.3g}"
     + (f" = {config.learning_rate:g} × {config.batch_size}" if config.scale_lr else "")
-    + f", {config.warmup_steps} warm-up steps, {config.steps} steps",
+    + f", {config.warmup_steps} warm-up steps, then {config.schedule}, "
+    + f"{config.steps} steps",
   }
   print("\n".join(f"{name:6} {row}" for name, row in rows.items()), flush=True)

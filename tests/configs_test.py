@@ -1,12 +1,13 @@
 """The faithful preset, number by number, and the categories that share it."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import base
-from safetydpo_jax import lora, optimizer, train
+from safetydpo_jax import lora, optimizer, run_config, train
 from safetydpo_jax.data.categories import CATEGORIES
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.hub import PRESETS
@@ -163,3 +164,13 @@ def test_an_unknown_config_is_one_clear_line():
 def test_a_misspelled_name_is_refused_and_not_added():
   with pytest.raises(InputError, match="bata"):
     parse("hate.py", "--config.dpo.bata=1")
+
+
+def test_steps_may_change_in_a_run_unless_the_rate_falls_over_them():
+  fingerprint = SimpleNamespace(fingerprint="0")
+  config = base.get_config("sd15")
+  settings = run_config.run_settings(config, fingerprint, fingerprint)
+  assert not {"steps", "schedule"} & settings.keys()
+  config.schedule = "cosine"
+  settings = run_config.run_settings(config, fingerprint, fingerprint)
+  assert (settings["steps"], settings["schedule"]) == (2000, "cosine")
