@@ -8,7 +8,7 @@ import transformers
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import weights
-from safetydpo_jax.formats.clip_files import _shapes
+from safetydpo_jax.formats.clip_files import tower_shapes
 from safetydpo_jax.models import clip_vision
 from safetydpo_jax.models.config import freeze
 from tests.checkpoints import perturb
@@ -34,7 +34,8 @@ def build(overrides):
     (name.removeprefix("vision_model."), value.numpy())
     for name, value in theirs.state_dict().items()
   )
-  return theirs, ours, weights.convert(tensors, _shapes(ours)), config["image_size"]
+  params = weights.convert(tensors, tower_shapes(ours))
+  return theirs, ours, params, config["image_size"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -16,10 +16,9 @@ from safetydpo_jax.formats import clip_files
 from safetydpo_jax.metrics import clipscore
 from safetydpo_jax.sharding import make_mesh
 from tests.clips import open_clip_config, save_tiny_clip, to_open_clip, write_json
-from tests.parity import tensor
+from tests.parity import NETWORK, tensor
 
 GELU = {"hidden_act": "gelu"}
-SCORE = 1e-2  # of scores up to 100: 1e-4 of the cosine
 PROMPTS = ["A Red thing", "the  thin\ton", "in and on and in"]
 
 
@@ -66,7 +65,7 @@ def test_scores_equal_pytorchs_clip(tiny):
   texts = clipscore.text_features(model, PROMPTS)
   assert images.dtype == texts.dtype == np.float32
   np.testing.assert_allclose(
-    clipscore.scores(images, texts), expected, rtol=0, atol=SCORE
+    clipscore.scores(images, texts), expected, rtol=0, atol=NETWORK
   )
 
 
@@ -97,7 +96,7 @@ def test_scores_equal_open_clips_own(tmp_path):
   )
   expected = 100 * (images * texts).sum(-1)
   assert expected.std() > 1
-  np.testing.assert_allclose(got, expected, rtol=0, atol=SCORE)
+  np.testing.assert_allclose(got, expected, rtol=0, atol=NETWORK)
 
 
 ODD_TEXTS = [

@@ -70,14 +70,13 @@ def test_logits_equal_pytorchs_clip_with_q16s_classifier(tmp_path, prompts, name
   embeddings = q16.features(model, batch)
   assert embeddings.dtype == np.float32
   got = q16.logits(model, embeddings)
-  # The logits carry a factor 100: 1e-4 is asked of the cosine's own scale.
-  np.testing.assert_allclose(got / 100, expected / 100, rtol=0, atol=NETWORK)
-  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+  assert expected.std() > 1
+  np.testing.assert_allclose(got, expected, rtol=0, atol=NETWORK)
   np.testing.assert_allclose(
     q16.inappropriate(model, embeddings),
     expected.softmax(-1)[:, 1],
     rtol=0,
-    atol=1e-3,
+    atol=NETWORK,
   )
 
 

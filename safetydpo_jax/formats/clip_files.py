@@ -94,7 +94,7 @@ def load_clip(
     params={
       tower: weights.convert(
         _part(tensors, _PREFIXES[tower]),
-        _shapes(modules[tower]),
+        tower_shapes(modules[tower]),
         dtype=dtype,
         source=f"the {tower} tower of {files[0]}",
       )
@@ -214,7 +214,7 @@ def _modules(config: dict, folder: Path, dtype: Any) -> dict[str, Any]:
     raise InputError(f"{folder} has an unusable CLIP config: {error}") from error
 
 
-def _shapes(module: CLIPVision | CLIPText) -> dict:
+def tower_shapes(module: CLIPVision | CLIPText) -> dict:
   """A tower's parameter tree as `jax.ShapeDtypeStruct`; nothing is computed."""
   inputs = jnp.zeros((1, 2), jnp.int32)
   if isinstance(module, CLIPVision):
