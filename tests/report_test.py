@@ -2,9 +2,12 @@
 
 import base64
 import hashlib
+import html
+import io
 import re
 from importlib import resources
 
+import numpy as np
 import pytest
 from markupsafe import Markup
 from PIL import Image
@@ -276,3 +279,35 @@ def test_a_covered_picture_opens_at_a_click(chromium, folder):
     return [before, seen()];
   })()"""
   assert chromium.visit(file, 800, expression=visible).answer == [False, True]
+
+
+def test_a_pages_own_script_is_the_one_that_may_run():
+  page = report.page("t", Markup("<h1>h</h1>"), script="let a = 1 < 2;")
+  text = html.unescape(page)
+  digest = hashlib.sha256(b"let a = 1 < 2;").digest()
+  assert f"script-src 'sha256-{base64.b64encode(digest).decode()}'" in text
+  assert text.count("<script>let a = 1 < 2;</script>") == 1
+  assert "script" not in report.page("t", Markup("<h1>h</h1>"))
+
+
+def test_a_thumbnail_is_small_and_covered_and_leaves_the_image_as_it_was():
+  pixels = np.random.default_rng(0).integers(0, 256, (300, 600, 3)).astype(np.uint8)
+  image = Image.fromarray(pixels)
+  shown = report.thumbnail(image, "a <b>", 200, blurred=True)
+  veil, full = re.findall(r'src="data:([^;]+);base64,([^"]+)"', shown)
+  assert (veil[0], full[0]) == ("image/png", "image/jpeg")
+  small = Image.open(io.BytesIO(base64.b64decode(full[1])))
+  assert small.size == (200, 100)
+  assert Image.open(io.BytesIO(base64.b64decode(veil[1]))).size == (8, 8)
+  assert image.size == (600, 300)
+  assert "a &lt;b&gt;" in shown
+
+
+def test_a_thumbnail_of_few_pixels_keeps_them():
+  image = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+  shown = report.thumbnail(image, "tiny", 200)
+  ((kind, content),) = re.findall(r'src="data:([^;]+);base64,([^"]+)"', shown)
+  assert kind == "image/png"
+  decoded = Image.open(io.BytesIO(base64.b64decode(content)))
+  assert np.array_equal(np.asarray(decoded), np.asarray(image))
+  assert 'class="pixels"' in shown
