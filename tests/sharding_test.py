@@ -1,13 +1,16 @@
-"""One device equals eight, and a step communicates once."""
+"""One device equals eight, a step communicates once, and hosts find each other."""
 
+import argparse
+import os
 import re
+from collections import Counter
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs import base
 from safetydpo_jax import dpo, lora, optimizer, sharding, train
@@ -96,18 +99,30 @@ def test_eight_devices_equal_one_with_a_single_all_reduce(
     assert max(moved) < 1e-6  # of a step of 1e-3
 
 
-def test_fsdp_splits_the_weights_and_keeps_the_numbers(pipeline, batch):
-  data, arguments = compile_step(pipeline, sharding.make_mesh(), batch, 1)
-  split, split_arguments = compile_step(
-    pipeline, sharding.make_mesh(data=2, fsdp=4), batch, 1
-  )
-  kernel = split_arguments[1]["unet"]["conv_in"]["kernel"]
+@pytest.fixture(scope="module")
+def whole(pipeline, batch):
+  """State and metrics after a step with whole weights on eight devices."""
+  step, arguments = compile_step(pipeline, sharding.make_mesh(), batch, 1)
+  return jax.device_get(step(*arguments))
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(4, 2), (2, 4)])
+def test_fsdp_gathers_each_split_weight_once_and_keeps_every_bit(
+  pipeline, batch, whole, data, fsdp
+):
+  mesh = sharding.make_mesh(data, fsdp)
+  split, arguments = compile_step(pipeline, mesh, batch, 1)
+  weights = jax.tree.leaves(arguments[1])
+  kernel = arguments[1]["unet"]["conv_in"]["kernel"]
   assert kernel.sharding.spec == PartitionSpec(None, None, None, "fsdp")
-  _, expected = data(*arguments)
-  _, metrics = split(*split_arguments)
-  chex.assert_trees_all_close(
-    jax.device_get(metrics), jax.device_get(expected), rtol=2e-4, atol=1e-5
-  )
+  shards = [leaf for leaf in weights if leaf.sharding.spec != sharding.REPLICATED]
+  # In ENTRY and so once, though policy and reference both read them.
+  assert Counter(collectives(split)) == {
+    ("all-gather", "ENTRY"): len(shards),
+    ("all-reduce", "ENTRY"): 1,
+  }
+  # Each device does the arithmetic that it does alone with whole weights.
+  chex.assert_trees_all_equal(jax.device_get(split(*arguments)), whole)
 
 
 def test_a_kernel_that_does_not_divide_is_replicated():
@@ -120,3 +135,143 @@ def test_a_kernel_that_does_not_divide_is_replicated():
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(data, fsdp):
   with pytest.raises(InputError, match="there are 8 devices"):
     sharding.make_mesh(data, fsdp)
+
+
+def permuted_mesh():
+  """Eight devices as a torus may order those of two hosts with four each."""
+  order = [jax.devices()[n] for n in (0, 1, 4, 5, 7, 6, 3, 2)]
+  return Mesh(np.array(order).reshape(4, 2), ("data", "fsdp"))
+
+
+def test_a_host_reads_the_rows_its_devices_hold():
+  mesh, devices = permuted_mesh(), jax.devices()
+  first, second = (sharding.host_rows(mesh, 16, devices[n : n + 4]) for n in (0, 4))
+  assert list(first) == [0, 1, 2, 3, 12, 13, 14, 15]
+  assert list(second) == [4, 5, 6, 7, 8, 9, 10, 11]
+  assert list(sharding.host_rows(mesh, 16)) == list(range(16))
+
+
+def test_rows_are_placed_in_their_order():
+  rows = np.arange(32).reshape(16, 2)
+  placed = sharding.place_batch(permuted_mesh(), {"x": rows})["x"]
+  np.testing.assert_array_equal(placed, rows)
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
+SRUN = {**SLURM, "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "node[01-02]"}
+JAX = {
+  "JAX_COORDINATOR_ADDRESS": "host:1234",
+  "JAX_NUM_PROCESSES": "2",
+  "JAX_PROCESS_ID": "1",
+}
+ALONE = None
+GIVEN = {
+  "coordinator_address": "host:1234",
+  "num_processes": 2,
+  "process_id": 1,
+  "cluster_detection_method": "deactivate",
+}
+
+# Environment → what JAX is told; JAX finds out what it is not told.
+PLACES = {
+  "a machine": ({}, ALONE),
+  "variables": (JAX, GIVEN),
+  "variables under srun": ({**SRUN, **JAX}, GIVEN),
+  "srun": (SRUN, {}),
+  "srun, all GPUs seen by all": ({**SRUN, "CUDA_VISIBLE_DEVICES": "0,1"}, {}),
+  "srun, a GPU each": (
+    {**SRUN, "CUDA_VISIBLE_DEVICES": "3"},
+    {"local_device_ids": [0]},
+  ),
+  "srun, a node each": (
+    {**SRUN, "CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"},
+    {"local_device_ids": [0, 1]},
+  ),
+  "one Slurm task": ({**SRUN, "SLURM_NTASKS": "1"}, ALONE),
+  "Slurm without srun": (SLURM, ALONE),
+  "a shell in an allocation": ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, ALONE),
+}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+  """What `jax.distributed.initialize` was told; nothing, if it was not called."""
+  for name in list(os.environ):
+    if name.startswith(("SLURM_", "JAX_CO", "JAX_NUM_P", "JAX_PROCESS", "CUDA_V")):
+      monkeypatch.delenv(name)
+  told = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **asked: told.append(asked))
+  return told
+
+
+@pytest.mark.parametrize(("environment", "expected"), PLACES.values(), ids=PLACES)
+def test_hosts_are_found_where_they_are_and_nobody_is_waited_for_elsewhere(
+  environment, expected, joined, monkeypatch
+):
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  sharding.initialize_hosts()
+  if expected is ALONE:
+    assert joined == []
+  else:
+    (asked,) = joined
+    ours = ("initialization_timeout", "heartbeat_timeout_seconds")
+    for name in (*ours, "shutdown_timeout_seconds"):
+      assert asked.pop(name) >= 100
+    assert asked == expected
+
+
+@pytest.mark.parametrize("pod", [True, False])
+def test_a_tpu_asks_its_metadata_and_may_be_a_single_one(pod, joined, monkeypatch):
+  def initialize(**asked):
+    joined.append(asked)
+    if not pod:
+      raise ValueError("coordinator_address should be defined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  jax.config.update("jax_platforms", "tpu,cpu")
+  try:
+    sharding.initialize_hosts()
+  finally:
+    jax.config.update("jax_platforms", "cpu")
+  (asked,) = joined
+  assert "coordinator_address" not in asked
+
+
+def test_flags_say_what_the_variables_say(joined, monkeypatch):
+  for name in JAX:
+    monkeypatch.setenv(name, "")  # so that what the flags set is undone
+  parser = argparse.ArgumentParser()
+  sharding.add_host_arguments(parser)
+  flags = ["--coordinator_address=host:1234", "--num_processes=2", "--process_id=1"]
+  assert not vars(parser.parse_args(flags))
+  sharding.initialize_hosts()
+  assert GIVEN.items() <= joined[0].items()
+
+
+WRONG_HOSTS = {
+  "address alone": (
+    {"JAX_COORDINATOR_ADDRESS": "h:1"},
+    "is set, JAX_NUM_PROCESSES, JAX_PROCESS_ID not",
+  ),
+  "no address": ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
+  "not numbers": ({**JAX, "JAX_PROCESS_ID": "one"}, "whole numbers.* 2 and one"),
+  "one too many": ({**JAX, "JAX_PROCESS_ID": "2"}, "they are 2 and 2"),
+  "no port": (
+    {**JAX, "JAX_COORDINATOR_ADDRESS": "host"},
+    "is host; expected HOST",
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ("environment", "message"), WRONG_HOSTS.values(), ids=WRONG_HOSTS
+)
+def test_what_is_said_of_hosts_by_halves_is_refused(
+  environment, message, joined, monkeypatch
+):
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(InputError, match=message):
+    sharding.initialize_hosts()
+  assert joined == []
