@@ -1,6 +1,7 @@
 """export: what PyTorch users get, counted at full size and followed from the images."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,17 +11,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from flax.core import freeze
 from flax.traverse_util import flatten_dict
-from safetensors import safe_open
 
 from safetydpo_jax import encode, export, load_lora, load_pipeline, lora, train
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats import expert, lora_files
-from safetydpo_jax.formats.pipeline import parameter_shapes
-from safetydpo_jax.models.unet import UNet2DCondition
-from tests import lookalike, runs
-from tests.published import SD15_UNET
+from safetydpo_jax.formats import expert, kohya, lora_files, verify
+from tests import lookalike, runs, twins
+from tests.checkpoints import save_tiny_checkpoint, save_tiny_sdxl_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +42,9 @@ def trained(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def run(tiny_checkpoint, tmp_path):
-  def run(name, out=tmp_path / "out", model=tiny_checkpoint):
-    options = ["--lora", name, "--model", model, "--format", "diffusers", "--out", out]
-    export.main([str(option) for option in options])
+  def run(name, *more, out=tmp_path / "out", model=tiny_checkpoint, kind="diffusers"):
+    options = ["--lora", name, "--model", model, "--format", kind, "--out", out]
+    export.main([str(option) for option in (*options, *more)])
     return out
 
   return run
@@ -90,6 +87,7 @@ def test_an_export_says_what_it_is(trained, run, pipeline, tiny_checkpoint, caps
   out = run(trained)
   assert "rank 4, " in capsys.readouterr().out
   assert sorted(file.name for file in out.iterdir()) == [
+    "README.md",
     "export.json",
     lora_files.FILE_NAME,
   ]
@@ -100,30 +98,150 @@ def test_an_export_says_what_it_is(trained, run, pipeline, tiny_checkpoint, caps
     "name": str(tiny_checkpoint),
     "fingerprint": pipeline.fingerprint,
   }
+  assert (about["format"], about["dtype"]) == ("diffusers", "float32")
+  card = (out / "README.md").read_text()
+  assert "| category | hate |" in card
+  assert "| steps | 20 |" in card
+
+
+V_PREDICTION = {
+  "unet": {"use_linear_projection": True, "attention_head_dim": (4, 8)},
+  "scheduler": {"prediction_type": "v_prediction"},
+}
+FAMILIES = {
+  "sd1": save_tiny_checkpoint,
+  "sd2": lambda path: save_tiny_checkpoint(path, **V_PREDICTION),
+  "sdxl": save_tiny_sdxl_checkpoint,
+}
+KINDS = (
+  ("diffusers", None),
+  ("kohya", "float16"),
+  ("pipeline", None),
+  ("pipeline", "bfloat16"),
+)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+  """A checkpoint of each family, and a LoRA on every kind of its layers."""
+  folder = tmp_path_factory.mktemp(request.param)
+  base = FAMILIES[request.param](folder / "base")
+  model = load_pipeline(str(base), components=())
+  targets = [t for t in twins.EVERY_KIND if t != "upsamplers.0.conv"]
+  tree = twins.random_lora(model.unet_shapes(), 3, targets, size=0.05)
+  return base, make_expert(folder / "expert", tree, model.fingerprint)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+def test_pytorch_predicts_with_every_export_what_we_predict(
+  kind, dtype, family, run, tmp_path, capsys
+):
+  base, name = family
+  more = ["--dtype", dtype] if dtype else []
+  run(name, "--verify", *more, model=base, kind=kind)
+  line = capsys.readouterr().out.splitlines()[-1]
+  found = re.search(r"this package (\S+), .* deviation (\S+) that .* to (\S+)$", line)
+  difference, deviation, effect = map(float, found.groups())
+  close = {None: 1e-4, "float16": 5e-3, "bfloat16": 5e-2}[dtype]
+  assert difference < close * max(1, deviation)
+  assert effect > 4 * difference, "the LoRA must be seen"
+
+
+def test_verify_sees_an_export_that_predicts_something_else(
+  trained, run, pipeline, monkeypatch
+):
+  """A file of half the scale, as a forgotten alpha would make it."""
+  tree = twins.random_lora(pipeline.params["unet"])
+  file = make_expert(trained.parent / "wrong", tree, pipeline.fingerprint)
+  write = lora_files.write_diffusers
+
+  def wrong(out, tree, *arguments, **options):
+    return write(out, lora.scale(tree, 0.5), *arguments, **options)
+
+  monkeypatch.setattr(lora_files, "write_diffusers", wrong)
+  with pytest.raises(
+    InputError, match=r"--verify: largest difference .*do not publish"
+  ):
+    run(file, "--verify")
+
+
+def test_verify_without_pytorch_is_one_line_before_anything_is_written(
+  trained, run, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(verify, "_NEEDED", ("torch", "no_such_package"))
+  with pytest.raises(InputError, match=r"--verify needs no_such_package.*pip install"):
+    run(trained, "--verify")
+  assert not (tmp_path / "out").exists()
+
+
+def test_kohya_s_file_is_named_for_the_prompt(trained, run, capsys):
+  out = run(trained, kind="kohya")
+  assert f"{out}: {kohya.FILE_NAME}; rank 4" in capsys.readouterr().out
+  chex.assert_trees_all_close(load_lora(str(out)), load_lora(str(trained)), rtol=1e-6)
+
+
+def test_a_pipeline_is_a_model_that_every_command_takes(trained, run, pipeline):
+  out = run(trained, kind="pipeline")
+  made = load_pipeline(str(out))
+  assert made.fingerprint != pipeline.fingerprint
+  chex.assert_trees_all_close(
+    made.params["unet"],
+    lora.fuse(pipeline.params["unet"], load_lora(str(trained))),
+    atol=1e-6,
+  )
+  assert {"README.md", "export.json"} <= {file.name for file in out.iterdir()}
+  with pytest.raises(InputError, match="is there already"):
+    run(trained, kind="pipeline")
+
+
+@pytest.fixture
+def hub_client(monkeypatch):
+  """The hub's client, which only writes down what it was asked for."""
+  asked = []
+
+  class Client:
+    def create_repo(self, repository, **options):
+      asked.append(("create", repository, options))
+
+    def upload_folder(self, **options):
+      files = sorted(file.name for file in options.pop("folder_path").iterdir())
+      asked.append(("upload", files, options))
+
+  monkeypatch.setattr("huggingface_hub.HfApi", Client)
+  return asked
+
+
+def test_nothing_is_pushed_unless_asked_for(trained, run, hub_client):
+  run(trained)
+  assert hub_client == []
+
+
+def test_a_push_makes_a_private_repository_and_keeps_export_json_here(
+  trained, run, hub_client, capsys
+):
+  run(trained, "--push", "me/safe")
+  (_, repository, options), (_, files, upload) = hub_client
+  assert (repository, options) == ("me/safe", {"private": True, "exist_ok": True})
+  assert upload["repo_id"] == "me/safe"
+  assert upload["ignore_patterns"] == ["export.json"]
+  assert set(files) == {"README.md", "export.json", lora_files.FILE_NAME}
+  assert "https://huggingface.co/me/safe" in capsys.readouterr().out
+
+
+def test_a_push_that_fails_is_one_line(trained, run, hub_client, monkeypatch):
+  def refuse(self, *_, **__):
+    raise OSError("no such\nrepository")
+
+  monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse, raising=False)
+  with pytest.raises(InputError, match=r"could not push .* to me/safe \(no such\)"):
+    run(trained, "--push", "me/safe")
 
 
 def test_a_scale_is_folded_in(trained, run, tmp_path):
   whole = load_lora(str(run(trained)))
-  half = load_lora(str(run(f"{trained}:0.5", tmp_path / "half")))
+  half = load_lora(str(run(f"{trained}:0.5", out=tmp_path / "half")))
   chex.assert_trees_all_close(half, lora.scale(whole, 0.5), rtol=1e-6)
   chex.assert_trees_all_equal(whole, load_lora(str(trained)))
-
-
-def test_a_lora_of_sd15_is_256_tensors_with_797184_parameters(tmp_path):
-  """At full size, from shapes alone: no weight of the model is made."""
-  shapes = parameter_shapes(UNet2DCondition(freeze(SD15_UNET)))
-  fresh = jax.eval_shape(lambda key: lora.init_lora(key, shapes, 4), jax.random.key(0))
-  tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), fresh)
-  lora.check_shapes(shapes, tree)
-  targets = lora_files.adapted_layers(tree)
-  assert targets == sorted(lora.ATTENTION_TARGETS)
-  with safe_open(lora_files.write_diffusers(tmp_path, tree, targets), "numpy") as file:
-    sizes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-  assert len(sizes) == 256
-  assert sum(np.prod(size) for size in sizes.values()) == 797_184
-  layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora"
-  assert sizes[f"{layer}.down.weight"] == [4, 768]
-  assert sizes[f"{layer}.up.weight"] == [320, 4]
 
 
 def test_layer_kinds_are_named_as_peft_names_targets(pipeline):
@@ -166,7 +284,7 @@ def test_a_folder_that_cannot_be_written_is_named(trained, run, tmp_path):
   (tmp_path / "file").touch()
   for out in ("/proc/export", tmp_path / "file"):
     with pytest.raises(InputError, match=f"cannot write {out}.*--out"):
-      run(trained, out)
+      run(trained, out=out)
 
 
 def test_help_shows_an_example():

@@ -124,17 +124,16 @@ def _predict_torch(base: Path, exported: Path, fused: bool, variant, inputs):
 
   logging.set_verbosity_error()  # it misses a LoRA of text encoders, rightly
   logging.disable_progress_bar()
-  options = {"torch_dtype": torch.float32, "variant": variant}
   if fused:
-    pipeline = DiffusionPipeline.from_pretrained(exported, **options)
+    pipeline = DiffusionPipeline.from_pretrained(exported, variant=variant)
   else:
     others = dict.fromkeys(set(component_names(base)) - {"unet", "scheduler"})
-    pipeline = DiffusionPipeline.from_pretrained(base, **others, **options)
+    pipeline = DiffusionPipeline.from_pretrained(base, variant=variant, **others)
     pipeline.load_lora_weights(exported.parent, weight_name=exported.name)
   latents, timesteps, context, added = inputs
   condition = added and {name: torch.from_numpy(x) for name, x in added.items()}
   with torch.no_grad():
-    sample = pipeline.unet(
+    sample = pipeline.unet.float()(
       torch.from_numpy(latents).permute(0, 3, 1, 2),
       torch.from_numpy(timesteps),
       torch.from_numpy(context),
