@@ -1,6 +1,7 @@
 """generate: pictures of each family equal diffusers', from tokenizer to pixels."""
 
 import csv
+import dataclasses
 import json
 
 import diffusers
@@ -133,6 +134,21 @@ def test_the_rows_own_guidance_and_negative_prompt_win(models):
     np.testing.assert_array_equal(inputs.negative_ids, pipeline.tokenize([text]))
 
 
+def test_what_a_row_says_of_itself_decides_its_folder(models, tmp_path):
+  """Other guidance or another negative prompt in the CSV: other images."""
+  pipeline = load_pipeline(models["sd1"], components=())
+  found = []
+  for number, row in enumerate((["x", "", ""], ["x", "red", ""], ["x", "", "3"])):
+    file = tmp_path / f"{number}.csv"
+    with open(file, "w", newline="") as lines:
+      csv.writer(lines).writerows([COLUMNS, row])
+    required = ["--model", "x", "--prompts", str(file), "--out", str(tmp_path)]
+    options = generate.parse_arguments(required)
+    folder = generate.make_folder(options, tmp_path, pipeline, {})
+    found.append(folder.settings["prompts_sha256"])
+  assert len(set(found)) == 3
+
+
 def test_guidance_below_1_is_none_as_in_diffusers(models):
   assert make_inputs(models["sd1"], 0, "--guidance=0.5").guidance == 1
 
@@ -150,7 +166,9 @@ def test_old_scheduler_configs_are_mended_as_diffusers_does(models, tmp_path):
   theirs.set_timesteps(7)
   np.testing.assert_array_equal(diffusion.sampling_timesteps(ours, 7), theirs.timesteps)
   xl = load_pipeline(models["sdxl"], components=())
-  assert rendering.mend_schedule(xl).schedule.config == xl.schedule.config
+  schedule = diffusion.Schedule.from_config({**xl.schedule.config, "steps_offset": 0})
+  xl = dataclasses.replace(xl, schedule=schedule)
+  assert rendering.mend_schedule(xl).schedule.config["steps_offset"] == 0
 
 
 def test_the_noise_of_the_first_step_is_not_that_of_the_start():
