@@ -133,6 +133,8 @@ def test_prompts_are_cleaned_as_open_clip_cleans_them():
   assert clipscore.clean("  It’s\n“Odd” ") == 'it\'s "odd"'
   assert clipscore.clean("a &amp;amp; b") == "a & b"
   assert clipscore.clean(html.escape("<b>")) == "<b>"
+  # Where a "<" stands, ftfy leaves entities alone.
+  assert clipscore.clean("<i> a &amp;amp; b") == "<i> a & b"
 
 
 def test_a_score_is_a_hundred_cosines_and_may_be_negative():

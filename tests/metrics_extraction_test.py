@@ -31,6 +31,19 @@ def test_one_device_equals_eight_bit_for_bit(count):
   np.testing.assert_array_equal(one, eight)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_device_meets_as_many_rows_whatever_their_number(devices):
+  """Another number of rows is another program, which may round differently."""
+  seen = []
+
+  def apply(params, rows):
+    seen.append(len(rows) // devices)
+    return rows
+
+  make(devices, apply=apply)(np.zeros((5, 2), np.float32))
+  assert seen == [3]
+
+
 def test_rows_keep_their_order_and_padding_leaves_no_trace():
   rows = draw(13, 5, 5, 3, seed=1)
   expected = np.tanh(rows.reshape(13, -1) @ draw(75, 33))
