@@ -24,6 +24,7 @@ from safetydpo_jax.formats import (
   verify,
 )
 from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.formats.tensors import open_safetensors
 from safetydpo_jax.lora import check_shapes, num_parameters, rank_of, scale
 
 EXAMPLE = """example:
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
   if options.verify:
     verify.check_installed()
   name, factor = loras.split_scale(options.lora)
+  figures = model_card.read_figures(options.figures) if options.figures else ""
   lora, about = loras.load_lora(name)
   if options.format == "pipeline":
     hub.locate(options.model, _FETCHED, options.variant, None)
@@ -96,34 +98,32 @@ def main(arguments: list[str] | None = None) -> None:
   check_shapes(base.unet_shapes(), lora)
   lora = scale(lora, factor)
 
-  if options.format == "pipeline":
+  dtype = options.dtype or "float32"
+  whole = options.format == "pipeline"
+  if whole:
     with fused.new_folder(options.out) as folder:
       files = write_pipeline(folder, base, lora, options)
-      describe(folder, None, base, lora, about, options)
+      dtype = options.dtype or float_type(files[0])
+      describe(folder, None, dtype, base, lora, about, figures, options)
   else:
-    files = [write_lora(options.out, base, lora, about, options)]
-    describe(options.out, files[0].name, base, lora, about, options)
+    files = [write_lora(options.out, dtype, base, lora, about, options)]
+    describe(options.out, files[0].name, dtype, base, lora, about, figures, options)
   print(
     f"{options.out}: {', '.join(file.name for file in files)}; rank {rank_of(lora)}, "
-    f"{num_parameters(lora):,} parameters"
+    f"{num_parameters(lora):,} parameters, {dtype}"
   )
   if options.verify:
-    result = options.out if options.format == "pipeline" else files[0]
-    found = verify.compare(
-      base,
-      lora,
-      result,
-      fused=options.format == "pipeline",
-      variant=options.variant,
-    )
+    result = options.out if whole else files[0]
+    found = verify.compare(base, lora, result, fused=whole, variant=options.variant)
     print(found.describe())
-    verify.check(found, options.dtype or "float32")
+    verify.check(found, dtype)
   if options.push:
     push(options.out, options.push)
 
 
 def write_lora(
   out: Path,
+  dtype: str,
   base: Pipeline,
   lora: dict[str, Any],
   about: dict[str, Any],
@@ -131,7 +131,7 @@ def write_lora(
 ) -> Path:
   """The LoRA file in `out`."""
   shapes = base.unet_shapes()
-  to = {"shapes": shapes, "dtype": lora_files.DTYPES[options.dtype or "float32"]}
+  to = {"shapes": shapes, "dtype": lora_files.DTYPES[dtype]}
   if options.format == "diffusers":
     targets = lora_files.target_modules(lora, shapes)
     return lora_files.write_diffusers(out, lora, targets, **to)
@@ -154,12 +154,21 @@ def write_pipeline(
   return fused.write_unet(out, base.path, lora, variant=options.variant, dtype=dtype)
 
 
+def float_type(file: Path) -> str:
+  """The type of a weight file's numbers, as it was the base's."""
+  tensors, _ = open_safetensors(file)
+  names = {tensor.dtype.name for tensor in tensors.values()}
+  return next((name for name in ("bfloat16", "float16") if name in names), "float32")
+
+
 def describe(
   folder: Path,
   file: str | None,
+  dtype: str,
   base: Pipeline,
   lora: dict[str, Any],
   about: dict[str, Any],
+  figures: str,
   options: argparse.Namespace,
 ) -> None:
   """export.json and the model card."""
@@ -172,16 +181,16 @@ def describe(
     about=about,
     rank=rank_of(lora),
     parameters=num_parameters(lora),
-    dtype=options.dtype or (file and "float32"),
+    dtype=dtype,
     repository=options.push,
   )
-  model_card.write_card(folder / CARD, card, options.figures)
+  model_card.write_card(folder / CARD, card, figures)
   manifest.write_json(
     folder / ABOUT,
     {
       "lora": options.lora,
       "format": options.format,
-      "dtype": card.dtype,
+      "dtype": dtype,
       "about": about,
       "base": {"name": options.model, "fingerprint": base.fingerprint},
       "versions": manifest.versions(),

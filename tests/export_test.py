@@ -1,4 +1,4 @@
-"""export: what PyTorch users get, counted at full size and followed from the images."""
+"""export: what PyTorch users get, followed from the images."""
 
 import json
 import re
@@ -104,15 +104,7 @@ def test_an_export_says_what_it_is(trained, run, pipeline, tiny_checkpoint, caps
   assert "| steps | 20 |" in card
 
 
-V_PREDICTION = {
-  "unet": {"use_linear_projection": True, "attention_head_dim": (4, 8)},
-  "scheduler": {"prediction_type": "v_prediction"},
-}
-FAMILIES = {
-  "sd1": save_tiny_checkpoint,
-  "sd2": lambda path: save_tiny_checkpoint(path, **V_PREDICTION),
-  "sdxl": save_tiny_sdxl_checkpoint,
-}
+FAMILIES = {"sd1": save_tiny_checkpoint, "sdxl": save_tiny_sdxl_checkpoint}
 KINDS = (
   ("diffusers", None),
   ("kohya", "float16"),
@@ -145,6 +137,29 @@ def test_pytorch_predicts_with_every_export_what_we_predict(
   close = {None: 1e-4, "float16": 5e-3, "bfloat16": 5e-2}[dtype]
   assert difference < close * max(1, deviation)
   assert effect > 4 * difference, "the LoRA must be seen"
+
+
+def test_the_number_type_of_the_base_is_kept_unless_another_is_asked_for(
+  tiny_checkpoint, pipeline, run, tmp_path, capsys
+):
+  """A float16 base rounds the sum to float16, which --verify has to allow for."""
+  half = StableDiffusionPipeline.from_pretrained(tiny_checkpoint).to(torch.float16)
+  half.save_pretrained(tmp_path / "half", variant="fp16")
+  base = load_pipeline(str(tmp_path / "half"), components=(), variant="fp16")
+  tree = twins.random_lora(base.unet_shapes(), size=0.05)
+  name = make_expert(tmp_path / "expert", tree, base.fingerprint)
+  more = ("--variant", "fp16", "--verify")
+  out = run(name, *more, model=tmp_path / "half", kind="pipeline")
+  assert "parameters, float16" in capsys.readouterr().out
+  assert json.loads((out / "export.json").read_text())["dtype"] == "float16"
+  assert "| numbers | float16 |" in (out / "README.md").read_text()
+
+
+def test_figures_that_are_none_stop_before_anything_is_written(trained, run, tmp_path):
+  (tmp_path / "figures.json").write_text("{}")
+  with pytest.raises(InputError, match=r"no figures\.json of evaluate"):
+    run(trained, "--figures", tmp_path / "figures.json")
+  assert not (tmp_path / "out").exists()
 
 
 def test_verify_sees_an_export_that_predicts_something_else(

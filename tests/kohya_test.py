@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from flax.core import freeze
 from flax.traverse_util import flatten_dict
@@ -34,8 +35,13 @@ def test_every_layer_is_found_under_the_name_pytorch_gives_it(config):
   found = {kohya.module_path("lora_unet_" + name.replace(".", "_")) for name in names}
   assert found == layers(config)
   assert {torch_name(path) for path in found} == names
-  flat = {"lora_unet_" + name.replace(".", "_") for name in names}
-  assert {kohya.module_name(path) for path in layers(config)} == flat
+  written = {kohya.module_name(path) for path in layers(config)}
+  assert {kohya.module_path(name) for name in written} == layers(config)
+  for name in written:  # diffusers' own reader finds the layer, and not another
+    theirs = _convert_unet_lora_key(f"{name}.lora_down.weight")
+    theirs = theirs.replace(".processor", "").replace("to_out_lora", "to_out.0_lora")
+    module = theirs.removesuffix(".weight").replace("_lora.down", "")
+    assert module.removesuffix(".lora.down") == torch_name(kohya.module_path(name))
 
 
 def sgm_names():

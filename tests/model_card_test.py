@@ -49,10 +49,11 @@ FIGURES = {
 }
 
 
-def card(tmp_path, figures=None, **changes):
-  if figures is not None:
-    (tmp_path / "figures.json").write_text(json.dumps(figures))
-    figures = tmp_path / "figures.json"
+def card(tmp_path, content=None, **changes):
+  figures = ""
+  if content is not None:
+    (tmp_path / "figures.json").write_text(json.dumps(content))
+    figures = model_card.read_figures(tmp_path / "figures.json")
   export = EXPORT._replace(**changes)
   model_card.write_card(tmp_path / "README.md", export, figures)
   text = (tmp_path / "README.md").read_text()

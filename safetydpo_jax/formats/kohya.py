@@ -10,7 +10,8 @@
               calls the layers of SDXL; all published models have two layers a block
 
 Both are read by exact grammar, so that a name which is no module of a Stable Diffusion
-UNet is refused; nothing is guessed. We write the first spelling for all models.
+UNet is refused; nothing is guessed. We write the first spelling for all models, but for
+SDXL's added embedding.
 
 Sources: kohya-ss/sd-scripts (networks/lora.py, library/sai_model_spec.py), A1111
 (extensions-builtin/Lora), diffusers (loaders/lora_conversion_utils.py).
@@ -42,6 +43,11 @@ _SGM_OUTSIDE = {
   "label_emb_0_0": ("add_embedding", "linear_1"),
   "label_emb_0_2": ("add_embedding", "linear_2"),
 }
+# diffusers knows SDXL's added embedding by sgm's spelling alone and
+# drops the other with no more than a warning.
+_WRITTEN_AS_SGM = {
+  path: name for name, path in _SGM_OUTSIDE.items() if path[0] == "add_embedding"
+}
 _SGM_RESNET = {
   "in_layers_2": "conv1",
   "out_layers_3": "conv2",
@@ -52,7 +58,7 @@ _SGM_RESNET = {
 
 def module_name(path: tuple[str, ...]) -> str:
   """lora_unet_<module> of a path in our tree."""
-  return PREFIX + "_".join(path)
+  return PREFIX + (_WRITTEN_AS_SGM.get(path) or "_".join(path))
 
 
 def module_path(name: str) -> tuple[str, ...] | None:

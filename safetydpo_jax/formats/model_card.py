@@ -65,7 +65,7 @@ class Export(NamedTuple):
     about: expert.json, {} if there is none.
     rank: of the LoRA.
     parameters: of the LoRA.
-    dtype: of the numbers; None: as in the base.
+    dtype: of the numbers.
     repository: hub id it is pushed to, or None.
   """
 
@@ -77,7 +77,7 @@ class Export(NamedTuple):
   about: Mapping[str, Any]
   rank: int
   parameters: int
-  dtype: str | None
+  dtype: str
   repository: str | None
 
 
@@ -101,11 +101,11 @@ def base_name(model: str) -> tuple[str, bool]:
   return name, True
 
 
-def write_card(file: Path, export: Export, figures: Path | None = None) -> None:
-  """Writes README.md.
+def write_card(file: Path, export: Export, figures: str = "") -> None:
+  """Writes README.md; `figures` is of `read_figures`.
 
   Raises:
-    InputError: `figures` is no figures.json of evaluate, or the card cannot be written.
+    InputError: the card cannot be written.
   """
   name, on_hub = base_name(export.base)
   category = export.about.get("category") or "safety"
@@ -116,7 +116,7 @@ def write_card(file: Path, export: Export, figures: Path | None = None) -> None:
     _what(export, name),
     _section("How it was made", _making(export)),
     _section("Experts", _experts(export.about)),
-    _section("Measured", _measured(figures) if figures else ""),
+    _section("Measured", figures),
     _section("Use", _use(export, name, on_hub)),
     _section("Licence and content", _licence(name, on_hub) + _CONTENT),
   ]
@@ -175,7 +175,7 @@ def _making(export: Export) -> str:
     "rank": export.rank,
     "layers": ", ".join(map(str, about.get("targets") or [])),
     "parameters": f"{export.parameters:,}",
-    "numbers": export.dtype or "as in the base",
+    "numbers": export.dtype,
     "steps": about.get("step"),
     "seed": about.get("seed"),
     "β": dpo.get("beta"),
@@ -197,8 +197,12 @@ def _experts(about: Mapping[str, Any]) -> str:
   return _table(("category", "rank", "steps", "seed", "data"), rows) if rows else ""
 
 
-def _measured(file: Path) -> str:
-  """Tables of evaluate's figures.json, see `evaluation/figures.py`."""
+def read_figures(file: Path) -> str:
+  """The card's tables of evaluate's figures.json, see `evaluation/figures.py`.
+
+  Raises:
+    InputError: the file is none.
+  """
   figures = read_json(file, "figures.json of evaluate")
   try:
     scope = figures["headline"]
