@@ -26,7 +26,7 @@ _FREE = (
   "attention",
 )
 # Options that came later: left out where they are off, so that older runs go on.
-_OFF = {
+LATER = {
   "schedule": "constant",
   "lora.dropout": 0.0,
   "lora.rank_pattern": (),
@@ -80,7 +80,7 @@ def run_settings(config: Any, pipeline: Pipeline, cache: Any) -> dict[str, Any]:
   values = {
     name: plain(value)
     for name, value in flatten_dict(config.to_dict(), sep=".").items()
-    if name.split(".")[0] not in free and not (name in _OFF and value == _OFF[name])
+    if name.split(".")[0] not in free and not (name in LATER and value == LATER[name])
   }
   return {**values, "dataset": cache.fingerprint, "base": pipeline.fingerprint}
 
