@@ -208,12 +208,14 @@ def test_compressed_and_overlong_zips_are_refused(tmp_path):
 
 @pytest.mark.parametrize("new", [True, False])
 def test_files_cut_short_are_refused(tmp_path, new):
+  """Wherever the end is: an empty tensor's storage, too, must be there."""
   file = tmp_path / "state.pth"
-  torch.save(states(), file, _use_new_zipfile_serialization=new)
-  content = file.read_bytes()
-  for share in (0, 0.1, 0.5, 0.9, 0.999):
-    file.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(InputError, match=r"state\.pth"):
-      pickles.read_tensors(file)
+  for state in ({"none": torch.zeros(0, 3)}, {"some": torch.arange(3.0)}):
+    torch.save(state, file, _use_new_zipfile_serialization=new)
+    content = file.read_bytes()
+    for length in range(0, len(content), 37 if new else 1):
+      file.write_bytes(content[:length])
+      with pytest.raises(InputError, match=r"state\.pth"):
+        pickles.read_tensors(file)
   with pytest.raises(InputError, match="No such file"):
     pickles.read_tensors(tmp_path / "nothing.pth")

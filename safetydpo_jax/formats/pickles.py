@@ -190,11 +190,10 @@ def _read_old(file: BinaryIO) -> tuple[Any, dict[str, bytes]]:
   _collect_sizes(content, sizes)
   storages = {}
   for key in keys:
-    count = int.from_bytes(file.read(8), "little", signed=True)
     elements, width = sizes[key]
-    if count != elements:
-      raise ValueError(f"storage {key} has {count} elements, expected {elements}")
-    storages[key] = file.read(count * width)
+    if file.read(8) != elements.to_bytes(8, "little"):
+      raise ValueError(f"storage {key} does not have {elements} elements")
+    storages[key] = file.read(elements * width)
   return content, storages
 
 
