@@ -97,7 +97,7 @@ if does run; then
       gcsfuse --implicit-dirs --rename-dir-limit 100000 $bucket \$where"
   done
   mounted
-  cache=/tmp/jax-cache
+  cache=.cache/jax  # of each host, in its checkout
   ((${#buckets[@]} == 0)) || cache=$mount_point/${buckets[0]#gs://}/jax-cache
   remote=$(quoted env "JAX_COMPILATION_CACHE_DIR=$cache" "PYTHONUNBUFFERED=1")
   on_hosts "cd checkout && $remote ~/environment/bin/python $(quoted "${words[@]:1}")"
