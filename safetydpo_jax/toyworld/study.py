@@ -27,26 +27,33 @@ EXAMPLE = """example:
 """
 
 
-def run_seed(out: Path, seed: int, rest: list[str]) -> dict[str, Any]:
-  """One seed's demo and trials; returns {demo: its figures, trials: theirs}."""
-  demo, ours = out / f"seed{seed}", out / f"trials{seed}"
-  options = parse_demo(["--out", str(demo), "--seed", str(seed), *rest])
+def run_demo(out: Path, seed: int, rest: list[str]) -> dict[str, Any]:
+  """One seed's demo: its figures, as they are there or made now."""
+  demo = out / f"seed{seed}"
   if (demo / "figures.json").exists():
-    figures = manifest.read_json(demo / "figures.json", "demo")
-  else:
-    figures = seeds.run_demo(demo, seed, rest)
-  table = trials(demo, ours, options)
-  done, start = [], time.monotonic()
-  for number, trial in enumerate(table, start=1):
+    return manifest.read_json(demo / "figures.json", "demo")
+  return seeds.run_demo(demo, seed, rest)
+
+
+def run_trials(out: Path, names: list[int], rest: list[str]) -> dict[int, list[dict]]:
+  """Every seed's trials, table by table: {seed: figures of each}."""
+  work, done = [], {seed: [] for seed in names}
+  for seed in names:
+    demo, ours = out / f"seed{seed}", out / f"trials{seed}"
+    options = parse_demo(["--out", str(demo), "--seed", str(seed), *rest])
+    for number, trial in enumerate(trials(demo, ours, options)):
+      work.append((number, seed, trial, (demo, ours, options.model)))
+  start = time.monotonic()
+  for number, (_, seed, trial, where) in enumerate(sorted(work), start=1):
     minutes = (time.monotonic() - start) / 60
-    left = minutes / (number - 1) * (len(table) - number + 1) if number > 1 else 0
+    left = minutes / (number - 1) * (len(work) - number + 1) if number > 1 else 0
     print(
-      f"\nseed {seed}, trial {number} of {len(table)}: {trial.group}, {trial.name} "
+      f"\ntrial {number} of {len(work)}: seed {seed}, {trial.group}, {trial.name} "
       f"({minutes:.0f} minutes, {left:.0f} to go)",
       flush=True,
     )
-    done.append(run_trial(trial, demo, ours, options.model))
-  return {"demo": figures, "trials": done}
+    done[seed].append(run_trial(trial, *where))
+  return done
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,7 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   options, rest = seeds.parse_seeds(parser, arguments)
-  results = {seed: run_seed(options.out, seed, rest) for seed in options.seeds}
+  demos = {seed: run_demo(options.out, seed, rest) for seed in options.seeds}
+  tried = run_trials(options.out, options.seeds, rest)
+  results = {s: {"demo": demos[s], "trials": tried[s]} for s in options.seeds}
   about = {"machine": machine(), "versions": manifest.versions()}
   manifest.write_json(options.out / "study.json", {**about, "seeds": results})
   text = study_tables.write(results)
