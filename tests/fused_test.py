@@ -125,14 +125,15 @@ def test_the_sum_is_taken_in_float32_and_rounded_once(
 
 
 def test_a_small_change_is_not_lost_before_the_rounding():
-  """bf16(0.5) + bf16(0.001) is 0.5, and bf16(0.001 + 0.001 + 0.5) is not."""
+  """bf16's next number after 0.5 is 0.50390625, and half way there 2⁻⁹ = 0.001953125.
+
+  0.5 + 0.001955 rounds up; bf16(0.001955) is 2⁻⁹, and 0.5 + 2⁻⁹ rounds back to 0.5.
+  """
   weight = np.full((2, 2), 0.5, ml_dtypes.bfloat16)
-  a, b = np.full((2, 2), 0.001, np.float32), np.full((2, 2), 1.0, np.float32)
+  a, b = np.full((2, 1), 0.001955, np.float32), np.ones((1, 2), np.float32)
   layers = {"x.weight": (a, b)}
   summed = fused.fuse_tensor("x.weight", weight, np.dtype(ml_dtypes.bfloat16), layers)
-  expected = np.float32(0.502).astype(ml_dtypes.bfloat16)
-  np.testing.assert_array_equal(summed, np.full((2, 2), expected))
-  assert expected > 0.5
+  np.testing.assert_array_equal(np.float32(summed), np.full((2, 2), 0.50390625))
 
 
 def test_large_unets_are_split_as_diffusers_splits_them(
