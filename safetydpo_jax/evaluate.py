@@ -109,6 +109,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--title", default="", help="of the report")
   parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
   parser.add_argument("--batch_size", type=int, default=16, help="images per device")
+  sharding.add_host_arguments(parser)
   options = parser.parse_args(arguments)
   options.metrics = _names("--metrics", options.metrics, METRICS)
   options.detector = _names("--detector", options.detector, [*detectors.DECIDERS])

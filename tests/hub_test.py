@@ -40,6 +40,9 @@ def test_a_path_that_exists_wins_over_a_preset(tiny_checkpoint, tmp_path, monkey
 # A hub repository with everything people store there.
 REPOSITORY = [
   "model_index.json",
+  "LICENSE.md",
+  "README.md",
+  "feature_extractor/preprocessor_config.json",
   "scheduler/scheduler_config.json",
   "tokenizer/vocab.json",
   "tokenizer_2/merges.txt",
@@ -128,7 +131,7 @@ def test_one_variant_of_the_components_is_downloaded_and_no_more():
     return {f for f in REPOSITORY if any(fnmatch.fnmatch(f, p) for p in patterns)}
 
   small = {f for f in REPOSITORY if f.endswith(("config.json", ".txt", "vocab.json"))}
-  small |= {"model_index.json"}
+  small |= {"model_index.json", "LICENSE.md"}
   unet = {f for f in REPOSITORY if "unet/diffusion" in f and f[-4:] != ".bin"}
   half = {f for f in unet if "fp16" in f}
   plain = {f for f in unet - half if "non_ema" not in f}

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
+from safetydpo_jax import sharding
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import benchmarks, published, webpage
 from safetydpo_jax.evaluation.bootstrap import wilson
@@ -64,7 +64,7 @@ def run(
     (options.out / "prompts").mkdir(parents=True, exist_ok=True)
     for name, rows in loaded.items():
       benchmarks.write(options.out / "prompts" / f"{name}.csv", rows)
-  multihost_utils.sync_global_devices("the prompts are there")
+  sharding.wait_for_hosts("the prompts are there")
 
   sets = {}
   for name, rows in loaded.items():

@@ -90,11 +90,13 @@ def _download(
 
 
 def download_patterns(components: Iterable[str], variant: str | None) -> list[str]:
-  """What to fetch: configs, tokenizers, and one variant's safetensors.
+  """What to fetch: configs, tokenizers, the licence, one variant's safetensors.
 
-  The UNet always comes along, for its fingerprint.
+  The UNet always comes along, for its fingerprint; the feature extractor's two
+  kilobytes do as a fused pipeline needs them.
   """
   patterns = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*"]
+  patterns += ["feature_extractor/*.json", "LICENSE*"]
   for name in sorted({"unet", *components}):
     patterns += _weight_patterns(f"{name}/", variant)
   return list(dict.fromkeys(patterns))
