@@ -122,6 +122,15 @@ def lora_seed(this: Expert) -> int | None:
   return seed if isinstance(seed, int) else None
 
 
+def first_a(this: Expert) -> str | None:
+  """What decided the expert's first `a`: its seed, or the LoRA it was started from."""
+  init = this.about.get("init")
+  if isinstance(init, dict):
+    return f"lora.init {str(init.get('sha256'))[:12]}"
+  seed = lora_seed(this)
+  return None if seed is None else f"lora.seed {seed}"
+
+
 def check_same_layers(experts: Sequence[Expert]) -> None:
   """Refuses experts that adapt different layers."""
   first = flatten_dict(experts[0].lora).keys()
@@ -154,16 +163,16 @@ def check_same_units(experts: Sequence[Expert]) -> None:
         "ranks in some layers: co_merge_factor needs equal ranks; retrain one, or use "
         "--method co_merge_product"
       )
-  seeds = {lora_seed(this): this.name for this in experts}
-  known = [seed for seed in seeds if seed is not None]
+  starts = {first_a(this): this.name for this in experts}
+  known = [start for start in starts if start is not None]
   if len(known) > 1:
     raise InputError(
-      f"{seeds[known[0]]} has lora.seed {known[0]}, {seeds[known[1]]} {known[1]}: "
-      "co_merge_factor needs one seed; retrain one, or use --method co_merge_product"
+      f"{starts[known[0]]} has {known[0]}, {starts[known[1]]} has {known[1]}: "
+      "co_merge_factor needs one start; retrain one, or use --method co_merge_product"
     )
-  if None in seeds and len(experts) > 1:
+  if None in starts and len(experts) > 1:
     print(
-      f"warning: {seeds[None]} does not say its lora.seed; co_merge_factor means "
+      f"warning: {starts[None]} does not say its lora.seed; co_merge_factor means "
       "something only if all experts began with one `a`",
       file=sys.stderr,
     )

@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(found.describe())
     verify.check(found, dtype)
   if options.push:
-    push(options.out, options.push)
+    push(options.out, options.push, None if whole else [files[0].name, CARD])
 
 
 def write_lora(
@@ -198,11 +198,17 @@ def describe(
   )
 
 
-def push(folder: Path, repository: str) -> None:
+def push(folder: Path, repository: str, names: list[str] | None) -> None:
   """Uploads an export to the hub.
 
   export.json stays here: it names folders of this machine. A repository that is not
   there is made private, since nobody can take a publication back.
+
+  Args:
+    folder: the export's.
+    repository: hub id.
+    names: the export's files; None: all, in a folder that was new. A LoRA may have been
+      written into a run's directory, or beside other files that are nobody's business.
 
   Raises:
     InputError: the hub does not take it.
@@ -217,6 +223,7 @@ def push(folder: Path, repository: str) -> None:
     hub_client.upload_folder(
       repo_id=repository,
       folder_path=folder,
+      allow_patterns=names,
       ignore_patterns=[ABOUT],
       commit_message="SafetyDPO export",
     )

@@ -12,10 +12,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from flax.traverse_util import flatten_dict
+from huggingface_hub.utils import filter_repo_objects
 
 from safetydpo_jax import encode, export, load_lora, load_pipeline, lora, train
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import expert, kohya, lora_files, verify
+from safetydpo_jax.models.unet import UNet2DCondition
 from tests import lookalike, runs, twins
 from tests.checkpoints import save_tiny_checkpoint, save_tiny_sdxl_checkpoint
 
@@ -180,6 +182,19 @@ def test_verify_sees_an_export_that_predicts_something_else(
     run(file, "--verify")
 
 
+def test_verify_multiplies_in_float32_wherever_it_runs(trained, run, monkeypatch):
+  """TF32 and bf16, the defaults of GPUs and TPUs, would be taken for a wrong export."""
+  seen, apply = set(), UNet2DCondition.apply
+
+  def look(*arguments, **options):
+    seen.add(jax.config.jax_default_matmul_precision)
+    return apply(*arguments, **options)
+
+  monkeypatch.setattr(UNet2DCondition, "apply", look)
+  run(trained, "--verify")
+  assert seen == {"highest"}
+
+
 def test_verify_without_pytorch_is_one_line_before_anything_is_written(
   trained, run, tmp_path, monkeypatch
 ):
@@ -219,8 +234,12 @@ def hub_client(monkeypatch):
       asked.append(("create", repository, options))
 
     def upload_folder(self, **options):
-      files = sorted(file.name for file in options.pop("folder_path").iterdir())
-      asked.append(("upload", files, options))
+      files = [file.name for file in options.pop("folder_path").iterdir()]
+      patterns = {
+        f"{x}_patterns": options.pop(f"{x}_patterns") for x in ("allow", "ignore")
+      }
+      taken = sorted(filter_repo_objects(files, **patterns))
+      asked.append(("upload", taken, options))
 
   monkeypatch.setattr("huggingface_hub.HfApi", Client)
   return asked
@@ -238,9 +257,23 @@ def test_a_push_makes_a_private_repository_and_keeps_export_json_here(
   (_, repository, options), (_, files, upload) = hub_client
   assert (repository, options) == ("me/safe", {"private": True, "exist_ok": True})
   assert upload["repo_id"] == "me/safe"
-  assert upload["ignore_patterns"] == ["export.json"]
-  assert set(files) == {"README.md", "export.json", lora_files.FILE_NAME}
+  assert files == ["README.md", lora_files.FILE_NAME]
   assert "https://huggingface.co/me/safe" in capsys.readouterr().out
+
+
+def test_a_push_of_a_pipeline_is_the_whole_folder(trained, run, hub_client):
+  out = run(trained, "--push", "me/safe", kind="pipeline")
+  _, (_, files, _) = hub_client
+  assert files == sorted({file.name for file in out.iterdir()} - {"export.json"})
+
+
+def test_a_push_leaves_what_else_is_in_the_folder(trained, run, hub_client, tmp_path):
+  """An export may stand in a run's directory, whose files name folders of here."""
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "expert.json").write_text("{}")
+  run(trained, "--push", "me/safe", kind="kohya")
+  _, (_, files, _) = hub_client
+  assert files == ["README.md", kohya.FILE_NAME]
 
 
 def test_a_push_that_fails_is_one_line(trained, run, hub_client, monkeypatch):

@@ -274,6 +274,7 @@ def bad(make_expert, experts, tmp_path_factory):
     "rank": make_expert(folder / "rank", 1, rank=3),
     "targets": make_expert(folder / "targets", 1, targets=("to_q",)),
     "seed": make_expert(folder / "seed", 1, lora_seed=9),
+    "warm": make_expert(folder / "warm", 1, init={"path": "x", "sha256": "89ab"}),
   }
   tree, about = expert.read_expert(experts[1])
   flat = flatten_dict(tree)
@@ -307,6 +308,7 @@ def bad(make_expert, experts, tmp_path_factory):
     ("targets", "co_merge_factor", r"hate adapts .*to_k and .*targets does not"),
     ("targets", "co_merge_product", r"hate adapts .*to_k and .*targets does not"),
     ("seed", "co_merge_factor", r"hate has lora.seed 0, .*seed 9: .*co_merge_product"),
+    ("warm", "co_merge_factor", r"hate has lora.seed 0, .*warm has lora.init 89ab: "),
   ],
 )
 def test_experts_that_do_not_fit_are_refused(

@@ -79,6 +79,14 @@ def test_an_image_stays_in_the_out_folder(read, name):
     read(["prompt", "image"], ["x", name])
 
 
+@pytest.mark.parametrize("name", ["a\0.png", "é" * 120 + ".png", "x" * 250 + "/x.png"])
+def test_a_name_that_no_file_can_have_is_refused_before_anything_is_rendered(
+  read, name
+):
+  with pytest.raises(InputError, match=r"row 1: image .* no file name of 240 bytes"):
+    read(["prompt", "image"], ["x", name])
+
+
 def test_a_link_does_not_lead_out_of_the_out_folder(read, tmp_path):
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "link").symlink_to(tmp_path)

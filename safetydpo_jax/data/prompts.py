@@ -11,10 +11,13 @@ Other columns (category, case_number, …) are for others.
 
 import csv
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from safetydpo_jax.errors import InputError
+
+_LONGEST_NAME = 240  # bytes; file systems take 255, our temporary names need some
 
 
 class Row(NamedTuple):
@@ -39,8 +42,8 @@ def read_prompts(file: Path, out: Path) -> list[Row]:
 
   Raises:
     InputError: if the file cannot be read, has no column `prompt`, fields without a
-      column, an image name that leaves `out` or stands for two prompts, a seed that
-      is no whole number of 64 bits, or a guidance that is no number.
+      column, an image name that leaves `out`, stands for two prompts or is none, a
+      seed that is no whole number of 64 bits, or a guidance that is no number.
   """
   try:
     with open(file, newline="", encoding="utf-8-sig") as lines:  # Excel writes a BOM
@@ -61,6 +64,11 @@ def read_prompts(file: Path, out: Path) -> list[Row]:
         "commas in quotes"
       )
     name = row.get("image") or f"{number:07d}_0.png"
+    longest = max((len(os.fsencode(part)) for part in Path(name).parts), default=0)
+    if "\0" in name or longest > _LONGEST_NAME:
+      raise InputError(
+        f"{where}: image {name[:40]!r} is no file name of {_LONGEST_NAME} bytes or less"
+      )
     path = (out / name).resolve()
     if not path.is_relative_to(out):
       raise InputError(f"{where}: image {name!r} leaves the out folder")

@@ -2,8 +2,8 @@
 
 diffusers loads the base and the LoRA (`load_lora_weights`), or the fused pipeline
 (`from_pretrained`), in float32, and predicts on random latents, timesteps and contexts;
-our UNet predicts with the LoRA as it was before it was written. One of the two models
-is in memory at a time.
+our UNet predicts with the LoRA as it was before it was written, float32 meaning float32
+on TPUs and GPUs too. One of the two models is in memory at a time.
 """
 
 import gc
@@ -74,9 +74,10 @@ def compare(
   gc.collect()
   weights = load_pipeline(str(base.path), components=("unet",), variant=variant)
   predict = jax.jit(weights.unet.apply)
-  before = np.asarray(predict({"params": weights.params["unet"]}, *inputs))
   variables = {"params": weights.params["unet"], "lora": lora}
-  ours = np.asarray(predict(variables, *inputs))
+  with jax.default_matmul_precision("highest"):
+    before = np.asarray(predict({"params": weights.params["unet"]}, *inputs))
+    ours = np.asarray(predict(variables, *inputs))
   return Comparison(
     difference=float(np.abs(theirs - ours).max()),
     effect=float(np.abs(ours - before).max()),
