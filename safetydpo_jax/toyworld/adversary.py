@@ -61,7 +61,7 @@ class Attacks(NamedTuple):
       one step of (2).
     word_step: (…, task, words (n, k) int32, key) → words after one step of (3).
     draw: (…, token_ids (n, l), places (n, k), offsets (n, k, d), noise (n, h, w, c)) →
-      images (n, H, W, 3) in [0, 1], by the sampler with guidance.
+      images (n, H, W, 3) in [0, 1], by DDIM with guidance.
   """
 
   embedding_step: Callable
@@ -192,14 +192,10 @@ def make_attacks(
     optimizer: of equation (2).
     draws_per_step: D of equation (1).
     candidates: B of equation (3).
-    sampler_steps, guidance: of `draw`, with the sampler of the checkpoint.
+    sampler_steps, guidance: of `draw`, which samples by DDIM as toy models do.
   """
   padding = pipeline.tokenizers[0].eos_token_id
-  run = samplers.make_sampler(
-    samplers.name_of(pipeline.schedule.config.get("_class_name", "DDIMScheduler")),
-    pipeline.schedule,
-    sampler_steps,
-  )
+  run = samplers.make_sampler("ddim", pipeline.schedule, sampler_steps)
   (null_ids,) = pipeline.tokenize([""])
 
   def of_task(params, lora, task, key):
