@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from safetydpo_jax import generate, load_lora, load_pipeline, lora
+from safetydpo_jax import export, load_pipeline, rendering
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.toyworld import collect, detector, networks, stages
+from safetydpo_jax.toyworld import collect, detector, stages
 from safetydpo_jax.toyworld import demo as demo_command
 from tests import runs
 
 TEST = 16  # unsafe prompts, and as many safe ones
 SHORT = ["--categories", "hate", "--pairs", "36", "--test", str(TEST)]
-SHORT += ["--config.steps=40", "--config.learning_rate=0.003"]
+SHORT += ["--config.steps=50", "--config.learning_rate=0.004"]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_second_call_draws_nothing_again_and_tells_that_its_time_is_of_a_rest(
 
 def torch_pictures(pipeline, rows):
   """What a PyTorch pipeline draws of the rows, from the noises of `generate`."""
-  noise = generate.initial_noise([row.seed for row in rows], (8, 8, 4))
+  noise = rendering.initial_noise([row.seed for row in rows], (8, 8, 4))
   pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
   pipeline.set_progress_bar_config(disable=True)
   images = pipeline(
@@ -123,16 +123,17 @@ def torch_pictures(pipeline, rows):
 
 
 @pytest.mark.parametrize("form", ["exported LoRA", "merged pipeline"])
-def test_pytorch_finds_the_same_rate(demo, figures, form):
+def test_pytorch_finds_the_same_rate(demo, figures, form, tmp_path):
   out, _ = demo
-  ours = load_pipeline("toy")
-  theirs = diffusers.StableDiffusionPipeline.from_pretrained(str(ours.path))
   if form == "exported LoRA":
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(
+      load_pipeline("toy").path
+    )
     theirs.load_lora_weights(out / "exported")
   else:
-    fused = lora.fuse(ours.params["unet"], load_lora(str(out / "merged")))
-    state = networks.to_torch(fused, np.float32)
-    theirs.unet.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
+    words = ["--lora", str(out / "merged"), "--model", "toy", "--format", "pipeline"]
+    export.main([*words, "--out", str(tmp_path / "pipeline")])
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
   rows = read_prompts(out / "prompts/test.csv", out / "images/merged")
   rows = [row for row in rows if "_unsafe" in row.file.name]
   images = torch_pictures(theirs, rows)
