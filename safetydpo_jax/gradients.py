@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from safetydpo_jax.sharding import BATCH
+
 
 def mean_gradient(
   loss: Callable[..., tuple[jax.Array, Any]],
@@ -33,7 +35,9 @@ def mean_gradient(
     split = x.reshape(devices, accumulation, -1, *x.shape[1:])
     return jnp.swapaxes(split, 0, 1)
 
-  gradient = jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0))
+  gradient = jax.vmap(
+    jax.grad(loss, has_aux=True), in_axes=(None, 0), spmd_axis_name=BATCH[0]
+  )
 
   def accumulate(total, rows):
     return jax.tree.map(jnp.add, total, gradient(lora, rows)), None

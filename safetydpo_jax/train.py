@@ -35,6 +35,7 @@ from safetydpo_jax.data import batches, records
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats import expert
 from safetydpo_jax.formats.pipeline import load_pipeline
+from safetydpo_jax.models.flash import OnMesh
 
 EXAMPLE = """example:
   python -m safetydpo_jax.train --config configs/hate.py:sd15 --workdir runs/hate \\
@@ -118,8 +119,9 @@ def jit_train_step(
       pipeline.text_encoders, params, batch.token_ids, batch.time_ids
     )
 
+  unet = pipeline.unet.clone(attention=OnMesh(config.attention, mesh))
   train_step = dpo.make_train_step(
-    unet=pipeline.unet,
+    unet=unet,
     schedule=pipeline.schedule,
     encode_text=encode_text,
     optimizer=tx,

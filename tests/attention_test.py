@@ -62,10 +62,16 @@ def test_softmax_of_bfloat16_is_taken_in_float32():
     ("gpu", jnp.bfloat16, 64, 16, 16, "xla"),  # tiny
     ("gpu", jnp.float32, 40, 4096, 4096, "xla"),
     ("cpu", jnp.bfloat16, 40, 4096, 4096, "xla"),
-    ("tpu", jnp.bfloat16, 40, 4096, 4096, "xla"),
+    ("tpu", jnp.bfloat16, 40, 4096, 4096, "splash"),
+    ("tpu", jnp.bfloat16, 160, 1024, 1024, "splash"),
+    ("tpu", jnp.bfloat16, 64, 9216, 9216, "splash"),
+    ("tpu", jnp.bfloat16, 40, 4096, 77, "xla"),  # the text
+    ("tpu", jnp.bfloat16, 160, 256, 256, "xla"),  # small
+    ("tpu", jnp.bfloat16, 40, 1100, 1100, "xla"),  # no whole blocks
+    ("tpu", jnp.float32, 40, 4096, 4096, "xla"),  # the kernel multiplies in bfloat16
   ],
 )
-def test_auto_takes_cudnn_only_where_it_runs(
+def test_auto_takes_fused_kernels_only_where_they_run(
   backend, dtype, head, length, other, kernel
 ):
   q = jax.ShapeDtypeStruct((2, length, 8, head), dtype)

@@ -17,22 +17,36 @@ import jax
 import jax.numpy as jnp
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.models import flash
+from safetydpo_jax.models.flash import OnMesh
 from safetydpo_jax.models.layers import Conv, Dense, Dtype, GroupNorm, LayerNorm
 
-KERNELS = ("auto", "xla", "cudnn")
+KERNELS = ("auto", "xla", "cudnn", "splash")
 
 # XLA keeps the (l, m) matrix of every head for the backward pass. From this size on it
 # is computed again there instead, for 3 % more arithmetic in a step of SD1.5 at 512.
 RECOMPUTE_FROM = 1024 * 1024
+# Shortest sequence for the TPU's kernel: 32 × 32 latents. Below, XLA's matrices are
+# small, and 77 tokens of text are no whole block.
+SPLASH_FROM = 1024
 
 
 def choose_kernel(q: jax.Array, k: jax.Array, backend: str) -> str:
   """The fastest kernel that computes (1) for these shapes and this backend.
 
   cuDNN's fused attention takes 16-bit types and head sizes that are multiples of 8 up
-  to 128. It keeps no (l, m) matrix in memory, so small products stay with XLA.
+  to 128, TPU's splash attention lengths that are multiples of 128. They keep no (l, m)
+  matrix in memory, so small products stay with XLA; and so does float32 on TPU, which
+  the kernel would multiply in bfloat16.
   """
   head = q.shape[-1]
+  if (
+    backend == "tpu"
+    and q.dtype == jnp.bfloat16
+    and min(q.shape[1], k.shape[1]) >= SPLASH_FROM
+    and flash.takes(q.shape[1], k.shape[1], head)
+  ):
+    return "splash"
   fits = (
     backend == "gpu"
     and q.dtype in (jnp.bfloat16, jnp.float16)
@@ -49,7 +63,7 @@ def attend(
   v: jax.Array,
   *,
   causal: bool = False,
-  kernel: str = "auto",
+  kernel: str | OnMesh = "auto",
 ) -> jax.Array:
   """Equation (1) for every head.
 
@@ -57,18 +71,29 @@ def attend(
     q: (n, l, heads, d).
     k, v: (n, m, heads, d).
     causal: a query sees keys up to its own position only.
-    kernel: "auto", "xla" or "cudnn".
+    kernel: one of `KERNELS`, on a mesh of several devices in an `OnMesh`: without it
+      "auto" takes the TPU's kernel on a single device only.
 
   Returns:
     (n, l, heads, d), in the type of `q`.
   """
   chex.assert_rank([q, k, v], 4)
+  place = kernel if isinstance(kernel, OnMesh) else None
+  kernel = place.kernel if place else kernel
   if kernel not in KERNELS:
     raise InputError(f"attention = {kernel!r} is unknown, expected one of {KERNELS}")
+  platform = place.platform if place else jax.default_backend()
   if kernel == "auto":
-    kernel = choose_kernel(q, k, jax.default_backend())
-  if q.shape[-1] > 128:  # cuDNN takes no larger heads; SD1.5 has 160 where l is small
+    kernel = choose_kernel(q, k, platform)
+    if kernel == "splash" and not (place or jax.device_count() == 1):
+      kernel = "xla"
+  head = q.shape[-1]
+  if kernel == "cudnn" and head > 128:  # SD1.5 has heads of 160 where l is small
     kernel = "xla"
+  if kernel == "splash" and (causal or not flash.takes(q.shape[1], k.shape[1], head)):
+    kernel = "xla"
+  if kernel == "splash":
+    return flash.flash(q, k, v, place=place, interpret=platform != "tpu")
   compute = partial(
     jax.nn.dot_product_attention, is_causal=causal, implementation=kernel
   )
@@ -85,7 +110,7 @@ class Attention(nn.Module):
 
   heads: int
   dtype: Dtype = jnp.float32
-  kernel: str = "auto"
+  kernel: str | OnMesh = "auto"
 
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
@@ -133,7 +158,7 @@ class TransformerBlock(nn.Module):
 
   heads: int
   dtype: Dtype = jnp.float32
-  kernel: str = "auto"
+  kernel: str | OnMesh = "auto"
 
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
@@ -157,7 +182,7 @@ class Transformer2D(nn.Module):
   groups: int
   linear_projection: bool = False
   dtype: Dtype = jnp.float32
-  kernel: str = "auto"
+  kernel: str | OnMesh = "auto"
   block: type[nn.Module] = TransformerBlock
 
   @nn.compact

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from safetydpo_jax.models.attention import Transformer2D, TransformerBlock
 from safetydpo_jax.models.config import choose
+from safetydpo_jax.models.flash import OnMesh
 from safetydpo_jax.models.layers import Downsample, Dtype, ResnetBlock, Upsample
 
 _CHECKPOINT_POLICIES = jax.checkpoint_policies
@@ -36,7 +37,7 @@ class BlockSettings(NamedTuple):
   linear_projection: bool
   dtype: Dtype
   remat: str
-  attention: str
+  attention: str | OnMesh
 
   def rematerialised(self, block: type[nn.Module]) -> type[nn.Module]:
     """`block`, recomputed in the backward pass as far as `remat` says."""

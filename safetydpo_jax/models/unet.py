@@ -28,6 +28,7 @@ from safetydpo_jax.models.blocks import (
   MidBlock,
   UpBlock,
 )
+from safetydpo_jax.models.flash import OnMesh
 from safetydpo_jax.models.layers import (
   Conv,
   Dtype,
@@ -94,7 +95,7 @@ class UNet2DCondition(nn.Module):
   config: FrozenDict[str, Any]
   dtype: Dtype = jnp.float32
   remat: str = "none"
-  attention: str = "auto"
+  attention: str | OnMesh = "auto"
 
   @nn.compact
   def __call__(
