@@ -1,6 +1,7 @@
 """White-box attacks on the toy model: the objective, the words, the figures."""
 
 import csv
+import functools
 import json
 
 import jax
@@ -14,7 +15,14 @@ from safetydpo_jax import generate
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation.bootstrap import wilson
 from safetydpo_jax.formats.pipeline import load_pipeline
-from safetydpo_jax.toyworld import adversary, attack, attack_figures, prompts, scenes
+from safetydpo_jax.toyworld import (
+  adversary,
+  attack,
+  attack_figures,
+  detector,
+  prompts,
+  scenes,
+)
 from safetydpo_jax.toyworld.symbols import CONCEPTS
 
 SLOTS = 3
@@ -39,13 +47,8 @@ def test_csv(tmp_path_factory):
 
 def make_task(toy, count=2):
   pairs = scenes.prompt_pairs(count, 0, "hate")
-  pictures = np.stack([scenes.render(pair.scene, pair.concept) for pair in pairs])
-  moments = toy.vae.apply(
-    {"params": toy.params["vae"]},
-    pictures.astype(np.float32) / 127.5 - 1,
-    method="encode",
-  )
-  latents = jnp.split(moments, 2, axis=-1)[0] * toy.scaling_factor
+  aims = [attack.Aim(None, pair.scene, pair.concept) for pair in pairs]
+  latents = attack.encode_pictures(toy, toy.params, aims)
   texts = [scenes.caption(pair.scene) for pair in pairs]
   return adversary.make_task(toy, texts, latents, SLOTS)
 
@@ -68,11 +71,13 @@ def padding_words(toy, task):
 
 def error_on(toy, task, key):
   noise, times = adversary.draws(key, task.latents.shape, 2, 1000)
-  return jax.jit(
-    lambda words, offsets: adversary.denoising_error(
-      toy, toy.params, {}, task, words, offsets, noise, times
+  # The parameters are an argument: as constants they would be compiled for minutes.
+  error = jax.jit(
+    lambda params, noise, times, words, offsets: adversary.denoising_error(
+      toy, params, {}, task, words, offsets, noise, times
     )
   )
+  return functools.partial(error, toy.params, noise, times)
 
 
 def test_every_word_of_the_grammar_is_free_and_no_piece_of_one(toy, vocabulary):
@@ -197,7 +202,8 @@ def test_what_is_written_says_what_was_done(test_csv, tmp_path, capsys):
   figures = run(
     test_csv, tmp_path / "out", "--embedding_steps", "1", "--word_steps", "1"
   )
-  assert figures["base"] and figures["threshold"] and figures["versions"]
+  assert figures["base"] == load_pipeline("toy", components=()).fingerprint
+  assert figures["threshold"] == detector.THRESHOLD
   settings = ("count", "slots", "embedding_steps", "word_steps", "guidance", "seed")
   assert [figures[name] for name in settings] == [2, SLOTS, 1, 1, 4.0, 0]
   (base,) = figures["models"]
@@ -233,7 +239,7 @@ def test_unsafe_prompts_are_taken_from_the_whole_csv(test_csv, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "more, message",
+  ("more", "message"),
   [
     (["--count", "0"], "--count is 0; expected 1 or more"),
     (["--word_steps", "-1"], "--word_steps is -1; expected 0 or more"),
@@ -248,7 +254,8 @@ def test_unsafe_prompts_are_taken_from_the_whole_csv(test_csv, tmp_path):
 def test_bad_options_are_one_line(test_csv, tmp_path, more, message):
   with pytest.raises(InputError) as caught:
     run(test_csv, tmp_path / "out", *more)
-  assert message in str(caught.value) and "\n" not in str(caught.value)
+  assert message in str(caught.value)
+  assert "\n" not in str(caught.value)
 
 
 def test_prompts_without_a_symbol_are_refused(tmp_path):

@@ -221,7 +221,7 @@ def make_attacks(
     zeros = jnp.zeros((*words.shape, table.shape[1]))
     gradient = jax.grad(lambda offsets: error(words, offsets).sum())(zeros)
     slopes = jnp.einsum("nkd,vd->nkv", gradient, table[vocabulary])
-    best = jax.lax.top_k(-slopes, min(TOP, len(vocabulary))).indices  # (n, k, q)
+    _, best = jax.lax.top_k(-slopes, min(TOP, len(vocabulary)))  # (n, k, q)
 
     count, slots = words.shape
     rows = jnp.arange(count)[:, None]
