@@ -149,6 +149,14 @@ def test_a_missing_tensor_is_named(model, tmp_path):
     clip_files.load_clip(tmp_path, towers=["vision"])
 
 
+def test_a_tensor_of_neither_tower_is_named(open_model):
+  folder, _, state = open_model
+  state["visual.attn_pool.query"] = torch.zeros(3)
+  safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
+  with pytest.raises(InputError, match=r"no place in a CLIP.*visual\.attn_pool\.query"):
+    clip_files.load_clip(folder, towers=["vision"])
+
+
 def test_the_config_of_another_model_is_refused(model, tmp_path):
   folder, _ = model
   (tmp_path / "model.safetensors").write_bytes(

@@ -36,6 +36,9 @@ _PREFIXES = {
   "vision": ("vision_model.", "visual_projection."),
   "text": ("text_model.", "text_projection."),
 }
+# What belongs to no tower: the scale, and constants of older files of OpenAI's.
+_APART = ("logit_scale", "attn_mask", "input_resolution", "context_length")
+_APART += ("vocab_size",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,12 @@ def load_clip(
   config, files = _config_and_files(path)
   modules = _modules(config, folder, dtype)
   tensors = _tensors(files)
+  known = (*_PREFIXES["vision"], *_PREFIXES["text"], *_APART)
+  if strange := [name for name in tensors if not name.startswith(known)]:
+    raise InputError(
+      f"{files[0]} has {len(strange)} tensors of no place in a CLIP, among them "
+      f"{strange[0]}; use a plain vision transformer such as ViT-H-14"
+    )
   tokens = None
   if "text" in towers:
     tokens = load_tokenizer(folder if tokenizer is None else Path(tokenizer))
