@@ -112,6 +112,14 @@ def test_every_argument_arrives_as_it_was_given_under_srun(calls):
   arguments = [*CONFIG, "--workdir", NASTY]
   launch("launch/slurm.sbatch", *arguments, environment=environment)
   assert called()[0][-6:] == ["-m", "safetydpo_jax.train", *arguments]
+  assert not [word for word in called()[0] if word.startswith("--cpus")]
+
+
+def test_tasks_get_the_processors_that_the_job_has(calls):
+  environment, called = calls
+  environment["SLURM_CPUS_PER_TASK"] = "8"
+  launch("launch/slurm.sbatch", *CONFIG, environment=environment)
+  assert "--cpus-per-task=8" in called()[0]
 
 
 @pytest.mark.parametrize("script", ["launch/tpu_vm.sh", "launch/gke_xpk.sh"])
