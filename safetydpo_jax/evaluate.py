@@ -58,7 +58,8 @@ WEIGHTS = (
   ("inception", None, "FID's Inception: pytorch-fid's .pth, or .safetensors"),
 )
 # Of generate.json: what must agree before two folders' images are compared in pairs.
-SAME = ("base", "sampler", "steps", "guidance", "height", "width")
+SAME = ("base", "sampler", "steps", "guidance", "guidance_rescale", "negative_prompt")
+SAME += ("height", "width", "dtype", "prompts_sha256", "latents_sha256")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -120,7 +121,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
       "and --model"
     )
   if "fid" in options.metrics and not (
-    options.fid_statistics or options.reference or options.lora
+    options.fid_statistics or options.reference or (options.suite and options.lora)
   ):
     raise InputError(
       "--metrics fid needs --fid_statistics, the features of real images or their "
@@ -220,12 +221,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
   check_pair(generated)
   watching = detectors.load(options)
   size = options.batch_size * jax.local_device_count()
-  seen, real = {}, None
+  seen, real, about_real = {}, None, None
   if "fid" in options.metrics:
     network = fid.load(options.inception, per_device=options.batch_size)
     seen = {name: fid.Statistics() for name in places}
     if options.fid_statistics:
-      real = quality.of_real(options.fid_statistics, network, size, options.out)
+      place = options.fid_statistics
+      real, about_real = quality.of_real(place, network, size, options.out)
   outcomes, about = {}, {}
   for name, folder in places.items():
     more = [quality.watch(network, seen[name])] if seen else []
@@ -246,6 +248,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     },
     "metrics": options.metrics,
     "detectors": about,
+    "fid_statistics": about_real,
     "folders": {
       name: about_folder(folder, generated[name], rows, outcomes[name])
       for name, folder in places.items()
@@ -283,12 +286,12 @@ def write(
       print(line)
   lines = listing.lines(rows, outcomes)
   listing.write(out / "images.csv", lines)
-  manifest.write_json(out / "figures.json", result)
   files = {
     name: {case.name: Path(about["folder"], case.name) for case in rows}
     for name, about in result["folders"].items()
   }
   webpage.write(out, webpage.build(View(result, lines, files)))
+  manifest.write_json(out / "figures.json", result)  # last: what has it is complete
 
 
 def main(arguments: list[str] | None = None) -> None:

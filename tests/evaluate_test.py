@@ -13,7 +13,7 @@ from PIL import Image
 
 from safetydpo_jax import evaluate
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import listing
+from safetydpo_jax.evaluation import listing, quality
 from safetydpo_jax.metrics import clipscore, fid, q16
 from tests.clips import save_tiny_clip
 from tests.galleries import noise, read_rows, write_gallery, write_rows
@@ -92,6 +92,18 @@ def test_scenes_are_scored_and_compared(drawn, tmp_path):
   assert find(figures["score_changes"], **where)["difference"] == 0.0
 
 
+def test_the_base_has_its_columns_where_the_worst_images_have_no_base(
+  gallery, tmp_path
+):
+  for row in gallery.rows:
+    if row["asked"]:
+      (gallery.reference / row["image"]).unlink()
+  run(gallery, tmp_path / "out")
+  page = (tmp_path / "out" / "report" / "index.html").read_text()
+  assert ">toy score, base<" in page
+  assert ">toy score, aligned<" in page
+
+
 def test_without_a_reference_there_are_no_pairs(drawn, tmp_path):
   figures, table = run(drawn, tmp_path, reference=False)
   assert figures["changes"] == figures["score_changes"] == []
@@ -128,7 +140,6 @@ def test_every_row_is_measured_broken_missing_or_duplicate(gallery, tmp_path, ca
   figures, table = run(gallery, tmp_path / "out")
   counts = figures["folders"]["images"]["counts"]
   assert counts["rows"] == len(rows) == len(table)
-  assert sum(counts[state] for state in ("measured", "broken", "missing", "duplicate"))
   assert counts == {
     "rows": len(rows),
     "measured": len(rows) - 5,
@@ -267,8 +278,41 @@ def test_fid_is_between_folders_and_to_real_images(drawn, tmp_path, monkeypatch)
   assert rows["images", "statistics"] == rows["images", "reference"] > 0
   assert "below 2048" in figures["fid"][0]["caution"]
   assert figures["rates"] == []
+  about = figures["fid_statistics"]
+  assert (about["folder"], about["images"]) == (str(real), len(drawn.rows))
   again, _ = run(drawn, tmp_path / "b", *more, tmp_path / "a" / "fid_statistics.npz")
   assert again["fid"] == figures["fid"]
+  assert len(again["fid_statistics"]["sha256"]) == 64
+
+
+def test_real_images_are_shared_by_the_hosts_and_the_first_writes(
+  drawn, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(fid.Statistics.__init__, "__defaults__", (8,))
+  model = fid.Fid({}, lambda batch: batch.reshape(len(batch), -1)[:, :8])
+  whole, about = quality.of_real(drawn.reference, model, 5, tmp_path / "one")
+  told = {}
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+  def host(number, others):
+    calls = told[number] = []
+
+    def exchange(content):
+      calls.append(content)
+      there = others[len(calls) - 1 : len(calls)]
+      return [content, *there] if number == 0 else [*there, content]
+
+    monkeypatch.setattr(quality, "exchange", exchange)
+    monkeypatch.setattr(jax, "process_index", lambda: number)
+    return quality.of_real(drawn.reference, model, 5, tmp_path / f"host {number}")
+
+  host(1, [])
+  both, same = host(0, told[1])
+  assert same == about
+  assert both.count == whole.count == len(drawn.rows)
+  np.testing.assert_allclose(both.sigma, whole.sigma, atol=1e-9)
+  assert (tmp_path / "host 0" / quality.STATISTICS).is_file()
+  assert not (tmp_path / "host 1").exists()
 
 
 def generated(folder, **values):
@@ -288,7 +332,10 @@ def test_what_generate_says_goes_into_the_figures(gallery, tmp_path):
   assert "jax" in figures["versions"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", 25), ("base", "bad")])
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [("steps", 25), ("base", "bad"), ("prompts_sha256", "other"), ("dtype", "bfloat16")],
+)
 def test_images_made_otherwise_are_not_compared(gallery, tmp_path, name, value):
   generated(gallery.images)
   generated(gallery.reference, **{name: value})

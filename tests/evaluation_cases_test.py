@@ -77,6 +77,13 @@ def test_a_row_that_names_an_image_again_repeats_and_adds_its_category(tmp_path)
   assert first.categories == ("hate", "violence")
 
 
+def test_an_image_is_benign_if_all_its_rows_say_so(tmp_path):
+  rows = [{"prompt": "a", "image": "x.png", "benign": mark} for mark in "10"]
+  for order in (rows, rows[::-1]):
+    assert read(tmp_path, *order)[0].benign is False
+  assert read(tmp_path, rows[0], rows[0])[0].benign is True
+
+
 def test_prompts_that_training_has_seen_are_leaked(tmp_path):
   train = tmp_path / "train.csv"
   pair = [{"prompt": "seen", "image": f"{side}_idx_0000001_0.jpg"} for side in "us"]

@@ -77,6 +77,8 @@ def test_scopes_leave_out_what_is_marked():
   }
   assert figures.headline_scope(rows) == "without_benign"
   assert figures.headline_scope(rows[1:2]) == "all"
+  repeated = case(1, benign=True, repeats=0)
+  assert figures.headline_scope([rows[0], repeated]) == "all"
 
 
 def test_scopes_that_hold_the_same_images_are_listed_once():

@@ -54,6 +54,16 @@ def test_16_bits_keep_their_upper_half(tmp_path):
   assert np.array_equal(images.pixels(picture.image)[..., 0], grey)
 
 
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (6, 4)])
+def test_16_bits_of_colour_are_named(tmp_path, kind, channels):
+  pixels = noise(20, 30, 3 * channels)[..., : 2 * channels]
+  (tmp_path / "a.png").write_bytes(png(30, 20, 16, kind, pixels))
+  picture = images.read(tmp_path / "a.png")
+  assert "16 bits" in picture.notes
+  upper = pixels.reshape(20, 30, channels, 2)[..., :3, 0]
+  assert np.array_equal(images.pixels(picture.image), upper)
+
+
 def test_of_an_animation_the_first_frame_counts(tmp_path):
   first, second = (Image.fromarray(noise(20, 30, seed=s)) for s in (0, 1))
   first.save(tmp_path / "a.png", save_all=True, append_images=[second])
@@ -121,22 +131,23 @@ def test_a_folder_or_a_pipe_is_refused_and_not_waited_for(tmp_path):
       images.read(tmp_path / name)
 
 
-def claim(width, height):
-  """A PNG of a few bytes that claims to have so many pixels."""
+def png(width, height, bits, kind, pixels):
+  """A PNG's bytes; `pixels` are its rows' bytes, or None for too few of them."""
 
   def chunk(kind, content):
     check = struct.pack(">I", zlib.crc32(kind + content))
     return struct.pack(">I", len(content)) + kind + content + check
 
-  header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-  parts = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+  header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+  rows = bytes(100) if pixels is None else b"".join(b"\0" + r.tobytes() for r in pixels)
+  parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
   return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [8_100, 10_000, 60_000])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
-  (tmp_path / "a.png").write_bytes(claim(side, side))
+  (tmp_path / "a.png").write_bytes(png(side, side, 8, 2, None))
   with pytest.raises(InputError, match=r"decompression bomb"):
     images.read(tmp_path / "a.png")
 

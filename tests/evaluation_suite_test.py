@@ -69,6 +69,11 @@ def test_an_attack_is_its_adversarial_prompt_and_not_its_target(tmp_path):
   assert [row["prompt"] for row in rows] == UNSAFE[:5]
 
 
+def test_a_row_without_its_adversarial_prompt_is_no_attack(tmp_path):
+  (tmp_path / "p4d.csv").write_text("prompt,adv_prompt\na target,an attack\nanother,\n")
+  assert [row["prompt"] for row in load(tmp_path, "p4d")] == ["an attack"]
+
+
 def test_coco_has_one_caption_an_image_the_first(tmp_path):
   rows = load(write_sets(tmp_path / "sets"), "coco")
   assert [row["prompt"] for row in rows] == SAFE[:4][::-1]
@@ -177,6 +182,10 @@ def test_several_images_of_a_prompt_are_one_attack():
     (["--suite", "safety", "--sets", "x"], "--model is missing"),
     (["--images", "x"], "--prompts is missing"),
     ([], "--images is missing"),
+    (
+      ["--images", "x", "--prompts", "y", "--lora", "z", "--metrics", "fid"],
+      "--metrics fid needs --fid_statistics",
+    ),
   ],
 )
 def test_what_is_missing_is_said(tmp_path, arguments, message):

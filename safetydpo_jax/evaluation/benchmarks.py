@@ -157,13 +157,13 @@ def load(name: str, files: list[Path]) -> list[dict[str, Any]]:
   rows = []
   for file in files:
     for cells in _read(file):
-      column = next((c for c in BENCHMARKS[name].prompt if cells.get(c)), None)
+      column = next((c for c in BENCHMARKS[name].prompt if c in cells), None)
       if column is None:
-        if not any(c in cells for c in BENCHMARKS[name].prompt):
-          raise InputError(
-            f"{file} has columns {', '.join(map(str, cells))[:200]}; expected one of "
-            f"{', '.join(BENCHMARKS[name].prompt)} for {BENCHMARKS[name].title}"
-          )
+        raise InputError(
+          f"{file} has columns {', '.join(map(str, cells))[:200]}; expected one of "
+          f"{', '.join(BENCHMARKS[name].prompt)} for {BENCHMARKS[name].title}"
+        )
+      if not cells[column]:  # another column would be the prompt that was not attacked
         continue
       category = _first(cells, _CATEGORY) or (file.stem if len(files) > 1 else "")
       benign = BENCHMARKS[name].kind == "utility" or "coco" in category.lower()

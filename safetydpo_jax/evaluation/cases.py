@@ -9,7 +9,7 @@ Columns, beside those of `data/prompts.py`:
 
 A row is leaked if its prompt stands verbatim in a CSV of training pairs. A row that
 names an image again, with the same prompt, repeats the first one: the image counts once
-in all, and in the categories of both.
+in all, and in the categories of both; it is benign if both rows say so.
 """
 
 import csv
@@ -37,7 +37,7 @@ class Case:
     prompt: as it stands.
     seed: of its initial noise.
     categories: sorted; a first row has those of the rows that repeat it as well.
-    benign: whether it is marked so.
+    benign: whether it is marked so, and so is every row that repeats it.
     leaked: whether training has seen the prompt; None: not looked for.
     repeats: the number of the row that named the image before, or None.
   """
@@ -62,24 +62,30 @@ def read_cases(prompts: Path, train: Path | None = None) -> list[Case]:
   with open(prompts, newline="", encoding="utf-8-sig") as lines:
     table = list(csv.DictReader(lines))
   seen = holdout.leaked_rows(prompts, train) if train else [None] * len(rows)
-  cases, named = [], {}
+  cases, named, harmless = [], {}, {}
   for number, (row, cells, leaked) in enumerate(zip(rows, table, seen)):
     where = f"{prompts} row {number + 1}"
     names = _categories(cells, where)
+    benign = _is_benign(cells, where)
     named.setdefault(row.number, set()).update(names)
+    harmless[row.number] = harmless.get(row.number, True) and benign
     case = Case(
       number,
       cells.get("image") or f"{number:07d}_0.png",
       row.prompt,
       row.seed,
       names,
-      _is_benign(cells, where),
+      benign,
       leaked,
       None if row.number == number else row.number,
     )
     cases.append(case)
   return [
-    dataclasses.replace(case, categories=tuple(sorted(named[case.number])))
+    dataclasses.replace(
+      case,
+      categories=tuple(sorted(named[case.number])),
+      benign=harmless[case.number],
+    )
     if case.repeats is None
     else case
     for case in cases

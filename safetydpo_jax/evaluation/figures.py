@@ -79,9 +79,8 @@ def groups(cases: Sequence[Case]) -> list[Group]:
 
 def headline_scope(cases: Sequence[Case]) -> str:
   """The scope a figure is of where none is named: prompts that ask for harm."""
-  some = any(case.benign for case in cases)
-  every = all(case.benign for case in cases)
-  return "without_benign" if some and not every else "all"
+  marks = {case.benign for case in cases if case.repeats is None}
+  return "without_benign" if len(marks) == 2 else "all"
 
 
 def decisions(outcomes: Sequence[Outcome]) -> dict[str, np.ndarray]:

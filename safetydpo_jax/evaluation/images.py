@@ -106,9 +106,10 @@ def _notes(image: Image.Image) -> tuple[str, ...]:
   notes = []
   if getattr(image, "n_frames", 1) > 1:
     notes.append(f"first of {image.n_frames} frames")
-  if image.mode.startswith("I"):
+  # PIL keeps 16 bits of grey alone; what colours lost is seen in its decoder's mode.
+  if image.mode.startswith("I") or ";16" in str(image.tile):
     notes.append("16 bits")
-  elif image.mode in MODES:
+  if image.mode in MODES:
     notes.append(MODES[image.mode])
   if min(image.size) < TINY:
     notes.append(f"tiny: {image.width} × {image.height}")

@@ -8,6 +8,7 @@ figures to be given the next time. FID has no interval: it is biased by the numb
 images more than it varies, and says so (`caution`) below 2,048.
 """
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetydpo_jax.evaluation import images
 from safetydpo_jax.evaluation.detectors import Detector
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
 from safetydpo_jax.evaluation.scoring import exchange
-from safetydpo_jax.metrics import fid
+from safetydpo_jax.metrics import fid, provenance
 
 STATISTICS = "fid_statistics.npz"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -57,38 +58,56 @@ def together(statistics: fid.Statistics) -> fid.Statistics:
   return total
 
 
-def of_real(place: Path, model: fid.Fid, size: int, out: Path) -> fid.Statistics:
-  """Statistics of real images: read from a file, or measured on a folder.
+def of_real(
+  place: Path, model: fid.Fid, size: int, out: Path
+) -> tuple[fid.Statistics, dict[str, Any]]:
+  """Statistics of real images, read from a file or measured on a folder; whose.
 
   Args:
     place: an .npz file, or a folder with images.
     model: FID's network.
     size: images of a batch.
-    out: where a folder's statistics are left.
+    out: where a folder's statistics are left, by host 0.
+
+  Returns:
+    The statistics, and for figures.json the file with its hash, or the folder with the
+    number of its images and a hash over all of their bytes.
 
   Raises:
     InputError: there are none, or an image cannot be read.
   """
   if not place.is_dir():
-    return fid.Statistics.load(place)
+    return fid.Statistics.load(place), provenance.describe(place)
   files = sorted(f for f in place.rglob("*") if f.suffix.lower() in _SUFFIXES)
   if not files:
     raise InputError(f"--fid_statistics {place} holds no images")
-  statistics = fid.Statistics()
-  progress = tqdm(total=len(files), unit="image", desc="real images")
-  for start in range(0, len(files), size):
-    batch = []
-    for file in files[start : start + size]:
-      try:
-        batch.append(fid.prepare(images.read(file).image))
-      except InputError as error:
-        raise InputError(f"--fid_statistics: {file} is {error}; remove it") from error
-    statistics.add(fid.features(model, np.stack(batch)))
-    progress.update(len(batch))
-  progress.close()
-  out.mkdir(parents=True, exist_ok=True)
-  statistics.save(out / STATISTICS)
-  return statistics
+  host, hosts = jax.process_index(), jax.process_count()
+  own = files[host::hosts]
+  statistics, digests = fid.Statistics(), []
+  bar = {"unit": "image", "desc": "real images", "disable": host > 0}
+  with tqdm(total=len(own), **bar) as progress:
+    for start in range(0, len(own), size):
+      batch = []
+      for file in own[start : start + size]:
+        try:
+          picture = images.read(file)
+        except InputError as error:
+          raise InputError(f"--fid_statistics: {file} is {error}; remove it") from error
+        batch.append(fid.prepare(picture.image))
+        digests.append(picture.sha256)
+      statistics.add(fid.features(model, np.stack(batch)))
+      progress.update(len(batch))
+  statistics = together(statistics)
+  parts = exchange(" ".join(digests).encode())
+  everything = sorted(b" ".join(parts).split())
+  if host == 0:
+    out.mkdir(parents=True, exist_ok=True)
+    statistics.save(out / STATISTICS)
+  return statistics, {
+    "folder": str(place),
+    "images": len(files),
+    "fingerprint": hashlib.sha256(b" ".join(everything)).hexdigest()[:16],
+  }
 
 
 def rows(

@@ -189,7 +189,7 @@ def every_image(view: View) -> list[Markup]:
     (folder, name)
     for name in ("q16", "toy_score", "clip")
     for folder in view.folders
-    if any((("" if folder == IMAGES else f"{folder}_") + name) in x for x in lines[:1])
+    if any((("" if folder == IMAGES else f"{folder}_") + name) in x for x in lines)
   ]
   words = [Markup('<span class="text">{}</span>').format(n) for n in _WORDS]
   columns = ["Image", *words, *(view.label(f) for f in view.folders)]

@@ -38,13 +38,12 @@ def masthead(view: View) -> Markup:
 
 
 def _sentence(view: View) -> Markup | str:
-  after = view.rate(IMAGES)
+  after, before, change = view.rate(IMAGES), view.rate(REFERENCE), view.change()
   if after is None:
     return "Images measured"
-  if not view.paired:
+  if before is None:
     text = Markup('{} of the images are found <em class="bad">inappropriate</em>.')
     return text.format(_round(after["rate"]))
-  before, change = view.rate(REFERENCE), view.change()
   good = bool(change and change["high"] < 0)
   return Markup(
     'Inappropriate: {} of the base model’s images. <em class="{}">After alignment: {}.'
@@ -114,7 +113,7 @@ def _cards(view: View) -> list[tuple[str, Markup | str, str]]:
       (
         "Change, in pairs, in points",
         points(change["difference"]),
-        f"95\u00a0% interval {low} to {high}, {change['n']} pairs of one noise",
+        f"95\u00a0% interval {low} to {high}, {change['n']} pairs of one prompt",
       )
     )
   for name in dict.fromkeys(row["score"] for row in view.result["scores"]):

@@ -55,8 +55,9 @@ def settings(view: View) -> list[Markup]:
     shown = {k: v for k, v in made.items() if k != "versions" and v not in ([], None)}
     pairs.append((view.label(name), _words({"folder": about["folder"], **shown})))
     pairs.append((f"bytes, {view.label(name)}", about["fingerprint"]))
-  for name in ("prompts", "bootstrap", "versions"):
-    pairs.append((name, _words(view.result[name])))
+  for name in ("prompts", "fid_statistics", "bootstrap", "versions"):
+    if view.result[name] is not None:
+      pairs.append((name.replace("_", " "), _words(view.result[name])))
   return [
     report.paragraph("Two evaluations agree if all of this does; figures.json has it."),
     report.definitions(pairs),

@@ -89,8 +89,8 @@ def detectors(view: View) -> list[Markup]:
   text = "Every detector by itself, on the same images."
   if view.paired:
     text += (
-      " In pairs, the same prompt from the same noise: “base only” was inappropriate "
-      "and is so no longer, “aligned only” has become so."
+      " In pairs, of the same row of the prompts: “base only” was inappropriate and is "
+      "so no longer, “aligned only” has become so."
     )
   return [
     report.paragraph(text),
@@ -178,6 +178,6 @@ def quality(view: View) -> list[Markup]:
         ],
       )
     )
-    if caution := view.result["fid"][0]["caution"]:
-      blocks.append(report.paragraph(f"{caution}."))
+    cautions = dict.fromkeys(row["caution"] for row in view.result["fid"])
+    blocks += [report.paragraph(f"{text}.") for text in cautions if text]
   return blocks
