@@ -182,17 +182,20 @@ def test_verify_sees_an_export_that_predicts_something_else(
     run(file, "--verify")
 
 
-def test_verify_multiplies_in_float32_wherever_it_runs(trained, run, monkeypatch):
+def test_verify_multiplies_in_float32_wherever_it_runs(pipeline, monkeypatch):
   """TF32 and bf16, the defaults of GPUs and TPUs, would be taken for a wrong export."""
-  seen, apply = set(), UNet2DCondition.apply
+  seen = []
 
-  def look(*arguments, **options):
-    seen.add(jax.config.jax_default_matmul_precision)
-    return apply(*arguments, **options)
+  def look(module, variables, latents, *_):
+    seen.append(jax.config.jax_default_matmul_precision)
+    return latents
 
   monkeypatch.setattr(UNet2DCondition, "apply", look)
-  run(trained, "--verify")
-  assert seen == {"highest"}
+  monkeypatch.setattr(verify, "_predict_torch", lambda *_: np.zeros(1))
+  with jax.default_matmul_precision("bfloat16"):
+    verify.compare(pipeline, {}, None, fused=False)
+  assert seen
+  assert set(seen) == {"highest"}
 
 
 def test_verify_without_pytorch_is_one_line_before_anything_is_written(
