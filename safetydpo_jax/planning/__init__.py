@@ -1,0 +1,1 @@
+"""What a train step needs of a chip, found without one."""

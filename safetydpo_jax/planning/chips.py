@@ -1,0 +1,142 @@
+"""Accelerators by name: published figures, and TPU devices to compile for without one.
+
+A topology is `GENERATION:SHAPE`, in Cloud TPU's words (v5e:4x4, v4:2x2x2), or
+`gpu:NAMExCOUNT` (gpu:h100x8). libtpu holds XLA's TPU compiler; it needs no TPU and
+takes a lock that one process of a machine can hold.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+from safetydpo_jax.errors import InputError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One chip, or one GPU.
+
+  Attributes:
+    name: as its maker calls it.
+    flops: peak of bfloat16 products, dense, a second.
+    memory: bytes.
+    bandwidth: of the memory, bytes a second.
+    links: bytes a second to other chips, both directions together.
+    shape: axes of a topology; 0 for GPUs.
+    options: what the compiler wants to be told besides the topology.
+  """
+
+  name: str
+  flops: float
+  memory: float
+  bandwidth: float
+  links: float
+  shape: int = 0
+  options: tuple[tuple[str, Any], ...] = ()
+
+
+# Cloud TPU's pages "TPU v4", "v5e", "v5p", "v6e" (docs.cloud.google.com/tpu/docs), and
+# NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, without sparsity. Cloud
+# TPU's gigabytes of memory are 2³⁰ bytes, NVIDIA's 10⁹.
+CHIPS = {
+  "v4": Chip(
+    "TPU v4", 275e12, 32 * GIB, 1200e9, 300e9, 3, (("chip_config_name", "megacore"),)
+  ),
+  "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 819e9, 400e9, 2),
+  "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2765e9, 600e9, 3),
+  "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1638e9, 800e9, 2),
+  "a100": Chip("A100 80GB", 312e12, 80e9, 2039e9, 600e9),
+  "h100": Chip("H100 SXM", 989e12, 80e9, 3350e9, 900e9),
+  "h200": Chip("H200 SXM", 989e12, 141e9, 4800e9, 900e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """`count` chips of one kind; `shape` is "4x4", or "" for GPUs."""
+
+  name: str
+  chip: Chip
+  count: int
+  shape: str
+
+
+def read_topology(text: str) -> Topology:
+  """Reads "v5e:4x4" or "gpu:h100x8".
+
+  Raises:
+    InputError: no such chip, or a shape that it does not come in.
+  """
+  kind, _, rest = text.lower().partition(":")
+  if kind == "gpu":
+    match = re.fullmatch(r"([a-z]\w*?)(?:x(\d+))?", rest)
+    kind, shape = (match[1], match[2] or "1") if match else (rest, "")
+    gpu = True
+  else:
+    shape, gpu = rest, False
+  chip = CHIPS.get(kind)
+  if chip is None or gpu != (chip.shape == 0):
+    tpus = ", ".join(
+      f"{k}:{'x'.join(['2'] * c.shape)}" for k, c in CHIPS.items() if c.shape
+    )
+    gpus = ", ".join(f"gpu:{k}x8" for k, c in CHIPS.items() if not c.shape)
+    raise InputError(f"--topology {text} is unknown; expected one like {tpus}, {gpus}")
+  axes = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape)
+  if not axes or shape.count("x") + 1 != max(chip.shape, 1):
+    example = "x".join(["4"] * chip.shape) or f"gpu:{kind}x8"
+    raise InputError(
+      f"--topology {text}: {chip.name} comes in shapes like {example}, not {shape!r}"
+    )
+  count = math.prod(map(int, shape.split("x")))
+  return Topology(text.lower(), chip, count, shape if chip.shape else "")
+
+
+def tpu_devices(topology: Topology) -> list[Any]:
+  """Devices that can be compiled for, and nothing else.
+
+  Raises:
+    InputError: libtpu is absent or in use, or does not know the topology.
+  """
+  from jax.experimental import topologies
+
+  # libtpu would ask a TPU machine's metadata for these, and complain for minutes.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_WORKER_ID", "0")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+  if not (os.environ.get("TPU_LIBRARY_PATH") or _has_libtpu()):
+    raise InputError(
+      f"--topology {topology.name} needs the TPU compiler, which is not installed; "
+      'pip install "jax[tpu]"'
+    )
+  try:
+    found = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology.name, **dict(topology.chip.options)
+    )
+  except Exception as error:  # JaxRuntimeError, or ValueError, by jaxlib's version
+    reason = " ".join(str(error).split())
+    if re.search("lockfile|in use|already", reason):
+      raise InputError(
+        "another process on this machine uses libtpu, which admits one at a time; run "
+        f"plan again when it is done ({reason[:160]})"
+      ) from error
+    raise InputError(
+      f"--topology {topology.name}: libtpu refuses it ({reason[:160]})"
+    ) from error
+  if len(found.devices) != topology.count:
+    raise InputError(
+      f"--topology {topology.name}: libtpu makes {len(found.devices)} devices of "
+      f"{topology.count} chips; plan counts on one device a chip"
+    )
+  return list(found.devices)
+
+
+def _has_libtpu() -> bool:
+  import importlib.util
+
+  return importlib.util.find_spec("libtpu") is not None

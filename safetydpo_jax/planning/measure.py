@@ -1,0 +1,145 @@
+"""One train step, compiled ahead of time for a topology, or counted where it cannot be.
+
+The step is `train.jit_train_step`, given shapes in place of arrays.
+"""
+
+from typing import Any
+
+import jax
+
+from safetydpo_jax import dpo, optimizer, sharding, train, warm_start
+from safetydpo_jax.planning import hlo, shapes
+from safetydpo_jax.planning.chips import Topology
+from safetydpo_jax.planning.flops import count_flops
+
+
+def trace_step(config: Any, mesh: Any, batch_size: int) -> tuple[Any, dict[str, int]]:
+  """The traced step of a mesh, and bytes on one device of what lives between steps.
+
+  Returns:
+    `jax.stages.Traced`, and {"weights", "state", "lora"}: the LoRA is in the state.
+  """
+  pipeline = shapes.make_pipeline(config)
+  tx = optimizer.make_optimizer(config)
+  make_lora, _ = warm_start.first_lora(config.lora, pipeline)
+  state = jax.eval_shape(lambda: dpo.init_state(make_lora(), tx))
+  base = sharding.base_shardings(mesh, pipeline.params)
+  step = train.jit_train_step(config, pipeline, mesh, tx, base)
+  traced = step.trace(state, pipeline.params, shapes.batch_shapes(pipeline, batch_size))
+  return traced, {
+    "weights": shapes.bytes_of(pipeline.params, base),
+    "state": shapes.bytes_of(state),
+    "lora": shapes.bytes_of(state.lora),
+  }
+
+
+def compile_step(config: Any, topology: Topology, devices: list[Any]) -> dict[str, Any]:
+  """What the compiler says of the step, for each chip.
+
+  Returns:
+    `memory` in bytes (weights, state, the LoRA in it, and what the compiler found:
+    arguments, temporaries, total), `fits`, `flops`, `bytes`, `collectives`, `kernels`
+    (Pallas kernels); if it does not fit, the compiler's `refusal` in place of these.
+  """
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+  traced, memory = trace_step(config, mesh, config.batch_size)
+  found = {
+    "memory": memory,
+    "flops": count_flops(traced.jaxpr.jaxpr) / topology.count,
+    "bytes": 0.0,
+    "collectives": {},
+    "kernels": 0,
+  }
+  try:
+    compiled = traced.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    refusal = hlo.used_and_limit(str(error)) or " ".join(str(error).split())[:160]
+    return found | {"fits": False, "refusal": refusal}
+  sizes, text = compiled.memory_analysis(), compiled.as_text()
+  new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+  memory |= {
+    "arguments": sizes.argument_size_in_bytes,
+    "temporaries": sizes.temp_size_in_bytes,
+    "total": sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + new,
+  }
+  cost = compiled.cost_analysis()
+  return found | {
+    "fits": memory["total"] <= topology.chip.memory,
+    "bytes": cost.get("bytes accessed", 0.0) * hlo.loop_factor(text),
+    "collectives": hlo.collectives(text),
+    "kernels": hlo.count_kernels(text),
+  }
+
+
+def count_step(config: Any, topology: Topology) -> dict[str, Any]:
+  """The same by arithmetic, without temporaries, bytes moved and exact collectives.
+
+  One all-reduce of the LoRA's gradients and the step's metrics is what the compiled
+  programs of a data mesh have; with fsdp each weight is gathered for the policy's
+  forward and backward pass and the reference, every microbatch.
+  """
+  mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
+  traced, memory = trace_step(config, mesh, config.batch_size // topology.count)
+  collectives = {}
+  if topology.count > 1:
+    collectives["all-reduce"] = {"count": 1, "bytes": memory["lora"]}
+  if config.mesh.fsdp > 1:
+    gathers = 3 * config.accumulation
+    collectives["all-gather"] = {"count": gathers, "bytes": gathers * memory["weights"]}
+    memory["weights"] //= config.mesh.fsdp
+  total = memory["weights"] + memory["state"]
+  return {
+    "memory": memory | {"total": total},
+    "fits": None if total <= topology.chip.memory else False,
+    "flops": count_flops(traced.jaxpr.jaxpr),
+    "bytes": 0.0,
+    "collectives": collectives,
+    "kernels": 0,
+  }
+
+
+def largest_batch(
+  config: Any, topology: Topology, devices: list[Any]
+) -> tuple[int, dict[int, int]]:
+  """The most pairs that a chip holds at once, with accumulation 1.
+
+  Memory is nearly affine in the pairs: two compilations say where to look, and the
+  answer is compiled for, and one more that does not fit.
+
+  Returns:
+    The number, 0 if none fit, and {pairs: bytes} of all that were compiled and fit.
+  """
+  config = config.copy_and_resolve_references()
+  config.accumulation = 1
+  used: dict[int, int] = {}
+  tried: dict[int, bool] = {}
+
+  def fits(pairs: int) -> bool:
+    if pairs not in tried:
+      config.batch_size = pairs * topology.count
+      found = compile_step(config, topology, devices)
+      tried[pairs] = found["fits"]
+      print(f"  {pairs} pairs: {_summary(found)}", flush=True)
+      if found["fits"]:
+        used[pairs] = found["memory"]["total"]
+    return tried[pairs]
+
+  if not fits(1):
+    return 0, used
+  if not fits(2):
+    return 1, used
+  slope = max(used[2] - used[1], 1)
+  pairs = max(2, int((topology.chip.memory - used[1]) // slope) + 1)
+  while not fits(pairs):
+    pairs -= 1
+  while fits(pairs + 1):
+    pairs += 1
+  return pairs, used
+
+
+def _summary(found: dict[str, Any]) -> str:
+  if "refusal" in found:
+    return f"does not fit ({found['refusal']})"
+  return f"{found['memory']['total'] / 2**30:.2f} GiB"

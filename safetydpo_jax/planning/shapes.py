@@ -1,0 +1,182 @@
+"""A model as its shapes: a directory's config.json files, or a published model's.
+
+Weights are never read. For a preset of the hub that is no directory here, the
+published config.json files stand below, reduced to the fields that decide a shape.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from safetydpo_jax.data.batches import Batch
+from safetydpo_jax.diffusion import Schedule
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.hub import PRESETS
+from safetydpo_jax.formats.manifest import read_json
+from safetydpo_jax.formats.pipeline import CLASSES, Pipeline, parameter_shapes
+from safetydpo_jax.models import clip, vae
+from safetydpo_jax.models.clip import CLIPText
+from safetydpo_jax.models.config import freeze
+from safetydpo_jax.models.unet import UNet2DCondition
+from safetydpo_jax.models.vae import AutoencoderKL
+
+_SD15 = {
+  "sample_size": 64,
+  "block_out_channels": (320, 640, 1280, 1280),
+  "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+  "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+  "cross_attention_dim": 768,
+  "attention_head_dim": 8,
+}
+_SD21 = _SD15 | {
+  "sample_size": 96,
+  "attention_head_dim": (5, 10, 20, 20),
+  "cross_attention_dim": 1024,
+  "use_linear_projection": True,
+}
+_SDXL = {
+  "sample_size": 128,
+  "block_out_channels": (320, 640, 1280),
+  "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+  "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+  "cross_attention_dim": 2048,
+  "attention_head_dim": (5, 10, 20),
+  "transformer_layers_per_block": (1, 2, 10),
+  "use_linear_projection": True,
+  "addition_embed_type": "text_time",
+  "addition_time_embed_dim": 256,
+  "projection_class_embeddings_input_dim": 2816,
+}
+_VAE = {
+  "down_block_types": ("DownEncoderBlock2D",) * 4,
+  "up_block_types": ("UpDecoderBlock2D",) * 4,
+  "block_out_channels": (128, 256, 512, 512),
+  "layers_per_block": 2,
+  "latent_channels": 4,
+}
+_CLIP_L = {
+  "architectures": ("CLIPTextModel",),
+  "hidden_size": 768,
+  "intermediate_size": 3072,
+  "num_hidden_layers": 12,
+  "num_attention_heads": 12,
+}
+_CLIP_H = _CLIP_L | {
+  "hidden_size": 1024,
+  "intermediate_size": 4096,
+  "num_hidden_layers": 23,
+  "num_attention_heads": 16,
+  "hidden_act": "gelu",
+}
+_CLIP_BIGG = {
+  "architectures": ("CLIPTextModelWithProjection",),
+  "hidden_size": 1280,
+  "intermediate_size": 5120,
+  "num_hidden_layers": 32,
+  "num_attention_heads": 20,
+  "projection_dim": 1280,
+  "hidden_act": "gelu",
+}
+_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+# UNet, text encoders, noise schedule; all have the same VAE.
+PUBLISHED = {
+  "sd15": (_SD15, (_CLIP_L,), _NOISE),
+  "sd21": (_SD21, (_CLIP_H,), _NOISE | {"prediction_type": "v_prediction"}),
+  "sd21base": (_SD21 | {"sample_size": 64}, (_CLIP_H,), _NOISE),
+  "sdxl": (_SDXL, (_CLIP_L, _CLIP_BIGG), _NOISE),
+}
+
+
+def read_configs(model: str) -> tuple[dict, dict, tuple[dict, ...], dict]:
+  """The configs of UNet, VAE, text encoders and noise schedule.
+
+  Args:
+    model: a diffusers directory, or a preset's name or hub id.
+
+  Raises:
+    InputError: it is neither.
+  """
+  folder = Path(model if Path(model).is_dir() else PRESETS.get(model, model))
+  if folder.is_dir():
+    names = ("text_encoder", "text_encoder_2")
+    encoders = [name for name in names if (folder / name).is_dir()]
+    return (
+      read_json(folder / "unet" / "config.json", "unet folder"),
+      read_json(folder / "vae" / "config.json", "vae folder"),
+      tuple(
+        {"architectures": CLASSES[name]}
+        | read_json(folder / name / "config.json", f"{name} folder")
+        for name in encoders
+      ),
+      read_json(folder / "scheduler" / "scheduler_config.json", "scheduler"),
+    )
+  names = {repository: name for name, repository in PRESETS.items()}
+  published = PUBLISHED.get(names.get(model, model))
+  if published is None:
+    raise InputError(
+      f"config.model is {model!r}; expected a diffusers directory or one of "
+      f"{', '.join(PRESETS)}"
+    )
+  unet, encoders, schedule = published
+  return unet, _VAE, encoders, schedule
+
+
+def make_pipeline(config: Any) -> Pipeline:
+  """The networks of `config.model` without weights; `params` holds their shapes."""
+  unet_config, vae_config, encoder_configs, schedule = map(
+    freeze, read_configs(config.model)
+  )
+  dtype = jnp.dtype(config.dtype)
+  unet = UNet2DCondition(unet_config, dtype, config.remat, config.attention)
+  encoders = tuple(CLIPText(encoder, dtype) for encoder in encoder_configs)
+  modules = dict(zip(("text_encoder", "text_encoder_2"), encoders), unet=unet)
+  vae_scale = vae.pixels_per_latent(vae_config)
+  side = unet_config.get("sample_size") or 64
+  return Pipeline(
+    name=config.model,
+    path=Path(config.model),
+    unet=unet,
+    vae=AutoencoderKL(vae_config, dtype),
+    text_encoders=encoders,
+    tokenizers=(),
+    schedule=Schedule.from_config(schedule),
+    params={
+      name: jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), parameter_shapes(module)
+      )
+      for name, module in modules.items()
+    },
+    fingerprint="",
+    latent_channels=vae.read_config(vae_config).latent_channels,
+    vae_scale=vae_scale,
+    scaling_factor=vae.read_config(vae_config).scaling_factor,
+    resolution=(max(side) if isinstance(side, tuple) else side) * vae_scale,
+  )
+
+
+def batch_shapes(pipeline: Pipeline, rows: int) -> Batch:
+  """A batch of the pair cache as `jax.ShapeDtypeStruct`."""
+  side = pipeline.resolution // pipeline.vae_scale
+  ids = tuple(
+    jax.ShapeDtypeStruct(
+      (rows, clip.read_config(encoder.config).max_position_embeddings), jnp.int32
+    )
+    for encoder in pipeline.text_encoders
+  )
+  moments = (rows, 2, side, side, 2 * pipeline.latent_channels)
+  times = jax.ShapeDtypeStruct((rows, 6), jnp.int32) if len(ids) > 1 else None
+  return Batch(jax.ShapeDtypeStruct(moments, jnp.float16), ids, times)
+
+
+def bytes_of(tree: Any, shardings: Any = None) -> int:
+  """Bytes of a tree of shapes, on one device where `shardings` splits it."""
+  if shardings is None:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  parts = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(where.shard_shape(leaf.shape), leaf.dtype),
+    tree,
+    shardings,
+  )
+  return bytes_of(parts)
