@@ -3,6 +3,7 @@
 `multihost_test` has what the hosts do to each other; here they do the work.
 """
 
+import json
 import os
 import signal
 import time
@@ -12,9 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safetydpo_jax import checkpoint, encode, generate, load_lora, merge, train
+from safetydpo_jax import (
+  checkpoint,
+  encode,
+  evaluate,
+  generate,
+  load_lora,
+  merge,
+  train,
+)
 from safetydpo_jax.data import records
 from tests import lookalike, runs
+from tests.galleries import write_gallery
 from tests.train_test import assert_same_training, read_metrics
 
 SHARD = 3  # pairs; twelve pairs make a shard for each of four processes
@@ -137,6 +147,22 @@ def test_every_command_as_several_processes_equals_one(
       for name in ("images", "one")
     )
     assert np.abs(left - right).max() <= 1
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(tmp_path):
+  gallery = write_gallery(tmp_path, 2)
+  common = ["--images", gallery.images, "--reference", gallery.reference]
+  common += ["--prompts", gallery.prompts, "--detector", "toy", "--out"]
+  run_hosts("evaluate", [*common, tmp_path / "two"], 2)
+  evaluate.main(list(map(str, [*common, tmp_path / "one"])))
+  two, one = (
+    json.loads((tmp_path / name / "figures.json").read_text())
+    for name in ("two", "one")
+  )
+  assert {**two, "created": None} == {**one, "created": None}
+  tables = [(tmp_path / name / "images.csv").read_text() for name in ("two", "one")]
+  assert tables[0] == tables[1]
 
 
 @pytest.mark.slow
