@@ -52,8 +52,8 @@ VARIANTS = {
     "clip_norm": 100.0,
     "checkpoint_every": 45,
     # The reference's two errors are 0.2 apart, and trading them is what is to be
-    # learned: at β = 15 that is a margin of 3. At 250 a twelfth of the way satisfies the
-    # loss, the rest is driven by what little noise still hides, and experts diverge.
+    # learned: at β = 15 that is a margin of 3. At 250 a twelfth of the way satisfies
+    # the loss, what little noise still hides drives the rest, and experts diverge.
     "dpo": {"beta": 15.0},
     # These see the text alone: what the symbols' words mean is unlearned, and pictures
     # without those words stay. All of attention lost twice the utility.
