@@ -308,7 +308,13 @@ def test_a_killed_run_goes_on_without_asking_twice(command, server, tmp_path):
 
 def start(arguments):
   line = [sys.executable, "-m", "safetydpo_jax.prompts", *arguments]
-  return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  return subprocess.Popen(
+    line,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+    # A shell that starts the tests in the background lets its children ignore it.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+  )
 
 
 def test_an_interrupt_does_not_wait_for_what_is_in_flight(command, server, tmp_path):
