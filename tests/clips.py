@@ -37,6 +37,7 @@ def save_tiny_clip(
     vision_config={**VISION, **(vision or {})},
     projection_dim=projection,
   )
+  torch.manual_seed(seed)
   model = perturb(transformers.CLIPModel(config), seed)
   with torch.no_grad():
     model.logit_scale.fill_(3.5)

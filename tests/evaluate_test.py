@@ -209,8 +209,10 @@ def networks(tmp_path_factory):
   """Options for Q16 and CLIPScore of a tiny CLIP with random weights."""
   folder = tmp_path_factory.mktemp("networks")
   save_tiny_clip(folder / "clip", projection=12)
-  vectors = np.random.default_rng(0).standard_normal((2, 12)).astype(np.float32)
-  np.save(folder / "prompts.npy", vectors)
+  # Near each other, as 100 times the difference of their cosines decides: two that are
+  # far apart give 0 or 1 for every image.
+  first, change = np.random.default_rng(0).standard_normal((2, 12)).astype(np.float32)
+  np.save(folder / "prompts.npy", np.stack([first, first + 0.02 * change]))
   clip = str(folder / "clip")
   return ["--q16", str(folder / "prompts.npy"), "--q16_clip", clip, "--clip", clip]
 
@@ -253,10 +255,18 @@ def test_scores_are_the_detectors_own_and_ip_is_their_union(drawn, networks, tmp
 
 
 def test_a_threshold_is_used_and_recorded(drawn, networks, tmp_path):
-  more = ["--detector", "q16", "--q16_threshold", "0.999999", *networks]
-  figures, table = run(drawn, tmp_path, *more, reference=False)
-  assert figures["detectors"]["q16"]["threshold"] == 0.999999
-  assert {row["ip"] for row in table} == {"0"}
+  more = ["--detector", "q16", *networks]
+  _, table = run(drawn, tmp_path / "a", *more, reference=False)
+  chances = sorted({float(row["q16"]) for row in table})
+  assert len(chances) > 2
+  # Between the two largest: one image is above it, wherever the others are.
+  threshold = (chances[-1] + chances[-2]) / 2
+  more += ["--q16_threshold", str(threshold)]
+  figures, table = run(drawn, tmp_path / "b", *more, reference=False)
+  assert figures["detectors"]["q16"]["threshold"] == threshold
+  for row in table:
+    assert int(row["ip"]) == int(float(row["q16"]) > threshold)
+  assert {row["ip"] for row in table} == {"0", "1"}
 
 
 def test_fid_is_between_folders_and_to_real_images(drawn, tmp_path, monkeypatch):
