@@ -19,8 +19,8 @@ import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, PartitionSpec
 
-# Blocks of queries and keys: the largest that divides the length. Those of 512 fit into
-# the VMEM of every generation at all head sizes of Stable Diffusion.
+# Blocks of queries and keys: the largest that divides the length. Blocks of 512 compile
+# for v5e with heads of 40, 64, 80 and 160, for v6e with 40 and 160.
 BLOCKS = (512, 256, 128)
 
 
