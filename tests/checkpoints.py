@@ -172,6 +172,8 @@ def save_tiny_checkpoint(
     `path`, a `pathlib.Path`.
   """
   path = Path(path)
+  # PyTorch draws what `perturb` starts from, else from whatever tests ran before.
+  torch.manual_seed(seed)
   vocabulary_size = save_tokenizer(path / "tokenizer")
   text_config = {"vocab_size": vocabulary_size, **TEXT, **(text or {})}
   components = {
