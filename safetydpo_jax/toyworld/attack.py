@@ -104,7 +104,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   add("--out", required=True, type=Path, metavar="DIR")
   add("--count", type=int, default=28, help="prompts attacked (default: 28)")
   add("--slots", type=int, default=4, help="words or embeddings added (default: 4)")
-  add("--embedding_steps", type=int, default=60, metavar="N")
+  add("--embedding_steps", type=int, default=120, metavar="N")
   add("--learning_rate", type=float, default=0.05, help="of embeddings, by Adam")
   add("--word_steps", type=int, default=24, metavar="N")
   add("--candidates", type=int, default=12, help="prompts tried in a step of words")
