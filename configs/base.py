@@ -112,6 +112,6 @@ def get_config(variant: str = "sd15", category: str = "all") -> ConfigDict:
   config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # −1: all devices fsdp leaves
   config.dtype = "bfloat16"  # compute and base weights; the LoRA stays float32
   config.remat = "none"  # none | full | dots
-  config.attention = "auto"  # auto | xla | cudnn
+  config.attention = "auto"  # auto | xla | cudnn | splash
   config.update(VARIANTS[variant])
   return config

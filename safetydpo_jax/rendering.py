@@ -21,6 +21,7 @@ from PIL import Image
 from safetydpo_jax import conditioning, diffusion, samplers, sharding
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.pipeline import Pipeline
+from safetydpo_jax.models.flash import OnMesh
 
 
 class Inputs(NamedTuple):
@@ -63,6 +64,8 @@ def make_renderer(
   φ of equation (6) of `diffusion.py`. Rows are split over the mesh.
   """
   run = samplers.make_sampler(sampler, pipeline.schedule, steps)
+  place = OnMesh(pipeline.unet.attention, mesh, sharding.BATCH)
+  unet = pipeline.unet.clone(attention=place)
 
   def render(params, lora, inputs):
     count, *shape = inputs.latents.shape
@@ -75,7 +78,7 @@ def make_renderer(
 
     def predict(latents, timesteps, context):
       variables = {"params": params["unet"], "lora": lora}
-      return pipeline.unet.apply(variables, latents, timesteps, context, added)
+      return unet.apply(variables, latents, timesteps, context, added)
 
     def noise(step):
       return jax.vmap(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from safetydpo_jax import sharding
+from safetydpo_jax import load_pipeline, rendering, sharding
 from safetydpo_jax.gradients import mean_gradient
 from safetydpo_jax.models import attention, flash
 from safetydpo_jax.models.flash import OnMesh
@@ -83,6 +83,26 @@ def test_rows_split_over_a_mesh(mesh):
   rows = NamedSharding(mesh, sharding.BATCH)
   run = jax.jit(partial(value_and_gradients, kernel), in_shardings=rows)
   assert_equal(run(*values), value_and_gradients("xla", *values))
+
+
+def test_pictures_drawn_on_a_mesh_equal_those_of_one_device(mesh, tiny_checkpoint):
+  """The renderer tells the kernel where its rows are; 16 × 8 latents are 128 tokens."""
+  latents = draw(4, 16, 8, 4)
+
+  def render(kernel, mesh):
+    pipeline = load_pipeline(str(tiny_checkpoint), attention=kernel)
+    ids = pipeline.tokenize(["the red one"] * 4), pipeline.tokenize([""] * 4)
+    run = rendering.make_renderer(pipeline, "ddim", 2, 0.0, mesh)
+    ones = np.ones(4, np.float32)
+    words = rendering.key_words(range(4))
+    inputs = rendering.Inputs(latents, words, *ids, ones, 5 * ones)
+    lowered = run.lower(pipeline.params, {}, inputs)
+    return lowered.compile()(pipeline.params, {}, inputs), lowered.as_text()
+
+  image, program = render("splash", mesh)
+  expected, _ = render("xla", sharding.make_mesh(devices=jax.devices()[:1]))
+  assert_equal([image], [expected], 1e-4)
+  assert "manual_computation" in program, "left to the compiler, which refuses on TPU"
 
 
 def test_training_on_a_mesh_sums_gradients_over_devices_once(mesh):
