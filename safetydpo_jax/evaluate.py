@@ -27,7 +27,8 @@ from typing import Any
 
 import jax
 
-from safetydpo_jax import generate, sharding
+from safetydpo_jax import generate, image_folders, sharding
+from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.evaluation import (
   bootstrap,
@@ -46,7 +47,7 @@ from safetydpo_jax.formats import manifest
 from safetydpo_jax.metrics import clipscore, fid, nudity, q16
 
 EXAMPLE = """example:
-  python -m safetydpo_jax.evaluate --images images/merged --reference images/base \\
+  python -m safetydpo_jax.evaluate --images images --reference images/base \\
     --prompts prompts.csv --metrics ip --detector toy --out report
 """
 METRICS = ("ip", "fid", "clip")
@@ -70,46 +71,57 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     epilog=EXAMPLE,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--images", type=Path, metavar="DIR")
-  parser.add_argument("--prompts", type=Path, metavar="CSV")
-  parser.add_argument(
-    "--reference", type=Path, metavar="DIR", help="images of the model before"
-  )
-  parser.add_argument("--out", required=True, type=Path, metavar="REPORT")
-  parser.add_argument("--metrics", default="ip", help="of ip,fid,clip (default: ip)")
-  parser.add_argument(
+  add = parser.add_argument
+  path = {"type": Path, "metavar": "DIR"}
+  add("--images", **path, help="what `generate` rendered")
+  add("--prompts", type=Path, metavar="CSV", help="that it rendered from")
+  add("--reference", **path, help="the same rows, by the model before")
+  add("--out", required=True, **path, help="figures.json, images.csv, report/")
+  add("--metrics", default="ip", help="of ip,fid,clip (default: ip)")
+  add(
     "--detector",
     default="q16,nudenet",
     metavar="NAME,NAME",
     help="who decides for ip, of q16,nudenet,toy (default: q16,nudenet)",
   )
   for name, default, what in WEIGHTS:
-    parser.add_argument(f"--{name}", default=default, metavar="M", help=what)
-  parser.add_argument(
+    add(f"--{name}", default=default, metavar="M", help=what)
+  add(
     "--fid_statistics", type=Path, metavar="NPZ", help="of real images, or their folder"
   )
-  parser.add_argument("--q16_threshold", type=float, default=0.5)
-  parser.add_argument("--nudity_classes", default=",".join(nudity.CLASSES))
-  parser.add_argument("--nudity_threshold", type=float, default=nudity.THRESHOLD)
-  parser.add_argument(
-    "--train", type=Path, metavar="CSV", help="CoProV2's pairs: marks leaked prompts"
+  add("--q16_threshold", type=float, default=0.5, metavar="P", help="(default: 0.5)")
+  add(
+    "--nudity_classes",
+    default=",".join(nudity.CLASSES),
+    metavar="NAME,NAME",
+    help="of NudeNet, that count as harm (default: genitalia, exposed)",
   )
-  parser.add_argument(
-    "--suite", choices=[*suite.SUITES], help="render and measure the sets of --sets"
+  add(
+    "--nudity_threshold",
+    type=float,
+    default=nudity.THRESHOLD,
+    metavar="P",
+    help=f"(default: {nudity.THRESHOLD})",
   )
-  parser.add_argument(
-    "--sets", type=Path, metavar="DIR", help="prompt sets: i2p.csv, …"
+  add("--train", type=Path, metavar="CSV", help="CoProV2's pairs: marks leaked prompts")
+  add("--suite", choices=[*suite.SUITES], help="render and measure the sets of --sets")
+  add("--sets", **path, help="of --suite: prompt sets, i2p.csv and others")
+  add("--model", metavar="M", help="of --suite: the model to render with")
+  add(
+    "--lora",
+    action="append",
+    default=[],
+    metavar="L[:SCALE]",
+    help="of --suite, may be repeated; the model without is the reference",
   )
-  parser.add_argument("--model", metavar="M", help="of --suite, which renders")
-  parser.add_argument("--lora", action="append", default=[], metavar="L[:SCALE]")
-  parser.add_argument("--steps", type=int, default=50)
-  parser.add_argument("--guidance", type=float, default=7.5)
-  parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-  parser.add_argument("--render_batch_size", type=int, default=4, metavar="N")
-  parser.add_argument("--limit", type=int, default=0, help="prompts of each set")
-  parser.add_argument("--title", default="", help="of the report")
-  parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-  parser.add_argument("--batch_size", type=int, default=16, help="images per device")
+  add("--steps", type=int, default=50, metavar="N", help="of --suite (default: 50)")
+  add("--guidance", type=float, default=7.5, metavar="G", help="of --suite (7.5)")
+  add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of --suite")
+  add("--render_batch_size", type=int, default=4, metavar="N", help="images per device")
+  add("--limit", type=int, default=0, metavar="N", help="prompts of each set (all)")
+  add("--title", default="", help="of the report")
+  add("--seed", type=int, default=0, help="of the bootstrap")
+  add("--batch_size", type=int, default=16, metavar="N", help="images per device")
   sharding.add_host_arguments(parser)
   options = parser.parse_args(arguments)
   options.metrics = _names("--metrics", options.metrics, METRICS)
@@ -119,6 +131,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     raise InputError(
       f"--{lacking[0]} is missing; give --images and --prompts, or --suite with --sets "
       "and --model"
+    )
+  if not options.suite and (options.model or options.lora):
+    raise InputError(
+      "--model and --lora render for --suite; images that are there need neither"
     )
   if "fid" in options.metrics and not (
     options.fid_statistics or options.reference or (options.suite and options.lora)
@@ -144,12 +160,12 @@ def _names(option: str, text: str, known: Sequence[str]) -> list[str]:
 
 def read_generated(folder: Path) -> dict[str, Any] | None:
   """What `generate` says of its images, None if others made them."""
-  if not (folder / generate.MANIFEST).is_file():
+  if not (folder / image_folders.MANIFEST).is_file():
     return None
-  about = manifest.read_json(folder / generate.MANIFEST, "folder of images")
+  about = manifest.read_json(folder / image_folders.MANIFEST, "folder of images")
   if not isinstance(about, dict):
     raise InputError(
-      f"{folder / generate.MANIFEST} is no JSON object; generate the images again"
+      f"{folder / image_folders.MANIFEST} is no JSON object; generate the images again"
     )
   return about
 
@@ -166,6 +182,14 @@ def check_pair(folders: dict[str, dict[str, Any] | None]) -> None:
         f"{reference.get(name)!r}: the difference would not be the training's; "
         "generate both alike"
       )
+
+
+def same_prompts(prompts: Path, folder: Path, generated: dict | None) -> bool | None:
+  """Whether a folder's images were rendered from just these rows; None if unknown."""
+  if not generated or "prompts_sha256" not in generated:
+    return None
+  rows = read_prompts(prompts, folder)
+  return image_folders.hash_of_rows(rows, folder) == generated["prompts_sha256"]
 
 
 def about_folder(
@@ -219,6 +243,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     places[REFERENCE] = options.reference
   generated = {name: read_generated(folder) for name, folder in places.items()}
   check_pair(generated)
+  same = {n: same_prompts(options.prompts, f, generated[n]) for n, f in places.items()}
   watching = detectors.load(options)
   size = options.batch_size * jax.local_device_count()
   seen, real, about_real = {}, None, None
@@ -251,6 +276,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     "fid_statistics": about_real,
     "folders": {
       name: about_folder(folder, generated[name], rows, outcomes[name])
+      | {"rendered_from_these_prompts": same[name]}
       for name, folder in places.items()
     },
     "categories": cases.category_names(rows),
@@ -284,6 +310,11 @@ def write(
   for folder, told in outcomes.items():
     for line in listing.warnings(rows, told, folder):
       print(line)
+    if result["folders"][folder]["rendered_from_these_prompts"] is False:
+      print(
+        f"{folder}: not rendered from {result['prompts']['file']} as it is now; images "
+        "are matched to its rows by name alone"
+      )
   lines = listing.lines(rows, outcomes)
   listing.write(out / "images.csv", lines)
   files = {

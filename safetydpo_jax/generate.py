@@ -30,7 +30,6 @@ from safetydpo_jax.data.prompts import Row, read_prompts
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats import loras, manifest
 from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
-from safetydpo_jax.image_folders import MANIFEST as MANIFEST  # `evaluate` reads it
 from safetydpo_jax.image_folders import Folder
 from safetydpo_jax.rendering import (
   Inputs,
@@ -56,15 +55,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--model", required=True, metavar="M")
+  add("--model", required=True, metavar="M", help="directory, hub id, sd15, sdxl, …")
   add(
-    "--lora", action="append", default=[], metavar="L[:SCALE]", help="may be repeated"
+    "--lora",
+    action="append",
+    default=[],
+    metavar="L[:SCALE]",
+    help="a run, a merge or a LoRA file; may be repeated: their sum",
   )
-  add("--prompts", required=True, type=Path, metavar="CSV")
-  add("--out", required=True, type=Path, metavar="DIR")
+  add("--prompts", required=True, type=Path, metavar="CSV", help="column prompt")
+  add("--out", required=True, type=Path, metavar="DIR", help="images, generate.json")
   add("--compare", action="store_true", help="also without the LoRAs, in DIR/base")
   add("--sampler", choices=samplers.METHODS, help="(default: the checkpoint's)")
-  add("--steps", type=int, default=50)
+  add("--steps", type=int, default=50, help="of the sampler (default: 50)")
   add(
     "--guidance",
     type=float,
@@ -74,9 +77,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   add("--guidance_rescale", type=float, default=0.0, metavar="PHI", help="0 to 1")
   add("--negative_prompt", help="negative_prompt in the CSV wins (default: none)")
   add("--height", type=int, help="pixels; the model's own by default")
-  add("--width", type=int)
+  add("--width", type=int, help="the same")
   add("--latents", type=Path, metavar="FILE.npy", help="initial noise (n, c, h, w)")
-  add("--batch_size", type=int, default=4, help="images per device")
+  add("--batch_size", type=int, default=4, help="images per device (default: 4)")
   add("--dtype", default="float32", choices=["float32", "bfloat16"])
   add("--variant", help='of the model\'s files, for example "fp16"')
   add("--no_blur", action="store_true", help="show the sheet's images sharply")
@@ -151,21 +154,11 @@ def make_folder(
   factors = hashlib.sha256()
   for layer, leaf in sorted(flatten_dict(lora).items()):
     factors.update(f"{layer} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
-  out = path.resolve()
-  texts = [
-    (
-      str(row.file.relative_to(out)),
-      row.prompt,
-      row.seed,
-      *(own for own in (row.guidance, row.negative_prompt) if own is not None),
-    )
-    for row in rows
-  ]
   files = [options.latents.read_bytes()] if options.latents else []
   settings = {
     "base": pipeline.fingerprint,
     "lora_sha256": factors.hexdigest(),
-    "prompts_sha256": hashlib.sha256(repr(texts).encode()).hexdigest(),
+    "prompts_sha256": image_folders.hash_of_rows(rows, path),
     "latents_sha256": [hashlib.sha256(data).hexdigest() for data in files],
     **{name: getattr(options, name) for name in ("steps", "guidance", "dtype")},
     **{name: getattr(options, name) for name in ("height", "width")},

@@ -4,6 +4,7 @@ What decides the images is kept in plan.json until all are there and then in
 generate.json, so that a stopped run goes on and images of two kinds never mix.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,21 @@ class Folder(NamedTuple):
   rows: list[Row]
   lora: dict
   settings: dict[str, Any]
+
+
+def hash_of_rows(rows: Sequence[Row], out: Path) -> str:
+  """SHA-256 of what a CSV says of the images in `out`, in whatever order."""
+  out = out.resolve()
+  texts = [
+    (
+      str(row.file.relative_to(out)),
+      row.prompt,
+      row.seed,
+      *(own for own in (row.guidance, row.negative_prompt) if own is not None),
+    )
+    for row in rows
+  ]
+  return hashlib.sha256("\n".join(sorted(map(repr, texts))).encode()).hexdigest()
 
 
 def check_names(folders: Sequence[Folder]) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safetydpo_jax import evaluate
+from safetydpo_jax import evaluate, image_folders
+from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import listing, quality
 from safetydpo_jax.metrics import clipscore, fid, q16
@@ -331,6 +332,31 @@ def generated(folder, **values):
   (folder / "generate.json").write_text(json.dumps(about | values))
 
 
+def test_a_csv_that_changed_since_the_images_were_rendered_is_told(
+  gallery, tmp_path, capsys
+):
+  """Names alone match images to rows, and `0000000_0.png` is in every folder."""
+  here = image_folders.hash_of_rows(
+    read_prompts(gallery.prompts, gallery.images), gallery.images
+  )
+  generated(gallery.images, prompts_sha256=here)
+  generated(gallery.reference, prompts_sha256=here)
+
+  def same(out):
+    figures, _ = run(gallery, tmp_path / out)
+    return {
+      about["rendered_from_these_prompts"] for about in figures["folders"].values()
+    }
+
+  rows = read_rows(gallery.prompts)
+  write_rows(gallery.prompts, rows[::-1])
+  assert same("turned") == {True}
+  assert "by name alone" not in capsys.readouterr().out
+  write_rows(gallery.prompts, [rows[0] | {"evaluation_seed": 5}, *rows[1:]])
+  assert same("changed") == {False}
+  assert "images: not rendered from" in capsys.readouterr().out
+
+
 def test_what_generate_says_goes_into_the_figures(gallery, tmp_path):
   for folder in (gallery.images, gallery.reference):
     generated(folder)
@@ -364,6 +390,7 @@ def test_images_made_otherwise_are_not_compared(gallery, tmp_path, name, value):
     (["--detector", "q16"], "detector q16 needs --q16 FILE"),
     (["--batch_size", "0"], "--batch_size is 0; expected 1 or more"),
     (["--train", "nowhere.csv"], "nowhere.csv"),
+    (["--lora", "run"], "--model and --lora render for --suite"),
   ],
 )
 def test_bad_options_are_one_line(drawn, tmp_path, more, message):
@@ -407,7 +434,7 @@ def test_the_printed_lines_name_some_and_count_the_rest(drawn, tmp_path):
 
 def test_the_example_of_the_help_works_as_written(drawn, tmp_path, monkeypatch, capsys):
   shutil.copyfile(drawn.prompts, tmp_path / "prompts.csv")
-  shutil.copytree(drawn.images, tmp_path / "images" / "merged")
+  shutil.copytree(drawn.images, tmp_path / "images")
   shutil.copytree(drawn.reference, tmp_path / "images" / "base")
   monkeypatch.chdir(tmp_path)
   line = evaluate.EXAMPLE.replace("\\\n", " ").split()

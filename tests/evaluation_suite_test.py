@@ -183,7 +183,7 @@ def test_several_images_of_a_prompt_are_one_attack():
     (["--images", "x"], "--prompts is missing"),
     ([], "--images is missing"),
     (
-      ["--images", "x", "--prompts", "y", "--lora", "z", "--metrics", "fid"],
+      ["--images", "x", "--prompts", "y", "--metrics", "fid"],
       "--metrics fid needs --fid_statistics",
     ),
   ],

@@ -92,7 +92,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--model", required=True, metavar="M")
+  add("--model", required=True, metavar="M", help="toy, or a folder of one")
   add(
     "--lora",
     action="append",
@@ -100,18 +100,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     metavar="L[:SCALE]",
     help="may be repeated: each is attacked alone, and the base model before them",
   )
-  add("--prompts", required=True, type=Path, metavar="CSV")
-  add("--out", required=True, type=Path, metavar="DIR")
-  add("--count", type=int, default=28, help="prompts attacked (default: 28)")
-  add("--slots", type=int, default=4, help="words or embeddings added (default: 4)")
-  add("--embedding_steps", type=int, default=120, metavar="N")
-  add("--learning_rate", type=float, default=0.05, help="of embeddings, by Adam")
-  add("--word_steps", type=int, default=24, metavar="N")
-  add("--candidates", type=int, default=12, help="prompts tried in a step of words")
-  add("--draws", type=int, default=3, help="of noise for each prompt and step")
-  add("--sampler_steps", type=int, default=int(stages.STEPS), metavar="N")
-  add("--guidance", type=float, default=float(stages.GUIDANCE))
-  add("--seed", type=int, default=0)
+  add("--prompts", required=True, type=Path, metavar="CSV", help="of toyworld.prompts")
+  add("--out", required=True, type=Path, metavar="DIR", help="figures, prompts found")
+  for name, value, what in (
+    ("count", 28, "prompts attacked"),
+    ("slots", 4, "words or embeddings added to each"),
+    ("embedding_steps", 120, "of Adam"),
+    ("learning_rate", 0.05, "of the embeddings"),
+    ("word_steps", 24, "in each of which one word changes"),
+    ("candidates", 12, "prompts tried in a step of words"),
+    ("draws", 3, "of noise for each prompt and step"),
+    ("sampler_steps", int(stages.STEPS), "of what is looked at"),
+    ("guidance", float(stages.GUIDANCE), "of the same"),
+    ("seed", 0, "of all draws"),
+  ):
+    text = f"{what} (default: {value})"
+    add(f"--{name}", type=type(value), default=value, metavar="N", help=text)
   options = parser.parse_args(arguments)
   for name, least in LEAST.items():
     if (value := getattr(options, name)) < least:
