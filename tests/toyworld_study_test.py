@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from safetydpo_jax import comerge, merge
+from safetydpo_jax.errors import InputError
 from safetydpo_jax.toyworld import (
   demo,
   measure,
   scenes,
+  study,
   study_picture,
   study_tables,
   trials,
@@ -24,7 +26,10 @@ CATEGORIES = ["hate", "violence", "self_harm"]
 @pytest.fixture
 def options():
   return demo.parse_arguments(
-    ["--out", "demo", "--seed", "5", "--categories", ",".join(CATEGORIES)]
+    [
+      *("--out", "demo", "--seed", "5", "--categories", ",".join(CATEGORIES)),
+      "--config.dpo.beta=7",
+    ]
   )
 
 
@@ -32,7 +37,7 @@ def options():
 def table(tmp_path, options):
   for name in CATEGORIES:
     (tmp_path / "runs" / name).mkdir(parents=True)
-  about = {"rank": 3, "step": 90}
+  about = {"rank": 3, "step": 90, "config": {"learning_rate": 0.003}}
   (tmp_path / "runs/hate/expert.json").write_text(json.dumps(about))
   return trials.trials(tmp_path, tmp_path / "out", options)
 
@@ -46,13 +51,40 @@ def flags(trial):
   return dict(zip(words[::2], words[1::2]))
 
 
-def test_every_trial_has_a_folder_of_its_own(table):
+def test_every_trial_has_a_folder_and_figures_of_its_own(table, tmp_path):
   assert len({trial.folder for trial in table}) == len(table)
+  files = {trials.figures_file(trial, tmp_path / "out") for trial in table}
+  assert len(files) == len(table)  # "weights 0.25" and "weights 0.5": dots in names
 
 
 def test_one_lora_is_trained_with_the_steps_of_one_and_of_all_experts(table):
-  steps = [flags(t)["--config.steps"] for t in table if t.group == "all_single"]
-  assert steps == ["90", str(3 * 90)]
+  singles = [flags(t) for t in table if t.group == "all_single"]
+  assert [f["--config.steps"] for f in singles] == ["90", "270", "270"]
+  rates = [f.get("--config.learning_rate") for f in singles]
+  assert rates == [None, None, "0.001"]
+
+
+def test_overrides_reach_every_training_but_not_what_the_study_varies(
+  table, tmp_path, options
+):
+  trained = [flags(t) for t in table if t.command[0] == "train"]
+  assert {f["--config.dpo.beta"] for f in trained} == {"7"}
+  options.overrides["steps"] = "20"
+  with pytest.raises(InputError, match=r"--config.steps is what the study varies"):
+    trials.trials(tmp_path, tmp_path / "out", options)
+
+
+def test_a_study_is_not_continued_with_other_options(tmp_path):
+  for _ in range(2):
+    study.check_same(tmp_path / "study", ["--pairs", "9"])
+  with pytest.raises(InputError, match="was begun with --pairs 9, now they are none"):
+    study.check_same(tmp_path / "study", [])
+
+
+def test_seeds_are_different_numbers():
+  for text in ("0,0", "-1", "a"):
+    with pytest.raises(InputError, match="--seeds"):
+      study.main(["--out", "nowhere", f"--seeds={text}"])
 
 
 def test_every_method_merges_all_experts_and_merge_takes_its_options(table):
@@ -71,6 +103,11 @@ def test_where_a_rank_is_asked_for_it_is_the_experts(table):
   assert flags(trial)["--rank"] == "3"
 
 
+def test_a_method_that_draws_draws_otherwise_in_every_seed(table):
+  drawn = [flags(t) for t in table if "dare" in t.name]
+  assert {f["--seed"] for f in drawn} == {"5"}
+
+
 def test_merges_of_the_first_experts_grow_one_by_one(table):
   counts = [
     len(flags(t)["--experts"].split(","))
@@ -78,6 +115,8 @@ def test_merges_of_the_first_experts_grow_one_by_one(table):
     if t.group == "experts, co_merge"
   ]
   assert counts == [1, 2]  # all three stand among the merges
+  methods = {flags(t)["--method"] for t in table if t.group == "experts, co_merge"}
+  assert methods == {comerge.DEFAULT}
 
 
 def test_a_share_of_the_pairs_is_what_is_not_held_out(table):
@@ -128,21 +167,25 @@ def test_a_trial_that_is_measured_is_not_made_again(tmp_path, monkeypatch):
 
   monkeypatch.setattr(trials, "_run", refuse)
   trial = trials.Trial("merges", "ties", tmp_path / "merges/ties", ("merge", []), None)
-  (tmp_path / "figures/merges").mkdir(parents=True)
+  for folder in ("figures/merges", "merges/ties"):
+    (tmp_path / folder).mkdir(parents=True)
   (tmp_path / "figures/merges/ties.json").write_text('{"name": "ties"}')
-  assert trials.run_trial(trial, tmp_path, tmp_path, "toy") == {"name": "ties"}
+  (tmp_path / "merges/ties/expert.json").write_text('{"rank": 4}')
+  found = trials.run_trial(trial, tmp_path, tmp_path, "toy")
+  assert found == {"name": "ties", "rank": 4, "pairs": None}
 
 
 def rates(count, **fields):
   return [
     {"category": c, "phrasing": p, "count": count, "n": 20, **fields}
-    for c in ("hate", "all")
+    for c in (*CATEGORIES, "all")
     for p in ("seen", "all")
   ]
 
 
 def useful(share, **fields):
-  return [{"category": c, "attributes": share, **fields} for c in ("hate", "all")]
+  about = {"attributes": share, "symbols": 1, "n": 10, **fields}
+  return [{"category": c, **about} for c in (*CATEGORIES, "all")]
 
 
 def trial_figures(group, name, count, share):
@@ -152,22 +195,29 @@ def trial_figures(group, name, count, share):
     "rates": rates(count),
     "utility": useful(share),
     "distance": 2.0,
+    "rank": 4,
+    "pairs": 8 * len(name),
   }
 
 
 def results(ours, theirs):
-  """One category and seven experts' worth of names; `ours` is (count, utility)."""
+  """Three categories; `ours` is (count, utility) of the default."""
   names = [*trials.MERGES]
   given = dict.fromkeys(names, theirs) | {comerge.DEFAULT: ours}
   rows = [trial_figures("merges", name, *given[name]) for name in names]
-  for name in study_tables.BY_CATEGORY["all_single"]:
-    rows.append(trial_figures("all_single", name, *theirs))
+  rows.append(trial_figures("all_single", "some steps", *theirs))
+  for count in (1, 2):
+    rows.append(trial_figures("experts, linear", str(count), 10 + count, 0.5))
+    rows.append(trial_figures("experts, co_merge", str(count), 20 - count, 0.6))
   rows += [trial_figures("data, 0.1", "hate", 8, 0.8)]
   rows += [trial_figures("data, 0.1", "violence", 4, 0.6)]
   demo_figures = {
-    "categories": ["hate"],
+    "categories": CATEGORIES,
     "rates": rates(20, contender="base") + rates(2, contender="experts"),
     "utility": useful(1.0, contender="base") + useful(0.98, contender="experts"),
+    "distance": 3.25,
+    "sampler": {"steps": 12, "guidance": 4.0},
+    "detector": {"missed": 0.001, "false_alarms": 0.0},
   }
   return {"demo": demo_figures, "trials": rows}
 
@@ -178,12 +228,28 @@ def test_the_table_has_the_mean_and_the_extremes_of_the_seeds():
   )
   assert f"| {comerge.DEFAULT} (default) | 5.0% (0.0% to 10.0%) |" in text
   assert "| base | 100.0% (100.0% to 100.0%) | 100.0% (100.0% to 100.0%) | 0.0" in text
+  assert "3.2 (3.2 to 3.2) | 10.0% (10.0% to 10.0%) | – |" in text  # the experts' row
+  assert text.startswith("2 seeds: mean (lowest to highest). 20 unsafe and 10 safe")
+  assert "12 steps of DDIM, guidance 4. The detector misses 0.1% of symbols" in text
+
+
+def test_a_row_for_each_number_of_experts():
+  text = study_tables.write({0: results((0, 1.0), (8, 0.9))})
+  assert "| 1 | 55.0% | 50.0% | 95.0% | 60.0% |" in text
+  assert "| 2 | 60.0% | 50.0% | 90.0% | 60.0% |" in text
+  assert "| 3 | 40.0% | 90.0% | 0.0% | 100.0% |" in text
+
+
+def test_one_seed_has_no_spread_and_no_verdict():
+  text = study_tables.write({0: results((0, 1.0), (8, 0.9))})
+  assert text.startswith("1 seed. ")
+  assert "the spread" not in text
 
 
 def test_experts_of_a_share_of_the_pairs_are_averaged_over_categories():
   text = study_tables.write({0: results((0, 1.0), (8, 0.9))})
-  assert "| 10% | 30.0% | 70.0% |" in text
-  assert "| 100% | 10.0% | 98.0% |" in text
+  assert "| 48 (10%) | 30.0% | 70.0% |" in text  # pairs: 8 × letters of hate, violence
+  assert "| all | 10.0% | 98.0% |" in text
 
 
 @pytest.mark.parametrize(

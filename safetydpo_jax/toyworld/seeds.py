@@ -39,7 +39,7 @@ def _rate(figures: dict[str, Any], contender: str, phrasing: str = "all") -> flo
 def _worst_ratio(figures: dict[str, Any]) -> float:
   before, after = (_rows(figures, name, "all") for name in ("base", "experts"))
   counts = [(after[n]["count"], before[n]["count"]) for n in figures["categories"]]
-  return max(a / b if b else float("nan") for a, b in counts)
+  return float(np.max([a / b if b else np.nan for a, b in counts]))
 
 
 def _utility(figures: dict[str, Any], contender: str) -> dict[str, dict]:
@@ -126,6 +126,8 @@ def parse_seeds(
     raise InputError(
       f"--seeds {options.seeds}: expected numbers, as in 0,1,2"
     ) from None
+  if len({*options.seeds}) < len(options.seeds) or min(options.seeds) < 0:
+    raise InputError(f"--seeds {options.seeds}: expected different numbers from 0")
   return options, rest
 
 

@@ -1,7 +1,8 @@
 """Merging in the toy world, measured: `python -m safetydpo_jax.toyworld.study`.
 
 For each seed the demo (`demo.py`), whose seven experts then stand beside
-  - one LoRA trained on all pairs, with the steps of one expert and of all of them;
+  - one LoRA trained on all pairs, with the steps of one expert and of all of them,
+    these also at a third of the learning rate;
   - every merging method, at the experts' rank where it has one (`trials.py`);
   - Co-Merge and the linear mean of the first 1 to 7 experts;
   - experts trained on a share of the pairs.
@@ -11,28 +12,58 @@ a stopped study goes on where it was stopped.
 """
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 from typing import Any
 
-from safetydpo_jax.errors import run_command
+import numpy as np
+
+from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats import manifest
-from safetydpo_jax.toyworld import seeds, study_picture, study_tables
+from safetydpo_jax.toyworld import measure, seeds, study_picture, study_tables
 from safetydpo_jax.toyworld.demo import parse_arguments as parse_demo
 from safetydpo_jax.toyworld.pretrain import machine
-from safetydpo_jax.toyworld.trials import run_trial, trials
+from safetydpo_jax.toyworld.trials import distance, run_trial, trials
 
 EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.study --out study --seeds 0,1,2
 """
 
 
+def check_same(out: Path, rest: list[str]) -> None:
+  """Keeps the demo's options in OUT/options.json; refuses others later.
+
+  Raises:
+    InputError: OUT was begun with other options.
+  """
+  file = out / "options.json"
+  before = manifest.read_json(file, "study") if file.exists() else {"demo": rest}
+  if before["demo"] != rest:
+    raise InputError(
+      f"{out} was begun with {shlex.join(before['demo']) or 'no other options'}, now "
+      f"they are {shlex.join(rest) or 'none'}; choose another --out"
+    )
+  out.mkdir(parents=True, exist_ok=True)
+  manifest.write_json(file, before)
+
+
 def run_demo(out: Path, seed: int, rest: list[str]) -> dict[str, Any]:
-  """One seed's demo: its figures, as they are there or made now."""
+  """One seed's demo: its figures, as they are there or made now.
+
+  `distance` of the experts is added, each on the safe prompts of its category.
+  """
   demo = out / f"seed{seed}"
   if (demo / "figures.json").exists():
-    return manifest.read_json(demo / "figures.json", "demo")
-  return seeds.run_demo(demo, seed, rest)
+    figures = manifest.read_json(demo / "figures.json", "demo")
+  else:
+    figures = seeds.run_demo(demo, seed, rest)
+  distances = []
+  for name in figures["categories"]:
+    prompts = demo / f"prompts/{name}.csv"
+    pictures = measure.look(demo / "images/experts" / name, prompts)
+    distances.append(distance(pictures, prompts, demo / "images/base"))
+  return figures | {"distance": float(np.mean(distances))}
 
 
 def run_trials(out: Path, names: list[int], rest: list[str]) -> dict[int, list[dict]]:
@@ -66,6 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   options, rest = seeds.parse_seeds(parser, arguments)
+  check_same(options.out, rest)
   demos = {seed: run_demo(options.out, seed, rest) for seed in options.seeds}
   tried = run_trials(options.out, options.seeds, rest)
   results = {s: {"demo": demos[s], "trials": tried[s]} for s in options.seeds}

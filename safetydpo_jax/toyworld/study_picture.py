@@ -30,7 +30,7 @@ def draw(file: Path, results: Results) -> None:
   with matplotlib.rc_context(style):
     figure = Figure(figsize=(12, 4.2), layout="constrained", dpi=120)
     panels = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
-    _methods(panels[0], figures)
+    _methods(panels[0], figures, count)
     _experts(panels[1], figures, count)
     _data(panels[2], figures)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
@@ -39,11 +39,11 @@ def draw(file: Path, results: Results) -> None:
 
 
 def _mean(seeds) -> tuple[float, float]:
-  """(IP, utility lost) in per cent."""
+  """(IP, utility) in per cent."""
   return 100 * np.mean([x.ip for x in seeds]), 100 * np.mean([x.utility for x in seeds])
 
 
-def _methods(axes, figures) -> None:
+def _methods(axes, figures, count: int) -> None:
   """IP against utility: down and to the right is better."""
   curve = []
   for (group, name), seeds in figures.items():
@@ -66,8 +66,8 @@ def _methods(axes, figures) -> None:
     words = name if group == "merges" else f"one LoRA, {name}"
     side = -10 if name in BELOW else 5
     axes.annotate(words, (utility, ip), (5, side), textcoords="offset points", size=7)
-  axes.plot(*zip(*curve), color=STYLES["linear"][0], lw=1, zorder=0)
-  axes.set(xlabel="utility, %", ylabel="IP, %", title="Seven experts in one LoRA")
+  axes.plot(*zip(*sorted(curve)), color=STYLES["linear"][0], lw=1, zorder=0)
+  axes.set(xlabel="utility, %", ylabel="IP, %", title=f"{count} experts in one LoRA")
 
 
 def _experts(axes, figures, count: int) -> None:
@@ -76,25 +76,25 @@ def _experts(axes, figures, count: int) -> None:
   for method, whole in merged.items():
     keys = [(f"experts, {method}", str(n)) for n in range(1, count)]
     keys.append(("merges", whole))
-    _band(axes, range(1, count + 1), [figures[key] for key in keys], method, 0)
+    _band(axes, range(1, count + 1), [figures[key] for key in keys], method)
   axes.legend(["linear, mean", "Co-Merge"], frameon=False)
   axes.set(xlabel="experts merged", ylabel="IP over all categories, %", ylim=(0, None))
   axes.set_title("Number of experts")
 
 
 def _data(axes, figures) -> None:
-  """IP and utility lost of single experts by the share of the pairs."""
+  """IP of single experts by the share of the pairs."""
   shares = study_tables.shares(figures)
   seeds = [figures[f"data, {share:g}", ""] for share in shares] + [figures[ALONE, ""]]
-  _band(axes, [100 * share for share in (*shares, 1)], seeds, "co_merge", 0)
+  _band(axes, [100 * share for share in (*shares, 1)], seeds, "co_merge")
   axes.set(xlabel="share of the pairs, %", ylabel="IP, %", ylim=(0, None))
   axes.set_title("Experts alone, by the pairs they saw")
 
 
-def _band(axes, x, rows, style: str, field: int) -> None:
-  """A line of means, with the lowest and highest of the seeds."""
+def _band(axes, x, rows, style: str) -> None:
+  """A line of mean IPs, with the lowest and highest of the seeds."""
   colour, mark = STYLES[style]
-  values = 100 * np.array([[figures[field] for figures in seeds] for seeds in rows])
+  values = 100 * np.array([[figures.ip for figures in seeds] for seeds in rows])
   means = values.mean(1)
   spread = np.abs(np.stack([values.min(1), values.max(1)]) - means[None])
   axes.errorbar(list(x), means, spread, color=colour, marker=mark, ms=5, capsize=3)

@@ -10,13 +10,8 @@ from safetydpo_jax import comerge
 Results = Mapping[int, dict[str, Any]]  # of each seed, {demo, trials}
 ALONE = "experts alone, each on its category"
 LINEAR = "linear, mean"
-# Rows of the table by category: group → names.
-BY_CATEGORY = {
-  "base": ("",),
-  ALONE: ("",),
-  "all_single": ("as many steps as one expert", "as many steps as all experts"),
-  "merges": (LINEAR, "ties", *comerge.METHODS),
-}
+# Groups of LoRAs that answer for all categories, or stand beside those that do.
+WHOLE = ("base", ALONE, "all_single", "merges")
 
 
 class Figures(NamedTuple):
@@ -25,7 +20,10 @@ class Figures(NamedTuple):
   ip: float  # of unsafe prompts of all categories
   utility: float
   distance: float  # of pictures of safe prompts from the base's, grey levels
+  unasked: float  # share of safe prompts with a symbol
   by_category: dict[str, float]
+  rank: int | None = None
+  pairs: int | None = None  # of a data trial
 
 
 def read_figures(results: Results) -> dict[tuple[str, str], list[Figures]]:
@@ -38,18 +36,20 @@ def read_figures(results: Results) -> dict[tuple[str, str], list[Figures]]:
         [row for row in demo[kind] if row["contender"] == contender]
         for kind in ("rates", "utility")
       )
-      distance = 0.0 if group == "base" else float("nan")
+      distance = 0.0 if group == "base" else demo["distance"]
       table.setdefault((group, ""), []).append(_figures(rates, utility, distance))
     parts: dict[str, list[Figures]] = {}
     for trial in seed["trials"]:
       one = _figures(trial["rates"], trial["utility"], trial["distance"])
+      one = one._replace(rank=trial["rank"], pairs=trial["pairs"])
       if trial["group"].startswith("data"):  # one trial for each category
         parts.setdefault(trial["group"], []).append(one)
       else:
         table.setdefault((trial["group"], trial["name"]), []).append(one)
     for group, ones in parts.items():
-      means = [np.mean([x[i] for x in ones]) for i in range(3)]
-      table.setdefault((group, ""), []).append(Figures(*map(float, means), {}))
+      means = [float(np.mean([x[i] for x in ones])) for i in range(4)]
+      pairs = round(np.mean([x.pairs for x in ones]))
+      table.setdefault((group, ""), []).append(Figures(*means, {}, pairs=pairs))
   return table
 
 
@@ -59,8 +59,11 @@ def _figures(rates: list[dict], utility: list[dict], distance: float) -> Figures
     for row in rates
     if row["phrasing"] == "all"
   }
-  useful = {row["category"]: row["attributes"] for row in utility}
-  return Figures(by_category.pop("all"), useful["all"], distance, by_category)
+  safe = next(row for row in utility if row["category"] == "all")
+  unasked = safe["symbols"] / safe["n"]
+  return Figures(
+    by_category.pop("all"), safe["attributes"], distance, unasked, by_category
+  )
 
 
 def cell(values: list[float], form: Callable[[float], str] = "{:.1%}".format) -> str:
@@ -84,6 +87,8 @@ def _row(label: str, seeds: list[Figures]) -> list[str]:
     cell([x.ip for x in seeds]),
     cell([x.utility for x in seeds]),
     cell([x.distance for x in seeds], "{:.1f}".format),
+    cell([x.unasked for x in seeds]),
+    str(seeds[0].rank or "–"),
   ]
 
 
@@ -112,43 +117,62 @@ def compare(ours: list[Figures], theirs: list[Figures]) -> str:
 def write(results: Results) -> str:
   """All tables, with a line above each."""
   figures = read_figures(results)
-  names = list(next(iter(results.values()))["demo"]["categories"])
+  demo = next(iter(results.values()))["demo"]
   return "\n\n".join(
     [
-      f"{len(results)} seeds: mean (lowest to highest).",
-      *_methods(figures),
-      *_categories(figures, names),
-      *_experts(figures, len(names)),
+      _header(len(results), demo),
+      *_methods(figures, len(results)),
+      *_categories(figures, list(demo["categories"])),
+      *_experts(figures, len(demo["categories"])),
       *_data(figures),
     ]
   )
 
 
-def _methods(figures) -> list[str]:
+def _header(seeds: int, demo: dict[str, Any]) -> str:
+  """How many of what, drawn and looked at how."""
+  unsafe, safe = (
+    next(row["n"] for row in demo[kind] if row["category"] == "all")
+    for kind in ("rates", "utility")
+  )
+  what = "1 seed" if seeds == 1 else f"{seeds} seeds: mean (lowest to highest)"
+  found, sampler = demo["detector"], demo["sampler"]
+  return (
+    f"{what}. {unsafe} unsafe and {safe} safe test prompts for each; "
+    f"{sampler['steps']} steps of DDIM, guidance {sampler['guidance']:g}. "
+    f"The detector misses {found['missed']:.1%} of symbols and sees "
+    f"{found['false_alarms']:.1%} that are not there."
+  )
+
+
+def _methods(figures, seeds: int) -> list[str]:
   rows = [
     _row(label(group, name), seeds)
     for (group, name), seeds in figures.items()
-    if not group.startswith(("data", "experts,"))
+    if group in WHOLE
   ]
-  ours = figures["merges", comerge.DEFAULT]
-  rivals = [key for key in figures if key[0] in ("all_single", "merges")]
-  verdicts = [
-    f"- against {label(*key)}: {compare(ours, figures[key])}"
-    for key in rivals
-    if key != ("merges", comerge.DEFAULT)
-  ]
-  head = ["LoRA", "IP", "utility", "distance to base, of 255"]
-  return [table(head, rows), f"{comerge.DEFAULT}\n" + "\n".join(verdicts)]
+  head = ["LoRA", "IP", "utility", "distance to base, of 255", "symbols unasked"]
+  blocks = [table([*head, "rank"], rows)]
+  if seeds > 1:
+    ours = figures["merges", comerge.DEFAULT]
+    verdicts = [
+      f"- against {label(*key)}: {compare(ours, figures[key])}"
+      for key in figures
+      if key[0] in ("all_single", "merges") and key != ("merges", comerge.DEFAULT)
+    ]
+    blocks.append(f"{comerge.DEFAULT}\n" + "\n".join(verdicts))
+  return blocks
 
 
 def _categories(figures, names: list[str]) -> list[str]:
   rows = []
-  for group, chosen in BY_CATEGORY.items():
-    for name in chosen:
-      seeds = figures[group, name]
+  for (group, name), seeds in figures.items():
+    if group in WHOLE:
       means = [np.mean([x.by_category[category] for x in seeds]) for category in names]
-      rows.append([label(group, name), *map("{:.1%}".format, means)])
-  return ["IP by category, mean of the seeds.", table(["LoRA", *names], rows)]
+      cells = map("{:.1%}".format, [*means, np.mean(means)])
+      rows.append([label(group, name), *cells])
+  head = ["LoRA", *names, "mean"]
+  return ["IP by category, mean of the seeds.", table(head, rows)]
 
 
 def _experts(figures, count: int) -> list[str]:
@@ -171,12 +195,14 @@ def shares(figures) -> list[float]:
 
 
 def _data(figures) -> list[str]:
-  rows = [
-    [f"{share:.0%}", *_row("", figures[f"data, {share:g}", ""])[1:3]]
-    for share in shares(figures)
-  ]
-  rows.append(["100%", *_row("", figures[ALONE, ""])[1:3]])
+  rows = []
+  for share in shares(figures):
+    seeds = figures[f"data, {share:g}", ""]
+    pairs = np.mean([x.pairs for x in seeds])
+    rows.append([f"{pairs:.0f} ({share:.0%})", *_row("", seeds)[1:3]])
+  rows.append(["all", *_row("", figures[ALONE, ""])[1:3]])
   return [
-    "Experts alone, each on its category, by the share of the pairs.",
-    table(["pairs", "IP", "utility"], rows),
+    "Experts alone, each on its category, by the pairs they saw, in equally many "
+    "steps; the share is chosen by a hash.",
+    table(["pairs of a category", "IP", "utility"], rows),
   ]

@@ -12,28 +12,35 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from safetydpo_jax import comerge
+from safetydpo_jax.data import records
 from safetydpo_jax.data.prompts import read_prompts
-from safetydpo_jax.formats import manifest
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats import expert, manifest
 from safetydpo_jax.toyworld import measure
 from safetydpo_jax.toyworld.stages import CONFIGS, GUIDANCE, STEPS
 
-# Merging methods by the name the tables give them: `merge`'s options. A weighted sum of
-# N experts has one free number, so its whole curve stands beside the methods without.
+# The weight of each expert in a sum decides what the sum is worth: so the curve, not a
+# point of it.
+WEIGHTS = {"mean": (), "0.25": ("--weights", "0.25"), "0.5": ("--weights", "0.5")}
+SUM = {"sum": ("--weights", "1")}
+SUMS = {"linear": WEIGHTS | SUM, "svd": WEIGHTS | SUM}
+SUMS |= {"magnitude": WEIGHTS, "dare_linear": WEIGHTS}
+# Merging methods by the name the tables give them: `merge`'s options.
 MERGES: dict[str, tuple[str, ...]] = {
-  "linear, mean": ("linear",),
-  "linear, weights 0.25": ("linear", "--weights", "0.25"),
-  "linear, weights 0.5": ("linear", "--weights", "0.5"),
-  "linear, sum": ("linear", "--weights", "1"),
-  "svd, mean": ("svd",),
-  "svd, weights 0.5": ("svd", "--weights", "0.5"),
-  "magnitude, weights 0.5": ("magnitude", "--weights", "0.5"),
-  "dare_linear, weights 0.5": ("dare_linear", "--weights", "0.5"),
+  **{
+    f"{method}, {'weights ' * ('.' in name)}{name}": (method, *words)
+    for method, weights in SUMS.items()
+    for name, words in weights.items()
+  },
   "ties": ("ties",),
   "dare_ties": ("dare_ties",),
   "co_merge_factor": ("co_merge_factor",),
   "co_merge_product, svd": ("co_merge_product", "--rank", "EXPERT"),
   "co_merge_product": ("co_merge_product",),
 }
+# What a trial decides itself; the demo's other settings are for all alike.
+OWN = ("steps", "learning_rate", "holdout", "category", "cache", "seed", "lora.seed")
 FRACTIONS = (0.1, 0.3)  # of the pairs; the demo's own experts have all
 
 
@@ -54,16 +61,25 @@ def trials(demo: Path, out: Path, options: Any) -> list[Trial]:
     demo: the finished demo's folder.
     out: where the trials go.
     options: has seed, model, categories, overrides.
+
+  Raises:
+    InputError: an override of what the trials decide.
   """
+  if taken := [name for name in OWN if name in options.overrides]:
+    raise InputError(
+      f"--config.{taken[0]} is what the study varies; give it to the demo alone"
+    )
   names, test = list(options.categories), demo / "prompts/test.csv"
   runs = {name: str(demo / "runs" / name) for name in names}
   about = manifest.read_json(demo / "runs" / names[0] / "expert.json", "expert")
   rank, steps = str(about["rank"]), about["step"]
+  rate = about["config"]["learning_rate"]
 
   def train(folder: Path, category: str, **values: Any) -> tuple[str, list[str]]:
     config = f"{os.path.relpath(CONFIGS / category)}.py:toy"
     values = {"model": options.model, "cache": demo / "cache"} | values
-    values |= {"seed": options.seed, "lora.seed": options.seed} | options.overrides
+    values = {"seed": options.seed, "lora.seed": options.seed} | values
+    values = options.overrides | values
     arguments = [f"--config.{name}={value}" for name, value in values.items()]
     return "train", ["--config", config, "--workdir", str(folder), *arguments]
 
@@ -71,28 +87,37 @@ def trials(demo: Path, out: Path, options: Any) -> list[Trial]:
     arguments = ["--experts", ",".join(runs[name] for name in experts)]
     arguments += ["--method", method, "--out", str(folder)]
     arguments += [rank if word == "EXPERT" else word for word in rest]
+    if method.startswith("dare"):
+      arguments += ["--seed", str(options.seed)]
     if method.startswith("co_merge"):
       arguments += ["--calibration", str(demo / "cache")]
       arguments += ["--statistics", str(out / "statistics")]
     return "merge", arguments
 
   table = []
-  for name, count in {
-    "as many steps as one expert": steps,
-    "as many steps as all experts": steps * len(names),
-  }.items():
-    folder = out / "all_single" / str(count)
-    command = train(folder, "all_single", steps=count)
+  every = steps * len(names)
+  for name, folder, values in (
+    ("as many steps as one expert", str(steps), {"steps": steps}),
+    ("as many steps as all experts", str(every), {"steps": every}),
+    # The preset's rate was chosen for the steps of one expert.
+    (
+      "as many steps as all experts, a third of the rate",
+      f"{every}_third",
+      {"steps": every, "learning_rate": round(rate / 3, 9)},
+    ),
+  ):
+    folder = out / "all_single" / folder
+    command = train(folder, "all_single", **values)
     table.append(Trial("all_single", name, folder, command, test))
   for name, words in MERGES.items():
     folder = out / "merges" / name.replace(", ", "_").replace(" ", "_")
     command = merge(folder, names, *words)
     table.append(Trial("merges", name, folder, command, test))
   for count in range(1, len(names)):
-    for method in ("linear", "co_merge"):
+    for group, method in {"linear": "linear", "co_merge": comerge.DEFAULT}.items():
       folder = out / "experts" / f"{method}_{count}"
       command = merge(folder, names[:count], method)
-      table.append(Trial(f"experts, {method}", str(count), folder, command, test))
+      table.append(Trial(f"experts, {group}", str(count), folder, command, test))
   for fraction in FRACTIONS:
     for name in names:
       folder = out / "data" / f"{fraction:g}" / name
@@ -103,16 +128,35 @@ def trials(demo: Path, out: Path, options: Any) -> list[Trial]:
 
 
 def run_trial(trial: Trial, demo: Path, out: Path, model: str) -> dict[str, Any]:
-  """Makes, draws and measures one LoRA; returns its figures.
+  """Makes, draws and measures one LoRA, unless that was done; returns its figures.
 
   Returns:
-    {group, name, rates, utility, distance, command}; `distance` is the mean absolute
-    difference from the base model's pictures of the safe prompts, in grey levels.
+    {group, name, rank, pairs, rates, utility, distance, command}; `distance` is the
+    mean absolute difference from the base model's pictures of the safe prompts, in
+    grey levels, `pairs` how many a data trial trained on, else None.
   """
+  file = figures_file(trial, out)
+  if not file.exists():
+    file.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_json(file, _make(trial, demo, out, model))
+  about = manifest.read_json(trial.folder / expert.MANIFEST, "expert")
+  pairs = None
+  if trial.group.startswith("data"):
+    config = about["config"]
+    kept = (config[name] for name in ("category", "mixture", "holdout"))
+    pairs, _ = records.open_cache(demo / "cache").count(*kept)
+  figures = manifest.read_json(file, "trial")
+  return figures | {"rank": about["rank"], "pairs": pairs}
+
+
+def figures_file(trial: Trial, out: Path) -> Path:
+  """Where a trial's figures are kept."""
+  place = out / "figures" / trial.folder.relative_to(out)
+  return place.with_name(f"{place.name}.json")
+
+
+def _make(trial: Trial, demo: Path, out: Path, model: str) -> dict[str, Any]:
   images = out / "images" / trial.folder.relative_to(out)
-  file = out / "figures" / trial.folder.relative_to(out).with_suffix(".json")
-  if file.exists():
-    return manifest.read_json(file, "trial")
   module, arguments = trial.command
   line = shlex.join(["python", "-m", f"safetydpo_jax.{module}", *arguments])
   print(f"$ {line}", flush=True)
@@ -122,7 +166,7 @@ def run_trial(trial: Trial, demo: Path, out: Path, model: str) -> dict[str, Any]
   lora = ["--lora", str(trial.folder), "--out", str(images)]
   _run("generate", [*source, *lora, *sampler])
   pictures = measure.look(images, trial.prompts)
-  figures = {
+  return {
     "group": trial.group,
     "name": trial.name,
     "rates": measure.rates(pictures),
@@ -130,9 +174,6 @@ def run_trial(trial: Trial, demo: Path, out: Path, model: str) -> dict[str, Any]
     "distance": distance(pictures, trial.prompts, demo / "images/base"),
     "command": line,
   }
-  file.parent.mkdir(parents=True, exist_ok=True)
-  manifest.write_json(file, figures)
-  return figures
 
 
 def distance(pictures: list, prompts: Path, base: Path) -> float:
