@@ -90,4 +90,6 @@ def product(
 
 METHODS = {"co_merge_factor": factor, "co_merge_product": product}
 PARTS = {"co_merge_factor": "ab", "co_merge_product": "b"}  # whose wins decide
-DEFAULT = "co_merge_factor"  # what `--method co_merge` is
+# What `--method co_merge` is: in the toy world's study it left less than half of the IP
+# that factors left, in each of three seeds less, for one point of utility.
+DEFAULT = "co_merge_product"

@@ -347,7 +347,7 @@ def test_an_unknown_lora_seed_is_a_warning(experts, cache, tmp_path, capsys):
     (("svd", "--rank", "0"), r"--rank is 0; expected 1 or more"),
     (("ties", "--density", "0"), r"--density is 0.0; expected above 0, up to 1"),
     (("dare_ties", "--seed", "-1"), r"--seed is -1"),
-    (("co_merge",), r"co_merge_factor needs --calibration"),
+    (("co_merge",), r"co_merge_product needs --calibration"),
     (("linear", "--model", "/nowhere"), r"/nowhere"),
   ],
 )
