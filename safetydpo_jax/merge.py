@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 
 from safetydpo_jax import activations, calibration, comerge, experts, merging, sharding
@@ -28,6 +30,7 @@ from safetydpo_jax.experts import Expert
 from safetydpo_jax.formats import expert, manifest, statistics
 from safetydpo_jax.formats.lora_files import adapted_layers
 from safetydpo_jax.formats.pipeline import load_pipeline
+from safetydpo_jax.formats.weights import torch_name
 
 EXAMPLE = """example:
   python -m safetydpo_jax.merge --experts runs/hate,runs/violence --method co_merge \\
@@ -194,6 +197,7 @@ def measure(
   """
   cache = records.open_cache(options.calibration)
   pipeline = load_pipeline(base["name"], components=(), variant=options.variant)
+  experts.find_base(loaded, pipeline)  # another model may lie there by now
   records.check_cache_fits(cache, pipeline)
   categories = calibration.categories_of(cache)
   for this in loaded:
@@ -246,10 +250,21 @@ def measure(
       experts_at_once=options.experts_at_once,
     )
     for n, tree in zip(missing, measured):
+      check_finite(tree, loaded[n].name, cache.path)
       found[n] = tree
       if jax.process_index() == 0:
         statistics.write_activations(folder, tree, experts.describe(loaded[n]), about)
   return found, about
+
+
+def check_finite(tree: Any, name: str, cache: Any) -> None:
+  """Refuses activations with a NaN, which would win every unit of theirs."""
+  for path, leaf in flatten_dict(tree).items():
+    if not np.isfinite(leaf).all():
+      raise InputError(
+        f"{name} on {cache}: activations of {torch_name(path[:-1])} are not finite; "
+        "take --dtype float32, or encode the cache again"
+      )
 
 
 def main(arguments: list[str] | None = None) -> None:

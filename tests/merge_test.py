@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import chex
 import jax
@@ -406,6 +407,31 @@ def test_every_experts_category_must_be_in_the_calibration(
     InputError, match=r"has no pairs of sexual, the category of .*; it"
   ):
     run(experts, tmp_path / "out", "co_merge", "--calibration", tmp_path / "cache")
+
+
+def test_activations_that_are_not_finite_decide_nothing(
+  experts, cache, tmp_path, monkeypatch
+):
+  def measure(*args, **kwargs):
+    trees = activations.measure(*args, **kwargs)
+    flat = {path: np.array(leaf) for path, leaf in flatten_dict(trees[1]).items()}
+    next(iter(flat.values()))[0, 0] = np.nan
+    return [trees[0], unflatten_dict(flat)]
+
+  out = tmp_path / "out"
+  fake = types.SimpleNamespace(measure=measure)
+  monkeypatch.setattr(merge, "activations", fake)
+  with pytest.raises(InputError, match=r"sexual on .*are not finite; take --dtype"):
+    run(experts[:2], out, "co_merge", "--calibration", cache, *CO_MERGE)
+  assert not (out / "expert.json").exists()
+
+
+def test_a_model_replaced_since_training_is_refused(make_expert, cache, tmp_path):
+  """The expert's base is looked up by its name, and must still be that model."""
+  base = read(make_expert(tmp_path / "one", 0))["base"] | {"fingerprint": "0" * 16}
+  one = make_expert(tmp_path / "two", 1, base=base)
+  with pytest.raises(InputError, match=r"was trained on .*fingerprint 0000"):
+    run([one], tmp_path / "out", "co_merge", "--calibration", cache, *CO_MERGE)
 
 
 def test_damaged_statistics_are_refused(experts, cache, tmp_path):
