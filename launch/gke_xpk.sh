@@ -40,6 +40,8 @@ does() { [[ ,$do, == *,$1,* ]]; }
 place=(--cluster "$cluster")
 [[ -z $project ]] || place+=(--project "$project")
 [[ -z $zone ]] || place+=(--zone "$zone")
+# The image's user; a mount is root's and closed to others unless it is told.
+owner=implicit-dirs,uid=1000,gid=1000,file-mode=664,dir-mode=775
 mapfile -t buckets < <(printf '%s\n' "${words[@]}" | grep -o 'gs://[^/ ]*' | sort -u)
 
 if does build; then
@@ -51,10 +53,11 @@ if does attach; then
   for bucket in "${buckets[@]#gs://}"; do
     step xpk storage attach "${bucket//[._]/-}" "${place[@]}" --type gcsfuse \
       --bucket "$bucket" --mount-point "$mount_point/$bucket" --size 1 \
-      --readonly false --auto-mount true
+      --readonly false --auto-mount true --mount-options "$owner"
   done
 fi
 
+# xpk passes SIGTERM to the shell of --command, so that shell must become the run.
 if does run; then
   mounted
   variables=(PYTHONUNBUFFERED=1)
@@ -62,7 +65,7 @@ if does run; then
     variables+=("JAX_COMPILATION_CACHE_DIR=$mount_point/${buckets[0]#gs://}/jax-cache")
   step xpk workload create --workload "$name" "${place[@]}" --tpu-type "$type" \
     --num-slices "$slices" --max-restarts "$restarts" --docker-image "$image" \
-    --command "cd /app && $(quoted env "${variables[@]}" "${words[@]}")"
+    --command "cd /app && exec $(quoted env "${variables[@]}" "${words[@]}")"
 fi
 
 if does delete; then

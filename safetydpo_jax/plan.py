@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from safetydpo_jax import run_config, train
+from safetydpo_jax import run_config, sharding, train
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats.manifest import versions, write_json
 from safetydpo_jax.planning import measure, roofline
@@ -124,6 +124,7 @@ def make_plan(config: Any, topology: Topology, search: bool) -> dict[str, Any]:
       found["collectives"],
       config.batch_size,
       config.steps,
+      config.dtype,
     ),
     "remat_needed": _remat_needed(config, topology, devices, found["fits"]),
     "versions": versions(),
@@ -206,6 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
   """Reads the config, compiles or counts, prints."""
   options, config = parse_arguments(arguments)
   topology = read_topology(options.topology)
+  sharding.use_precision(config.dtype)
   note = settle_batch(config, topology)
   if note:
     print(f"note             {note}")

@@ -24,11 +24,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.linen import Partitioned
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from safetydpo_jax.errors import InputError
 
-BATCH = PartitionSpec(("data", "fsdp"))
+AXES = ("data", "fsdp")
+BATCH = PartitionSpec(AXES)
 REPLICATED = PartitionSpec()
 
 # (path, spec), the first match wins; a split that does not divide the axis is dropped.
@@ -202,8 +204,11 @@ def use_precision(dtype: str) -> None:
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
   """A mesh over `devices`, by default all of all hosts; `data` −1 takes the rest.
 
+  Several TPU slices lie along `data`, which crosses the slower network once a step.
+
   Raises:
-    InputError: if the axes do not multiply to the number of devices.
+    InputError: if the axes do not multiply to the number of devices, or `data` not by
+      that of slices.
   """
   devices = jax.devices() if devices is None else devices
   count = len(devices)
@@ -214,10 +219,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
       f"mesh.data × mesh.fsdp is {data} × {fsdp}, but there are {count} devices; "
       "set mesh.data=-1 to use what mesh.fsdp leaves"
     )
-  axis_types = (AxisType.Auto,) * 2
-  return jax.make_mesh(
-    (data, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=devices
+  slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+  if slices < 2:
+    return jax.make_mesh(
+      (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
+  if data % slices:
+    raise InputError(
+      f"mesh.data is {data} on {slices} slices; expected a multiple, as mesh.fsdp does "
+      "not leave a slice"
+    )
+  each = mesh_utils.create_hybrid_device_mesh(
+    (data // slices, fsdp), (slices, 1), devices=devices
   )
+  return Mesh(each, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def _spec(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

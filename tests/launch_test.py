@@ -137,6 +137,14 @@ def test_every_argument_arrives_as_it_was_given_on_a_host(script, calls, tmp_pat
   assert called()[-1] == ["python", "-m", "safetydpo_jax.train", *arguments]
 
 
+def test_gkes_shell_becomes_the_run(calls):
+  """xpk sends SIGTERM to that shell; the run would end with it, and save nothing."""
+  environment, called = calls
+  launch("launch/gke_xpk.sh", "--do", "run", *CONFIG, environment=environment)
+  (line,) = [call[call.index("--command") + 1] for call in called()]
+  assert line.startswith("cd /app && exec env ")
+
+
 @pytest.mark.parametrize("script", ["launch/tpu_vm.sh", "launch/gke_xpk.sh"])
 def test_buckets_are_mounted_and_read_through_the_mount(script, calls):
   environment, called = calls

@@ -65,9 +65,9 @@ def tiny(tmp_path):
 @pytest.mark.parametrize(
   ("name", "tflops", "memory", "bandwidth", "links"),
   [
-    ("v4", 275, 32 * 2**30, 1200, 300),
+    ("v4", 275, 32 * 2**30, 1200, 600),
     ("v5e", 197, 16 * 2**30, 819, 400),
-    ("v5p", 459, 95 * 2**30, 2765, 600),
+    ("v5p", 459, 95 * 2**30, 2765, 1200),
     ("v6e", 918, 32 * 2**30, 1638, 800),
     ("a100", 312, 80e9, 2039, 600),
     ("h100", 989, 80e9, 3350, 900),
@@ -236,28 +236,63 @@ def test_roofline_by_hand():
   assert found["reached"]["step_seconds"] == pytest.approx(0.5 / 0.4 + links)
 
 
-def run_plan(*arguments):
-  """The command in a process of its own: what libtpu does stays there."""
-  return subprocess.run(
-    [sys.executable, "-m", "safetydpo_jax.plan", *arguments],
+def test_float32_has_a_peak_of_its_own():
+  tpu, gpu = (chips.read_topology(name) for name in ("v5e:2x2", "gpu:h100x8"))
+  for topology, peak in ((tpu, 197e12 / 6), (gpu, 67e12)):
+    found = roofline.estimate(topology, peak, 0.0, {}, 16, 1, "float32")
+    assert found["compute"] == pytest.approx(1.0)
+
+
+# Two slices of v5e, as GKE gives them; the mesh's rows, and the slice of each device.
+SLICES = """
+from jax.experimental import topologies
+from safetydpo_jax import sharding
+from safetydpo_jax.planning import chips
+
+chips.tpu_devices(chips.read_topology("v5e:4x4"))
+devices = topologies.get_topology_desc(
+  platform="tpu", topology_name="v5e:4x4", num_slices=2
+).devices
+mesh = sharding.make_mesh(8, 4, devices)
+assert mesh.shape == {"data": 8, "fsdp": 4}, mesh.shape
+print([[device.slice_index for device in row] for row in mesh.devices])
+try:
+  sharding.make_mesh(1, 32, devices)
+except sharding.InputError as error:
+  print(error)
+"""
+
+
+def test_several_slices_lie_along_the_data_axis():
+  done = run_python("-c", SLICES)
+  assert "[[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1" in done.stdout
+  assert "mesh.data is 1 on 2 slices; expected a multiple" in done.stdout
+
+
+def run_python(*arguments):
+  """A process of its own: what libtpu does stays there. Skips without libtpu."""
+  done = subprocess.run(
+    [sys.executable, *arguments],
     capture_output=True,
     text=True,
     timeout=600,
     env=os.environ | {"XLA_FLAGS": ""},
     check=False,
   )
+  if re.search("is not installed|admits one at a time", done.stderr):
+    pytest.skip(done.stderr)
+  assert done.returncode == 0, done.stderr
+  return done
 
 
 def test_a_tiny_step_compiled_for_v5e(tiny, tmp_path):
   file = tmp_path / "plan.json"
-  done = run_plan(
+  done = run_python(
+    *("-m", "safetydpo_jax.plan"),
     *("--config", "configs/hate.py", f"--config.model={tiny}"),
     *("--topology", "v5e:2x2", "--json", str(file)),
     *("--config.batch_size=8", "--config.accumulation=2"),
   )
-  if re.search("is not installed|admits one at a time", done.stderr):
-    pytest.skip(done.stderr)
-  assert done.returncode == 0, done.stderr
   found = json.loads(file.read_text())
   assert found["fits"] is True
   assert found["kernels"] > 0  # flash attention

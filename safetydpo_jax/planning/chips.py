@@ -23,6 +23,7 @@ class Chip:
   Attributes:
     name: as its maker calls it.
     flops: peak of bfloat16 products, dense, a second.
+    float32: the same of float32 ones; a TPU takes six passes in bfloat16.
     memory: bytes.
     bandwidth: of the memory, bytes a second.
     links: bytes a second to other chips, both directions together.
@@ -37,21 +38,28 @@ class Chip:
   links: float
   shape: int = 0
   options: tuple[tuple[str, Any], ...] = ()
+  float32_flops: float = 0.0
+
+  @property
+  def float32(self) -> float:
+    return self.float32_flops or self.flops / 6
 
 
 # Cloud TPU's pages "TPU v4", "v5e", "v5p", "v6e" (docs.cloud.google.com/tpu/docs), and
 # NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, without sparsity. Cloud
-# TPU's gigabytes of memory are 2³⁰ bytes, NVIDIA's 10⁹.
+# TPU's gigabytes of memory are 2³⁰ bytes, NVIDIA's 10⁹. v4's page has no figure of one
+# chip's links: 24 TB/s of bisection over 512 links are 50 GB/s a link and direction,
+# and a chip has six.
 CHIPS = {
   "v4": Chip(
-    "TPU v4", 275e12, 32 * GIB, 1200e9, 300e9, 3, (("chip_config_name", "megacore"),)
+    "TPU v4", 275e12, 32 * GIB, 1200e9, 600e9, 3, (("chip_config_name", "megacore"),)
   ),
   "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 819e9, 400e9, 2),
-  "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2765e9, 600e9, 3),
+  "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2765e9, 1200e9, 3),
   "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1638e9, 800e9, 2),
-  "a100": Chip("A100 80GB", 312e12, 80e9, 2039e9, 600e9),
-  "h100": Chip("H100 SXM", 989e12, 80e9, 3350e9, 900e9),
-  "h200": Chip("H200 SXM", 989e12, 141e9, 4800e9, 900e9),
+  "a100": Chip("A100 80GB", 312e12, 80e9, 2039e9, 600e9, float32_flops=19.5e12),
+  "h100": Chip("H100 SXM", 989e12, 80e9, 3350e9, 900e9, float32_flops=67e12),
+  "h200": Chip("H200 SXM", 989e12, 141e9, 4800e9, 900e9, float32_flops=67e12),
 }
 
 

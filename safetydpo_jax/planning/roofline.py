@@ -5,7 +5,8 @@
     step    = max(compute, memory) + links                                     (2)
 
 on n chips; the factor is 2 for an all-reduce, which is a reduce-scatter and an
-all-gather, else 1. No step is as fast as (2): half of peak is a good one.
+all-gather, else 1. There is no reduce-scatter alone: base weights get no gradient. No
+step is as fast as (2): half of peak is a good one.
 """
 
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ def estimate(
   collectives: Mapping[str, Mapping[str, int]],
   pairs: int,
   steps: int,
+  dtype: str = "bfloat16",
 ) -> dict[str, Any]:
   """Equation (2), and what follows for a run.
 
@@ -48,6 +50,7 @@ def estimate(
     collectives: of a step on each chip.
     pairs: a step, on all chips.
     steps: of the run.
+    dtype: of the products.
 
   Returns:
     Seconds `compute`, `memory`, `links` and `step`, what it is `bound` by, and under
@@ -55,7 +58,8 @@ def estimate(
     and of one epoch of the published dataset.
   """
   chip = topology.chip
-  times = {"compute": flops / chip.flops, "memory": moved / chip.bandwidth}
+  peak = chip.flops if dtype == "bfloat16" else chip.float32
+  times = {"compute": flops / peak, "memory": moved / chip.bandwidth}
   bound = max(times, key=times.__getitem__)
   links = link_seconds(collectives, topology.count, chip.links)
   step = times[bound] + links
