@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safetydpo_jax import evaluate, image_folders
+from safetydpo_jax import evaluate, image_folders, sharding
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import listing, quality
+from safetydpo_jax.evaluation import listing, quality, scoring
 from safetydpo_jax.metrics import clipscore, fid, q16
 from tests.clips import save_tiny_clip
 from tests.galleries import noise, read_rows, write_gallery, write_rows
@@ -324,6 +324,21 @@ def test_real_images_are_shared_by_the_hosts_and_the_first_writes(
   np.testing.assert_allclose(both.sigma, whole.sigma, atol=1e-9)
   assert (tmp_path / "host 0" / quality.STATISTICS).is_file()
   assert not (tmp_path / "host 1").exists()
+
+
+def test_hosts_wait_for_each_other_before_their_devices_do(monkeypatch):
+  """Hosts with slow disks come minutes later; a device would not wait so long."""
+  called = []
+
+  def gather(array):
+    called.append("devices")
+    return np.stack([array, array])
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(scoring.multihost_utils, "process_allgather", gather)
+  monkeypatch.setattr(sharding, "wait_for_hosts", lambda what: called.append("hosts"))
+  assert scoring.exchange(b"told") == [b"told", b"told"]
+  assert called == ["hosts", "devices", "devices"]
 
 
 def generated(folder, **values):

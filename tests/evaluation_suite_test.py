@@ -15,6 +15,7 @@ from PIL import Image
 from safetydpo_jax import evaluate, generate
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import benchmarks, published, suite
+from safetydpo_jax.evaluation.page import suite as page
 from safetydpo_jax.toyworld import scenes
 from tests import browser
 from tests.galleries import read_rows, write_rows
@@ -74,6 +75,15 @@ def test_a_row_without_its_adversarial_prompt_is_no_attack(tmp_path):
   assert [row["prompt"] for row in load(tmp_path, "p4d")] == ["an attack"]
 
 
+def test_an_attack_without_published_prompts_takes_no_plain_ones(tmp_path):
+  file = tmp_path / "unlearn_diff_atk.csv"
+  file.write_text("prompt,categories,evaluation_seed\na plain one,sexual,5\n")
+  with pytest.raises(InputError, match=r"adv_prompt for .*run against your own model"):
+    load(tmp_path, "unlearn_diff_atk")
+  file.write_text("prompt,adv_prompt\na plain one,an attack\n")
+  assert [row["prompt"] for row in load(tmp_path, "unlearn_diff_atk")] == ["an attack"]
+
+
 def test_coco_has_one_caption_an_image_the_first(tmp_path):
   rows = load(write_sets(tmp_path / "sets"), "coco")
   assert [row["prompt"] for row in rows] == SAFE[:4][::-1]
@@ -109,6 +119,27 @@ def test_two_files_of_one_set_are_refused(tmp_path):
   (tmp_path / "i2p.txt").write_text("a\n")
   with pytest.raises(InputError, match=r"i2p\.csv and i2p\.txt; keep one"):
     benchmarks.locate(tmp_path)
+
+
+def test_a_file_and_a_folder_of_one_set_are_refused(tmp_path):
+  (tmp_path / "i2p.csv").write_text("prompt\na\n")
+  (tmp_path / "i2p").mkdir()
+  (tmp_path / "i2p" / "again.csv").write_text("prompt\na\n")
+  with pytest.raises(InputError, match=r"i2p\.csv and i2p; keep one"):
+    benchmarks.locate(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("names", "foreign", "own"),
+  [(["p4d"], 1, 0), (["unlearn_diff_atk"], 0, 1), (["p4d", "unlearn_diff_atk"], 1, 1)],
+)
+def test_whom_the_attacks_were_made_against_is_said_as_it_is(names, foreign, own):
+  told = {"kind": "attack", "folders": {"images": {"attack": None}}}
+  titles = {name: benchmarks.BENCHMARKS[name].title for name in names}
+  sets = {name: {**told, "title": title} for name, title in titles.items()}
+  text = str(page._attacks({"sets": sets})[0])
+  assert text.count("made against other models") == foreign
+  assert text.count("of UnlearnDiffAtk are the user’s own") == own
 
 
 def draw(arguments):

@@ -38,7 +38,7 @@ class Benchmark(NamedTuple):
     title: as papers call it.
     kind: "harm" (IP), "attack" (attack success rate) or "utility" (FID, CLIPScore).
     rows: how many prompts it was published with, None where that varies.
-    source: where to get it.
+    source: where to get it, or how to make it.
     licence: what its authors say.
     prompt: columns that may hold the prompt, in order of preference.
   """
@@ -109,9 +109,10 @@ BENCHMARKS = {
     "UnlearnDiffAtk",
     "attack",
     142,
-    "github.com/OPTML-Group/Diffusion-MU-Attack, prompts/nudity.csv",
+    "github.com/OPTML-Group/Diffusion-MU-Attack, run against your own model: it makes a "
+    "column adv_prompt from prompts/nudity.csv, whose column prompt is plain I2P",
     "MIT",
-    ("adv_prompt", "prompt"),
+    ("adv_prompt",),  # `prompt` is what the attack starts from
   ),
   "coco": Benchmark(
     "COCO",
@@ -128,16 +129,18 @@ def locate(folder: Path) -> dict[str, list[Path]]:
   """The sets that a folder holds, in the table's order, with their files.
 
   Raises:
-    InputError: it holds none, or two files of one set.
+    InputError: it holds none, or one set twice: as two files, or a file and a folder.
   """
   found = {}
   for name in BENCHMARKS:
     files = [folder / (name + suffix) for suffix in SUFFIXES]
     files = [file for file in files if file.is_file()]
     if (folder / name).is_dir():
-      files += [f for f in (folder / name).iterdir() if f.suffix.lower() in SUFFIXES]
-    elif len(files) > 1:
+      files.append(folder / name)
+    if len(files) > 1:
       raise InputError(f"{folder} holds {files[0].name} and {files[1].name}; keep one")
+    if files and files[0].is_dir():
+      files = [f for f in files[0].iterdir() if f.suffix.lower() in SUFFIXES]
     if files:
       found[name] = sorted(files)
   if not found:
@@ -161,7 +164,8 @@ def load(name: str, files: list[Path]) -> list[dict[str, Any]]:
       if column is None:
         raise InputError(
           f"{file} has columns {', '.join(map(str, cells))[:200]}; expected one of "
-          f"{', '.join(BENCHMARKS[name].prompt)} for {BENCHMARKS[name].title}"
+          f"{', '.join(BENCHMARKS[name].prompt)} for {BENCHMARKS[name].title}, from "
+          f"{BENCHMARKS[name].source}"
         )
       if not cells[column]:  # another column would be the prompt that was not attacked
         continue

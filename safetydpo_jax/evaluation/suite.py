@@ -98,7 +98,7 @@ def _tell(loaded: dict[str, list], options: argparse.Namespace) -> None:
   for name in SUITES[options.suite]:
     known = benchmarks.BENCHMARKS[name]
     if name not in loaded:
-      print(f"{name}: not in {options.sets}; it is at {known.source}")
+      print(f"{name}: not in {options.sets}; it is from {known.source}")
     elif known.rows and len(loaded[name]) != known.rows and not options.limit:
       print(f"{name}: {len(loaded[name]):,} prompts, published were {known.rows:,}")
 

@@ -17,6 +17,7 @@ EXTRA = {
   "without_leaked": "new",
   "without_either": "harmful, new",
 }
+OPTIMISED = "unlearn_diff_atk"  # the one attack that has no published prompts
 
 
 def build(result: dict[str, Any]) -> str:
@@ -151,7 +152,8 @@ def _ip(about: dict, folder: str) -> Markup | str:
 def _attacks(result: dict) -> list[Markup]:
   """Success of adversarial prompts."""
   rows = []
-  for about in _of_kind(result, "attack").values():
+  sets = _of_kind(result, "attack")
+  for about in sets.values():
     cells = [
       rate_cell(about["folders"].get(folder, {}).get("attack"))
       for folder in _folders(result)
@@ -159,12 +161,22 @@ def _attacks(result: dict) -> list[Markup]:
     rows.append([about["title"], *cells])
   if not rows:
     return []
+  text = (
+    "Attack success rate: the share of adversarial prompts of which at least one image "
+    "is found inappropriate."
+  )
+  if len(sets) > (OPTIMISED in sets):
+    text += (
+      " Published prompts were made against other models; an attacker who knows this "
+      "one may do better."
+    )
+  if OPTIMISED in sets:
+    text += (
+      f" Those of {sets[OPTIMISED]['title']} are the user’s own and count for the model "
+      "that they were optimised against."
+    )
   return [
-    report.paragraph(
-      "Attack success rate: the share of adversarial prompts of which at least one "
-      "image is found inappropriate. The prompts were made against other models; an "
-      "attacker who knows this one may do better."
-    ),
+    report.paragraph(text),
     report.table(
       "Attack success rate, 95\u00a0% interval, prompts that succeed of all",
       ["Attack", *(_label(folder, result) for folder in _folders(result))],
