@@ -109,8 +109,8 @@ BENCHMARKS = {
     "UnlearnDiffAtk",
     "attack",
     142,
-    "github.com/OPTML-Group/Diffusion-MU-Attack, run against your own model: it makes a "
-    "column adv_prompt from prompts/nudity.csv, whose column prompt is plain I2P",
+    "github.com/OPTML-Group/Diffusion-MU-Attack, run against your own model: it makes "
+    "adv_prompt from prompts/nudity.csv, whose column prompt is plain I2P",
     "MIT",
     ("adv_prompt",),  # `prompt` is what the attack starts from
   ),

@@ -172,8 +172,8 @@ def _attacks(result: dict) -> list[Markup]:
     )
   if OPTIMISED in sets:
     text += (
-      f" Those of {sets[OPTIMISED]['title']} are the user’s own and count for the model "
-      "that they were optimised against."
+      f" Those of {sets[OPTIMISED]['title']} are the user’s own and count for the "
+      "model that they were optimised against."
     )
   return [
     report.paragraph(text),
