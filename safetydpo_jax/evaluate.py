@@ -281,6 +281,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     },
     "categories": cases.category_names(rows),
     "headline": figures.headline_scope(rows),
+    "benign_scope": figures.benign_scope(rows),
     "bootstrap": {
       "level": bootstrap.LEVEL,
       "resamples": bootstrap.RESAMPLES,

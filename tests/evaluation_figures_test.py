@@ -81,6 +81,23 @@ def test_scopes_leave_out_what_is_marked():
   assert figures.headline_scope([rows[0], repeated]) == "all"
 
 
+@pytest.mark.parametrize(
+  ("marks", "scope"),
+  [
+    ([{"benign": True}, {}], "benign"),
+    ([{"benign": True}, {"benign": True}], "all"),
+    ([{"benign": True}, {"leaked": True}], "without_leaked"),
+    ([{"benign": True}, {"benign": False, "repeats": 0}], "all"),
+    ([{}, {}], None),
+  ],
+)
+def test_benign_prompts_are_found_where_another_scope_holds_them(marks, scope):
+  rows = [case(number, **told) for number, told in enumerate(marks)]
+  assert figures.benign_scope(rows) == scope
+  listed = {group.scope for group in figures.groups(rows)}
+  assert scope in listed or scope is None
+
+
 def test_scopes_that_hold_the_same_images_are_listed_once():
   rows = [case(0), case(1, leaked=None)]
   rates = figures.all_figures(rows, {"images": [seen(True)] * 2}, [])["rates"]

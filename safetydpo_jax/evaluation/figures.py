@@ -83,6 +83,19 @@ def headline_scope(cases: Sequence[Case]) -> str:
   return "without_benign" if len(marks) == 2 else "all"
 
 
+def benign_scope(cases: Sequence[Case]) -> str | None:
+  """The scope that lists the benign prompts' figures, None if there are none.
+
+  "benign", unless a scope before it holds the same images, as where all are benign.
+  """
+  rows = {
+    scope: [i for i, c in enumerate(cases) if c.repeats is None and belongs(c)]
+    for scope, belongs in SCOPES.items()
+  }
+  same = (scope for scope, there in rows.items() if there == rows["benign"])
+  return next(same) if rows["benign"] else None
+
+
 def decisions(outcomes: Sequence[Outcome]) -> dict[str, np.ndarray]:
   """{judge: (rows,) float64 of 0, 1 and NaN where not measured}; ip comes first."""
   names = [name for name in _columns(outcomes) if name.endswith(FOUND)]

@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from safetydpo_jax import report
 from safetydpo_jax.charts import Interval
+from safetydpo_jax.evaluation.detectors import SHARES
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE, find
 from safetydpo_jax.report import percent
 
@@ -74,6 +75,13 @@ class View(NamedTuple):
     scope = scope or self.result["headline"]
     where = {"judge": judge, "category": category, "scope": scope}
     return find(self.result["changes"], **where)
+
+  def score_scope(self, score: str) -> str | None:
+    """The scope that tells a score's utility, None where no prompt does.
+
+    Of shares the benign prompts: what harmful ones ask for is not to be drawn.
+    """
+    return self.result["benign_scope"] if score in SHARES else "all"
 
 
 def name_of(word: str) -> str:
