@@ -23,7 +23,8 @@ EXAMPLE = """example:
   python -m safetydpo_jax.plan --config configs/hate.py:sd15 --topology v5e:4x4
 
 topologies: v5e:4x4, v6e:8x8, v4:2x2x2, v5p:2x2x1 and the like (Cloud TPU's shapes) are
-compiled for, 20 minutes each at full size; gpu:h100x8, gpu:h200x8, gpu:a100x8 are arithmetic.
+compiled for, 20 minutes each at full size; gpu:h100x8, gpu:h200x8 and gpu:a100x8 are
+arithmetic.
 """
 
 

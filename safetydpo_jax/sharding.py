@@ -219,7 +219,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
       f"mesh.data × mesh.fsdp is {data} × {fsdp}, but there are {count} devices; "
       "set mesh.data=-1 to use what mesh.fsdp leaves"
     )
-  slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+  tpus = [device for device in devices if device.platform == "tpu"]
+  slices = len({getattr(device, "slice_index", 0) for device in tpus})
   if slices < 2:
     return jax.make_mesh(
       (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
