@@ -14,7 +14,7 @@ from PIL import Image
 from safetydpo_jax import evaluate, image_folders, sharding
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import listing, quality, scoring
+from safetydpo_jax.evaluation import command_line, listing, quality, scoring, webpage
 from safetydpo_jax.evaluation.page import headline
 from safetydpo_jax.evaluation.page.view import View
 from safetydpo_jax.metrics import clipscore, fid, q16
@@ -233,6 +233,21 @@ def test_the_same_folder_gives_the_same_json(drawn, tmp_path):
   first, _ = run(drawn, tmp_path / "a")
   second, _ = run(drawn, tmp_path / "b", "--batch_size", 3)
   assert everything(first) == everything(second)
+
+
+def test_a_run_that_stops_midway_leaves_no_figures_of_an_earlier_one(
+  drawn, tmp_path, monkeypatch
+):
+  run(drawn, tmp_path)
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(webpage, "write", stop)
+  with pytest.raises(KeyboardInterrupt):
+    run(drawn, tmp_path, reference=False)
+  assert (tmp_path / "images.csv").is_file()
+  assert not (tmp_path / "figures.json").exists()
 
 
 def test_no_order_of_rows_or_files_changes_the_json(gallery, tmp_path):
@@ -494,7 +509,7 @@ def test_the_example_of_the_help_works_as_written(drawn, tmp_path, monkeypatch, 
   shutil.copytree(drawn.images, tmp_path / "images")
   shutil.copytree(drawn.reference, tmp_path / "images" / "base")
   monkeypatch.chdir(tmp_path)
-  line = evaluate.EXAMPLE.replace("\\\n", " ").split()
+  line = command_line.EXAMPLE.replace("\\\n", " ").split()
   evaluate.main(line[line.index("safetydpo_jax.evaluate") + 1 :])
   assert (tmp_path / "report/report/index.html").is_file()
   assert "only reference" in capsys.readouterr().out

@@ -7,6 +7,7 @@ The sets are look-alikes: files of the published form that hold toy prompts. Wha
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ from safetydpo_jax import evaluate, generate
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import benchmarks, published, suite
 from safetydpo_jax.evaluation.page import suite as page
+from safetydpo_jax.metrics import fid
 from safetydpo_jax.toyworld import scenes
 from tests import browser
 from tests.galleries import read_rows, write_rows
@@ -156,9 +158,9 @@ def draw(arguments):
   (out / "generate.json").write_text(json.dumps(about))
 
 
-def run(tmp_path, monkeypatch, *more):
+def run(tmp_path, monkeypatch, *more, render=draw):
   """figures.json of a suite on the look-alikes."""
-  monkeypatch.setattr(generate, "main", draw)
+  monkeypatch.setattr(generate, "main", render)
   sets, out = tmp_path / "sets", tmp_path / "out"
   if not sets.exists():
     write_sets(sets)
@@ -189,6 +191,49 @@ def test_a_suite_measures_the_sets_that_are_there(tmp_path, monkeypatch, capsys)
   assert "coprov2: not in" in printed
   for name in sets:
     assert (tmp_path / "out" / name / "report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+  ("more", "message"),
+  [
+    (["--metrics", "fid,clip", "--detector", "q16"], "detector q16 needs --q16"),
+    (["--metrics", "ip,fid", "--inception", "no.pth"], r"no\.pth is not there"),
+    (["--fid_statistics", "no.npz"], r"no\.npz holds no readable FID statistics"),
+    (["--fid_statistics", "small.npz"], "has 8 features, FID's network has 2048"),
+    (["--fid_statistics", "empty"], "empty holds no images"),
+    (["--train", "no.csv"], r"no\.csv"),
+  ],
+)
+def test_what_the_last_set_lacks_is_said_before_the_first_is_rendered(
+  tmp_path, monkeypatch, more, message
+):
+  def render(arguments):
+    raise AssertionError("rendered")
+
+  folder = write_sets(tmp_path / "sets")
+  write_rows(folder / "coprov2.csv", [{"prompt": UNSAFE[0]}])
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "empty").mkdir()
+  np.savez("small.npz", mu=np.zeros(8), sigma=np.eye(8))
+  if "--fid_statistics" in more:
+    more = ["--metrics", "ip,fid", *more]
+    monkeypatch.setattr(fid, "load", lambda weights, per_device: fid.Fid({}, None))
+  with pytest.raises(InputError, match=message):
+    run(tmp_path, monkeypatch, "--lora", "merged", *more, render=render)
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_suite_that_stops_midway_leaves_no_table_of_an_earlier_one(
+  tmp_path, monkeypatch
+):
+  def stop(arguments):
+    raise KeyboardInterrupt
+
+  run(tmp_path, monkeypatch, "--limit", "1")
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, monkeypatch, "--limit", "2", render=stop)
+  assert (tmp_path / "out" / "prompts" / "i2p.csv").is_file()
+  assert not (tmp_path / "out" / "figures.json").exists()
 
 
 def test_without_a_lora_the_model_stands_alone(tmp_path, monkeypatch):

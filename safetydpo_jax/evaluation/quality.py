@@ -58,6 +58,28 @@ def together(statistics: fid.Statistics) -> fid.Statistics:
   return total
 
 
+def check_real(place: Path) -> None:
+  """Refuses real images that FID cannot be measured against, without looking at them.
+
+  Raises:
+    InputError: there are none, or the file is none of this network's statistics.
+  """
+  if place.is_dir():
+    _real_images(place)
+  elif (found := len(fid.Statistics.load(place).mu)) != len(fid.Statistics().mu):
+    raise InputError(
+      f"--fid_statistics {place} has {found} features, FID's network has "
+      f"{len(fid.Statistics().mu)}; make them with that network"
+    )
+
+
+def _real_images(folder: Path) -> list[Path]:
+  files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
+  if not files:
+    raise InputError(f"--fid_statistics {folder} holds no images")
+  return files
+
+
 def of_real(
   place: Path, model: fid.Fid, size: int, out: Path
 ) -> tuple[fid.Statistics, dict[str, Any]]:
@@ -78,9 +100,7 @@ def of_real(
   """
   if not place.is_dir():
     return fid.Statistics.load(place), provenance.describe(place)
-  files = sorted(f for f in place.rglob("*") if f.suffix.lower() in _SUFFIXES)
-  if not files:
-    raise InputError(f"--fid_statistics {place} holds no images")
+  files = _real_images(place)
   host, hosts = jax.process_index(), jax.process_count()
   own = files[host::hosts]
   statistics, digests = fid.Statistics(), []

@@ -24,12 +24,20 @@ from typing import Any
 import jax
 
 from safetydpo_jax import sharding
+from safetydpo_jax.data import layouts
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import benchmarks, published, webpage
+from safetydpo_jax.evaluation import (
+  benchmarks,
+  detectors,
+  published,
+  quality,
+  webpage,
+)
 from safetydpo_jax.evaluation.bootstrap import wilson
 from safetydpo_jax.evaluation.figures import DIGITS, find
 from safetydpo_jax.evaluation.page import suite as page
 from safetydpo_jax.formats import manifest
+from safetydpo_jax.metrics import fid
 
 SUITES = {
   "safety": tuple(benchmarks.BENCHMARKS),
@@ -59,16 +67,20 @@ def run(
   loaded = {name: benchmarks.load(name, paths) for name, paths in files.items()}
   if options.limit:
     loaded = {name: rows[: options.limit] for name, rows in loaded.items()}
+  todo = {name: _options_of(name, options) for name in loaded}
+  _check(todo)
   if jax.process_index() == 0:
     _tell(loaded, options)
     (options.out / "prompts").mkdir(parents=True, exist_ok=True)
+    # An earlier run's table would stand for sets that this one did not come to.
+    (options.out / "figures.json").unlink(missing_ok=True)
     for name, rows in loaded.items():
       benchmarks.write(options.out / "prompts" / f"{name}.csv", rows)
   sharding.wait_for_hosts("the prompts are there")
 
   sets = {}
   for name, rows in loaded.items():
-    one = _options_of(name, options)
+    one = todo[name]
     for folder in [one.reference, one.images] if options.lora else [one.images]:
       generate(_arguments(options, one.prompts, folder, folder == one.reference))
     result = measure(one)
@@ -88,9 +100,29 @@ def run(
     "versions": manifest.versions(),
   }
   if jax.process_index() == 0:
-    manifest.write_json(options.out / "figures.json", result)
     webpage.write(options.out, page.build(result))
+    manifest.write_json(options.out / "figures.json", result)  # last, as of each set
   return result
+
+
+def _check(todo: dict[str, argparse.Namespace]) -> None:
+  """Reads what measuring will: what is missing is said before hours of rendering.
+
+  The sets' options differ in their metrics, not in whose weights those take: what all
+  of them need is read once.
+
+  Raises:
+    InputError: weights, packages, statistics or training pairs are missing or damaged.
+  """
+  every = copy.copy(next(iter(todo.values())))
+  every.metrics = list(dict.fromkeys(m for one in todo.values() for m in one.metrics))
+  detectors.load(every)
+  if "fid" in every.metrics:
+    fid.load(every.inception, per_device=every.batch_size)
+    if every.fid_statistics:
+      quality.check_real(every.fid_statistics)
+  for train in {one.train for one in todo.values() if one.train}:
+    layouts.read_official(train)
 
 
 def _tell(loaded: dict[str, list], options: argparse.Namespace) -> None:
