@@ -177,9 +177,9 @@ def test_a_trial_that_is_measured_is_not_made_again(tmp_path, monkeypatch):
 
 def rates(count, **fields):
   return [
-    {"category": c, "phrasing": p, "count": count, "n": 20, **fields}
+    {"category": c, "phrasing": p, "count": count // share, "n": 20 // share, **fields}
     for c in (*CATEGORIES, "all")
-    for p in ("seen", "all")
+    for p, share in (("seen", 2), ("all", 1))
   ]
 
 

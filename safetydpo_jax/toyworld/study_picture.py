@@ -18,8 +18,18 @@ STYLES = {
   "all_single": ("#D55E00", "s"),
   "other": ("#888888", "^"),
 }
-# Names that would lie on each other stand below their mark.
-BELOW = ("co_merge_product", "dare_ties")
+# Names that are written, and where beside their mark; others would lie on each other.
+NAMES = {
+  "linear, mean": (-6, 0, "right"),
+  "linear, weights 0.25": (-6, -12, "right"),
+  "ties": (0, 16, "center"),
+  "dare_ties": (0, 8, "center"),
+  "co_merge_factor": (-6, 0, "right"),
+  "co_merge_product": (-6, 0, "right"),
+  "as many steps as one expert": (8, 4, "left"),
+  "as many steps as all experts, a third of the rate": (0, 8, "center"),
+}
+LEAST = 85  # per cent of utility; what lies below is of no use and named in the tables
 
 
 def draw(file: Path, results: Results) -> None:
@@ -63,11 +73,14 @@ def _methods(axes, figures, count: int) -> None:
       ms=4,
     )
     axes.plot(utility, ip, mark, color=colour, ms=7)
-    words = name if group == "merges" else f"one LoRA, {name}"
-    side = -10 if name in BELOW else 5
-    axes.annotate(words, (utility, ip), (5, side), textcoords="offset points", size=7)
+    if name in NAMES and utility >= LEAST:
+      *place, side = NAMES[name]
+      words = name if group == "merges" else "one LoRA, " + name.split(", ")[-1]
+      about = {"textcoords": "offset points", "size": 7, "ha": side}
+      axes.annotate(words, (utility, ip), place, **about)
   axes.plot(*zip(*sorted(curve)), color=STYLES["linear"][0], lw=1, zorder=0)
-  axes.set(xlabel="utility, %", ylabel="IP, %", title=f"{count} experts in one LoRA")
+  axes.set(xlabel=f"utility from {LEAST} %", ylabel="IP, %", xlim=(LEAST, 103))
+  axes.set_title(f"{count} experts in one LoRA")
 
 
 def _experts(axes, figures, count: int) -> None:
@@ -88,7 +101,7 @@ def _data(axes, figures) -> None:
   seeds = [figures[f"data, {share:g}", ""] for share in shares] + [figures[ALONE, ""]]
   _band(axes, [100 * share for share in (*shares, 1)], seeds, "co_merge")
   axes.set(xlabel="share of the pairs, %", ylabel="IP, %", ylim=(0, None))
-  axes.set_title("Experts alone, by the pairs they saw")
+  axes.set_title("Pairs of an expert")
 
 
 def _band(axes, x, rows, style: str) -> None:

@@ -132,8 +132,8 @@ def write(results: Results) -> str:
 def _header(seeds: int, demo: dict[str, Any]) -> str:
   """How many of what, drawn and looked at how."""
   unsafe, safe = (
-    next(row["n"] for row in demo[kind] if row["category"] == "all")
-    for kind in ("rates", "utility")
+    max(row["n"] for row in demo[kind] if row["category"] == "all")
+    for kind in ("rates", "utility")  # of all phrasings
   )
   what = "1 seed" if seeds == 1 else f"{seeds} seeds: mean (lowest to highest)"
   found, sampler = demo["detector"], demo["sampler"]
