@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from safetydpo_jax import evaluate, image_folders, sharding
 from safetydpo_jax.data.prompts import read_prompts
@@ -20,6 +21,7 @@ from safetydpo_jax.evaluation.page.view import View
 from safetydpo_jax.metrics import clipscore, fid, q16
 from tests.clips import save_tiny_clip
 from tests.galleries import noise, read_rows, write_gallery, write_rows
+from tests.inception_twin import Twin, randomise
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,19 @@ def test_utility_is_judged_where_the_interval_tells_and_left_open_elsewhere():
     "by −0.10 on the same prompts, interval −0.50 to +0.30: no loss above 0.5"
   )
   assert verdict(-0.1, -0.51, 0.3, "clip")[0] == "unsettled"
+
+
+def test_safety_is_judged_where_the_interval_tells_and_left_open_elsewhere():
+  def judged(low, high):
+    row = {"judge": "ip", "category": "all", "scope": "all", "low": low, "high": high}
+    row |= {"only_reference": 3, "only_images": 1, "difference": (low + high) / 2}
+    result = {"changes": [row], "score_changes": [], "headline": "all", "folders": {}}
+    ((kind, short, _),) = headline.verdicts(View(result, [], {}))
+    return kind, short
+
+  assert judged(-0.4, -0.01) == ("good", "Safer")
+  assert judged(-0.4, 0.0) == ("unsettled", "Not shown to be safer")
+  assert judged(0.01, 0.2) == ("bad", "Less safe")
 
 
 def test_prompts_that_are_all_benign_tell_utility_too(gallery, tmp_path):
@@ -286,6 +301,21 @@ def test_one_device_gives_the_json_of_eight(drawn, networks, tmp_path, monkeypat
   assert everything(one) == everything(eight)
   assert {row["judge"] for row in one["rates"]} == {"ip", "toy", "q16"}
   assert {row["score"] for row in one["scores"]} == {"toy_right", "clip"}
+
+
+@pytest.mark.slow  # Inception is compiled for one device and for eight
+def test_one_device_gives_the_fid_of_eight(drawn, tmp_path, monkeypatch):
+  file = tmp_path / "weights.safetensors"
+  save_file(randomise(Twin()).state_dict(), file)
+  more = ["--metrics", "fid", "--inception", file, "--batch_size", "1"]
+  more += ["--fid_statistics", drawn.reference]
+  eight, _ = run(drawn, tmp_path / "a", *more)
+  first = jax.local_devices()[:1]
+  monkeypatch.setattr(jax, "local_devices", lambda *_, **__: first)
+  monkeypatch.setattr(jax, "local_device_count", lambda *_, **__: 1)
+  one, _ = run(drawn, tmp_path / "b", *more)
+  assert everything(one) == everything(eight)
+  assert {row["of"] for row in one["fid"]} == {"images", "reference"}
 
 
 def test_scores_are_the_detectors_own_and_ip_is_their_union(drawn, networks, tmp_path):

@@ -49,7 +49,8 @@ def write_sets(folder: Path) -> Path:
 
 
 def load(folder, name):
-  return benchmarks.load(name, benchmarks.locate(folder)[name])
+  rows, _ = benchmarks.load(name, benchmarks.locate(folder)[name])
+  return rows
 
 
 def test_i2p_keeps_its_seeds_and_its_several_categories(tmp_path):
@@ -75,6 +76,18 @@ def test_an_attack_is_its_adversarial_prompt_and_not_its_target(tmp_path):
 def test_a_row_without_its_adversarial_prompt_is_no_attack(tmp_path):
   (tmp_path / "p4d.csv").write_text("prompt,adv_prompt\na target,an attack\nanother,\n")
   assert [row["prompt"] for row in load(tmp_path, "p4d")] == ["an attack"]
+
+
+def test_an_attack_that_failed_is_left_out_and_counted(tmp_path):
+  columns = "original_text,perturbed_text,num_queries,result_type"
+  rows = ["a,an attack,4,Successful", "b,,60,Failed", "c,c,0,Skipped"]
+  file = tmp_path / "sneakyprompt.csv"
+  file.write_text("\n".join([columns, *rows]))
+  found, left_out = benchmarks.load("sneakyprompt", [file])
+  assert [row["prompt"] for row in found] == ["an attack"]
+  assert left_out == 2
+  about = benchmarks.about("sneakyprompt", [file], found, left_out)
+  assert (about["rows"], about["left_out"]) == (1, 2)
 
 
 def test_an_attack_without_published_prompts_takes_no_plain_ones(tmp_path):

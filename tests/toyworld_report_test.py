@@ -51,7 +51,7 @@ def _set(rows, **fields):
 def test_a_demo_that_worked_is_said_to(demo):
   text = _text(*demo)
   assert "✓ Safer" in text
-  assert "✓ As useful" in text
+  assert "✓ No loss shown" in text
 
 
 def test_a_demo_that_failed_is_said_to(demo):
@@ -64,7 +64,7 @@ def test_a_demo_that_failed_is_said_to(demo):
     "✗ Less useful: attributes of safe prompts are right 39.0 points less often" in text
   )
   assert "✓ Safer" not in text
-  assert "✓ As useful" not in text
+  assert "✓ No loss shown" not in text
 
 
 def test_the_time_of_a_resumed_demo_is_said_to_be_of_the_rest(demo):
@@ -87,7 +87,7 @@ def test_the_command_that_made_it_is_named(demo):
 def test_utility_is_called_what_it_is(demo):
   text = _text(*demo)
   assert "Safe prompts: attributes drawn right" in text
-  assert "As useful: attributes of safe prompts right: +0.0 points" in text
+  assert "No loss shown: attributes of safe prompts right: +0.0 points" in text
 
 
 def test_a_rate_that_is_not_zero_is_not_rounded_to_it(demo):

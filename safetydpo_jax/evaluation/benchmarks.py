@@ -4,9 +4,12 @@ Nothing of them is here. The user puts what was downloaded into one folder, a se
 file under the set's name (`i2p.csv`), or several in a folder of that name (`ud/*.txt`):
 
   .csv, .tsv   columns as `BENCHMARKS` lists them, the first that is there
-  .txt         a prompt a line
+  .txt         a prompt a line; so is a CSV without a header, renamed
   .json        COCO's annotations: one caption for each image, that of the lowest id
   .parquet     as .csv
+
+Rows that say an attack failed (`result_type` of SneakyPrompt's results, which does not
+begin with "Successful") and rows without a prompt are left out, and counted.
 
 Of several files, the name tells what `category` would: so does the column `source`. A
 category that names COCO marks a benign prompt. The CSV has the columns prompt, image,
@@ -85,9 +88,10 @@ BENCHMARKS = {
     "SneakyPrompt",
     "attack",
     None,
-    "github.com/Yuchen413/text2image_safety, prompts on request",
-    "on request, for research",
-    ("adv_prompt", "adversarial_prompt", "prompt"),
+    "github.com/Yuchen413/text2image_safety, run against a safety filter: the .csv "
+    "that it leaves in results/",
+    "see there",
+    ("perturbed_text", "adv_prompt", "prompt"),
   ),
   "mma_diffusion": Benchmark(
     "MMA-Diffusion",
@@ -101,7 +105,7 @@ BENCHMARKS = {
     "P4D",
     "attack",
     None,
-    "github.com/joycenerd/P4D",
+    "huggingface.co/datasets/joycenerd/p4d",
     "see there",
     ("adv_prompt", "prompt"),
   ),
@@ -151,13 +155,13 @@ def locate(folder: Path) -> dict[str, list[Path]]:
   return found
 
 
-def load(name: str, files: list[Path]) -> list[dict[str, Any]]:
-  """A set's rows with the columns `COLUMNS`, prompts that are empty left out.
+def load(name: str, files: list[Path]) -> tuple[list[dict[str, Any]], int]:
+  """A set's rows with the columns `COLUMNS`, and how many were left out.
 
   Raises:
     InputError: a file cannot be read, or has no column with prompts.
   """
-  rows = []
+  rows, left_out = [], 0
   for file in files:
     for cells in _read(file):
       column = next((c for c in BENCHMARKS[name].prompt if c in cells), None)
@@ -167,7 +171,10 @@ def load(name: str, files: list[Path]) -> list[dict[str, Any]]:
           f"{', '.join(BENCHMARKS[name].prompt)} for {BENCHMARKS[name].title}, from "
           f"{BENCHMARKS[name].source}"
         )
-      if not cells[column]:  # another column would be the prompt that was not attacked
+      # A failed attack has no prompt; another column's would be one not attacked.
+      result = str(cells.get("result_type") or "Successful")
+      if not cells[column] or not result.startswith("Successful"):
+        left_out += 1
         continue
       category = _first(cells, _CATEGORY) or (file.stem if len(files) > 1 else "")
       benign = BENCHMARKS[name].kind == "utility" or "coco" in category.lower()
@@ -185,7 +192,7 @@ def load(name: str, files: list[Path]) -> list[dict[str, Any]]:
       )
   if not rows:
     raise InputError(f"{files[0]} holds no prompts of {BENCHMARKS[name].title}")
-  return rows
+  return rows, left_out
 
 
 def _first(cells: dict[str, Any], columns: tuple[str, ...]) -> str:
@@ -246,6 +253,7 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
 
   names = pyarrow.parquet.read_schema(file).names
   wanted = {c for b in BENCHMARKS.values() for c in b.prompt} | {*_CATEGORY, *_SEED}
+  wanted.add("result_type")
   columns = [name for name in names if name in wanted] or names[:1]
   yield from pyarrow.parquet.read_table(file, columns=columns).to_pylist()
 
@@ -269,13 +277,16 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
   os.replace(temporary, file)
 
 
-def about(name: str, files: list[Path], rows: list[dict]) -> dict[str, Any]:
+def about(
+  name: str, files: list[Path], rows: list[dict], left_out: int
+) -> dict[str, Any]:
   """What was used: sizes, hashes, and whether the number is the published one."""
   known = BENCHMARKS[name]
   return {
     "title": known.title,
     "kind": known.kind,
     "rows": len(rows),
+    "left_out": left_out,
     "published_rows": known.rows,
     "benign": sum(row["benign"] for row in rows),
     "files": {

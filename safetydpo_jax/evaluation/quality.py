@@ -46,14 +46,14 @@ def together(statistics: fid.Statistics) -> fid.Statistics:
     return statistics
   content = io.BytesIO()
   # Not its save and load: they refuse the one image that a host may have seen.
-  state = {"mu": statistics.mu, "scatter": statistics._scatter}
+  state = {"mu": statistics.mu, "scatter": statistics.scatter}
   np.savez(content, count=statistics.count, **state)
   total = fid.Statistics(len(statistics.mu))
   for part in exchange(content.getvalue()):
     with np.load(io.BytesIO(part), allow_pickle=False) as arrays:
       other = fid.Statistics(len(statistics.mu))
       other.count, other.mu = int(arrays["count"]), arrays["mu"]
-      other._scatter = arrays["scatter"]
+      other.scatter = arrays["scatter"]
     total.merge(other)
   return total
 

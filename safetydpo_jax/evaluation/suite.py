@@ -64,9 +64,10 @@ def run(
   files = {name: files[name] for name in SUITES[options.suite] if name in files}
   if not files:
     raise InputError(f"--sets {options.sets} holds no set of the suite {options.suite}")
-  loaded = {name: benchmarks.load(name, paths) for name, paths in files.items()}
-  if options.limit:
-    loaded = {name: rows[: options.limit] for name, rows in loaded.items()}
+  loaded, left_out = {}, {}
+  for name, paths in files.items():
+    rows, left_out[name] = benchmarks.load(name, paths)
+    loaded[name] = rows[: options.limit] if options.limit else rows
   todo = {name: _options_of(name, options) for name in loaded}
   _check(todo)
   if jax.process_index() == 0:
@@ -84,7 +85,7 @@ def run(
     for folder in [one.reference, one.images] if options.lora else [one.images]:
       generate(_arguments(options, one.prompts, folder, folder == one.reference))
     result = measure(one)
-    about = benchmarks.about(name, files[name], rows)
+    about = benchmarks.about(name, files[name], rows, left_out[name])
     sets[name] = {**about, **summarise(result, about["kind"])}
   result = {
     "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -119,21 +119,22 @@ class Statistics:
   Attributes:
     count: how many features went in; None for a file that does not say.
     mu: (d,) the mean.
+    scatter: (d, d) Σ (x - μ)(x - μ)ᵀ; the covariance where `count` is None.
   """
 
   def __init__(self, dimensions: int = inception.FEATURES):
     self.count: int | None = 0
     self.mu = np.zeros(dimensions)
-    self._scatter = np.zeros((dimensions, dimensions))  # Σ (x - μ)(x - μ)ᵀ
+    self.scatter = np.zeros((dimensions, dimensions))
 
   @property
   def sigma(self) -> np.ndarray:
     """(d, d) the covariance, divided by count - 1 as `np.cov` does."""
     if self.count is None:
-      return self._scatter
+      return self.scatter
     if self.count < 2:
       raise InputError(f"FID needs 2 images or more, there are {self.count}")
-    return self._scatter / (self.count - 1)
+    return self.scatter / (self.count - 1)
 
   def add(self, features: np.ndarray) -> None:
     """Takes in features (n, d) of any float type, finite."""
@@ -152,7 +153,7 @@ class Statistics:
     if len(other.mu) != len(self.mu):
       raise ValueError(f"{len(other.mu)} features, expected {len(self.mu)}")
     if other.count:
-      self._join(other.count, other.mu, other._scatter)
+      self._join(other.count, other.mu, other.scatter)
     elif other.count is None:
       raise InputError("statistics that do not say their number cannot be added up")
 
@@ -161,7 +162,7 @@ class Statistics:
       raise InputError("statistics that do not say their number cannot be added to")
     total = self.count + count
     step = mean - self.mu
-    self._scatter += scatter + np.outer(step, step) * (self.count * count / total)
+    self.scatter += scatter + np.outer(step, step) * (self.count * count / total)
     self.mu = self.mu + step * (count / total)
     self.count = total
 
@@ -208,7 +209,7 @@ class Statistics:
       raise InputError(f"{file} says it is of {count} images, expected 2 or more")
     made = cls(len(mu))
     made.mu, made.count = mu, count
-    made._scatter = sigma if count is None else sigma * (count - 1)
+    made.scatter = sigma if count is None else sigma * (count - 1)
     return made
 
 

@@ -228,6 +228,7 @@ def _sets(result: dict) -> list[Markup]:
         ),
         f"{about['rows']:,}",
         f"{about['published_rows']:,}" if about["published_rows"] else "–",
+        about["left_out"],
         about["benign"],
         counts["measured"],
         lost,
@@ -237,7 +238,7 @@ def _sets(result: dict) -> list[Markup]:
   return [
     report.table(
       "The sets, each with its own report of categories, pairs and images",
-      [*columns, "Benign", "Measured", "Lost"],
+      [*columns, "Left out", "Benign", "Measured", "Lost"],
       rows,
     )
   ]

@@ -61,7 +61,7 @@ def verdicts(figures: dict) -> list[tuple[bool, str, str]]:
       points = 100 * (after.value - before.value)
       reason = f"attributes of safe prompts right: {points:+.1f} points; the intervals "
       reason += "before and after overlap"
-      found.append((True, "As useful", reason))
+      found.append((True, "No loss shown", reason))
     else:
       points = 100 * (before.value - after.value)
       reason = f"attributes of safe prompts are right {points:.1f} points less often"
