@@ -17,7 +17,13 @@ from safetydpo_jax import run_config, sharding, train
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats.manifest import versions, write_json
 from safetydpo_jax.planning import measure, roofline
-from safetydpo_jax.planning.chips import GIB, Topology, read_topology, tpu_devices
+from safetydpo_jax.planning.chips import (
+  GIB,
+  Topology,
+  keep_to_the_compiler,
+  read_topology,
+  tpu_devices,
+)
 
 EXAMPLE = """example:
   python -m safetydpo_jax.plan --config configs/hate.py:sd15 --topology v5e:4x4
@@ -207,6 +213,7 @@ def describe(plan: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
   """Reads the config, compiles or counts, prints."""
   options, config = parse_arguments(arguments)
+  keep_to_the_compiler()
   topology = read_topology(options.topology)
   sharding.use_precision(config.dtype)
   note = settle_batch(config, topology)

@@ -11,6 +11,8 @@ import os
 import re
 from typing import Any
 
+import jax
+
 from safetydpo_jax.errors import InputError
 
 GIB = 2**30
@@ -103,6 +105,17 @@ def read_topology(text: str) -> Topology:
   return Topology(text.lower(), chip, count, shape if chip.shape else "")
 
 
+def keep_to_the_compiler() -> None:
+  """Leaves the machine's accelerators alone; to be called before JAX looks for them."""
+  jax.config.update("jax_platforms", "cpu")
+  # libtpu would ask a TPU machine's metadata for these, and complain for minutes.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_WORKER_ID", "0")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+
+
 def tpu_devices(topology: Topology) -> list[Any]:
   """Devices that can be compiled for, and nothing else.
 
@@ -111,12 +124,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
   """
   from jax.experimental import topologies
 
-  # libtpu would ask a TPU machine's metadata for these, and complain for minutes.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("TPU_WORKER_ID", "0")
-  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-  os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+  keep_to_the_compiler()
   if not (os.environ.get("TPU_LIBRARY_PATH") or _has_libtpu()):
     raise InputError(
       f"--topology {topology.name} needs the TPU compiler, which is not installed; "
