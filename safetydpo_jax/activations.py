@@ -21,6 +21,7 @@ from safetydpo_jax.data.batches import Draw
 from safetydpo_jax.data.records import PairCache
 from safetydpo_jax.formats.pipeline import Pipeline
 from safetydpo_jax.lora import Tree
+from safetydpo_jax.models.flash import OnMesh
 from safetydpo_jax.models.layers import low_rank_input
 
 COLLECTION = "activations"
@@ -88,6 +89,8 @@ def make_measure(
     the same on every host.
   """
   scaling_factor, schedule = pipeline.scaling_factor, pipeline.schedule
+  place = OnMesh(pipeline.unet.attention, mesh, sharding.BATCH)
+  unet = pipeline.unet.clone(attention=place)
 
   def draw(pair, timestep, moments):  # moments (2, h, w, 2c)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair), timestep)
@@ -114,7 +117,7 @@ def make_measure(
     def one_expert(lora):
       variables = {"params": params["unet"], "lora": lora}
       with nn.intercept_methods(_capture):
-        _, state = pipeline.unet.apply(
+        _, state = unet.apply(
           variables, noisy, timesteps, context, added_cond, mutable=[COLLECTION]
         )
       return state[COLLECTION]
