@@ -63,7 +63,7 @@ def watch_preemption() -> Iterator[Callable[[int], bool]]:
     asked(step): whether to save after this step and leave. True on every host at the
     same step, a step or more after any of them was told; call it on every host at
     every step. One process is told by the signal; several by the coordination service,
-    if `sharding.initialize_hosts` was called with preemption=True.
+    if `hosts.initialize` was called with preemption=True.
   """
   if jax.distributed.is_initialized():
     yield multihost_utils.reached_preemption_sync_point

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from etils import epath
 from tqdm import tqdm
 
-from safetydpo_jax import conditioning, moments, sharding
+from safetydpo_jax import conditioning, hosts, moments, sharding
 from safetydpo_jax.data import categories, layouts, places, records, shards, sheet
 from safetydpo_jax.data.pairs import SourcePair, fingerprint
 from safetydpo_jax.errors import InputError, run_command
@@ -69,7 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--variant", help='of the weight files, for example "fp16"')
   add("--stats", metavar="PNG", help="draw a sheet of random pairs and of the counts")
   add("--no_blur", action="store_true", help="show the sheet's images sharply")
-  sharding.add_host_arguments(parser)
+  hosts.add_arguments(parser)
   options = parser.parse_args(arguments)
   if bool(options.model) != bool(options.out) or not (options.out or options.stats):
     parser.error("--model and --out are needed together, or --stats alone")
@@ -207,7 +207,7 @@ def make_records(
 def main(arguments: list[str] | None = None) -> None:
   """Reads, encodes, completes: in the order things happen."""
   arguments = parse_arguments(arguments)
-  sharding.initialize_hosts()
+  hosts.initialize()
   pairs, counts, skipped = select_pairs(arguments)
   if arguments.stats and jax.process_index() == 0:
     picture = sheet.draw_sheet(pairs, counts, blur=not arguments.no_blur)
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
   if finished:
     print(f"{out} is complete already: {len(pairs) - lost} pairs")
     return
-  sharding.wait_for_hosts("the cache's folder is there")
+  hosts.wait_for_all("the cache's folder is there")
 
   token_ids, empty_token_ids, counts["truncated"] = moments.tokenize(pipeline, pairs)
   fields = shards.record_fields(settings["latent_shape"], *empty_token_ids.shape)
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
       )
       rows = zip(encoded, token_ids[block], pairs[block])
       shards.write_shard(file, make_records(file, rows, fields, faults))
-  sharding.wait_for_hosts("all shards are there")
+  hosts.wait_for_all("all shards are there")
 
   if jax.process_index() == 0:
     side = settings["resolution"]

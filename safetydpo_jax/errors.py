@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 
 # If every host has met the same error they leave together; if not, the others are ended
-# by the coordination service, `sharding.HEARTBEAT_SECONDS` after this one has gone.
+# by the coordination service, `hosts.HEARTBEAT_SECONDS` after this one has gone.
 LEAVE_SECONDS = 10
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 
-from safetydpo_jax import generate, image_folders, sharding
+from safetydpo_jax import generate, hosts, image_folders, sharding
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.evaluation import (
@@ -225,7 +225,7 @@ def write(
 def main(arguments: list[str] | None = None) -> None:
   """Reads, measures, writes, prints."""
   options = parse_arguments(arguments)
-  sharding.initialize_hosts()
+  hosts.initialize()
   sharding.use_precision("float32")
   if options.suite:
     suite.run(options, generate.main, evaluate)

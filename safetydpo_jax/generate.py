@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from safetydpo_jax import image_folders, samplers, sharding
+from safetydpo_jax import hosts, image_folders, samplers, sharding
 from safetydpo_jax import lora as lora_lib
 from safetydpo_jax.data.prompts import Row, read_prompts
 from safetydpo_jax.errors import InputError, run_command
@@ -83,7 +83,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   add("--dtype", default="float32", choices=["float32", "bfloat16"])
   add("--variant", help='of the model\'s files, for example "fp16"')
   add("--no_blur", action="store_true", help="show the sheet's images sharply")
-  sharding.add_host_arguments(parser)
+  hosts.add_arguments(parser)
   return parser.parse_args(arguments)
 
 
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
   options = parse_arguments(arguments)
   if options.compare and not options.lora:
     raise InputError("--compare sets images beside the base model's; it needs --lora")
-  sharding.initialize_hosts()
+  hosts.initialize()
   sharding.use_precision(options.dtype)
   rows = read_prompts(options.prompts, options.out)  # first: the model takes long
   pipeline = mend_schedule(
@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
   image_folders.check_names(folders)
   for folder in folders:
     image_folders.check(folder)
-  sharding.wait_for_hosts("every host has seen the folders")
+  hosts.wait_for_all("every host has seen the folders")
   if jax.process_index() == 0:
     for folder in folders:
       image_folders.begin(folder)
@@ -249,9 +249,9 @@ def main(arguments: list[str] | None = None) -> None:
   renderer = make_renderer(
     pipeline, options.sampler, options.steps, options.guidance_rescale, mesh
   )
-  host, hosts = jax.process_index(), jax.process_count()
+  host, count = jax.process_index(), jax.process_count()
   shares = [
-    [row for row in list(dict.fromkeys(f.rows))[host::hosts] if not row.file.exists()]
+    [row for row in list(dict.fromkeys(f.rows))[host::count] if not row.file.exists()]
     for f in folders
   ]
   devices = jax.local_device_count()
@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
       for row, image in images:
         save_image(row.file, image)
         progress.update()
-  sharding.wait_for_hosts("all images are there")
+  hosts.wait_for_all("all images are there")
 
   if jax.process_index() == 0:
     image_folders.write_sheet(folders, blur=not options.no_blur)

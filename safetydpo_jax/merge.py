@@ -21,7 +21,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 
-from safetydpo_jax import activations, calibration, comerge, experts, merging, sharding
+from safetydpo_jax import (
+  activations,
+  calibration,
+  comerge,
+  experts,
+  hosts,
+  merging,
+  sharding,
+)
 from safetydpo_jax import lora as lora_lib
 from safetydpo_jax.data import records
 from safetydpo_jax.data.categories import CATEGORIES
@@ -119,7 +127,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
   group("--batch_size", type=int, help="pairs per device (default: 2)")
   group("--experts_at_once", type=int, help="that share a UNet call (default: 1)")
   group("--dtype", choices=["float32", "bfloat16"], help="default: float32")
-  sharding.add_host_arguments(parser)
+  hosts.add_arguments(parser)
   return parser.parse_args(arguments)
 
 
@@ -227,7 +235,7 @@ def measure(
     statistics.read_activations(folder, this.lora, this.sha256, about, inputs)
     for this in loaded
   ]
-  sharding.wait_for_hosts("every host has seen the statistics")
+  hosts.wait_for_all("every host has seen the statistics")
   missing = [n for n, tree in enumerate(found) if tree is None]
   if jax.process_index() == 0:
     print(f"{len(missing)} experts on {inputs} inputs of {', '.join(categories)}")
@@ -272,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
   options = parse_arguments(arguments)
   names = options.experts.split(",")
   check_options(options)
-  sharding.initialize_hosts()
+  hosts.initialize()
   sharding.use_precision(options.dtype or "float32")
   check_out(options.out, names)
   if "weights" in OPTIONS[options.method]:

@@ -1,27 +1,17 @@
-"""Devices as a mesh ('data', 'fsdp'), where each array lives on it, and many hosts.
+"""Devices as a mesh ('data', 'fsdp'), and where each array lives on it.
 
 The batch is split over both axes; the LoRA and the optimizer's state are replicated
 (under 30 MB); base weights are replicated unless `mesh.fsdp` > 1 splits them. Then the
 only communication of a step is one all-reduce of the LoRA gradients, plus, with fsdp,
 one gather of each split weight where it is read.
-
-A job is one process on each host (on Slurm one for each task), all running the same
-command. They find each other through JAX's coordination service, which ends all of
-them when one is gone: after HEARTBEAT_SECONDS at the latest.
 """
 
-import argparse
-import itertools
-import os
 import re
-import sys
-import threading
 from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax.linen import Partitioned
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import mesh_utils
@@ -39,160 +29,6 @@ BASE_RULES = (
   (r"embedding$", PartitionSpec("fsdp")),
   (r"", REPLICATED),
 )
-
-CONNECT_SECONDS = 300  # hosts of a slice come up minutes apart
-HEARTBEAT_SECONDS = 100  # a host that was silent for so long is gone
-# A host may be hours behind the others, with a slow disk or more to encode; one that is
-# gone ends the wait by its heartbeat.
-BARRIER_SECONDS = 24 * 3600
-
-# What says by hand who the hosts are, each a flag of every command and a variable.
-HOST_VARIABLES = {
-  "--coordinator_address": ("JAX_COORDINATOR_ADDRESS", "HOST:PORT", "of process 0"),
-  "--num_processes": ("JAX_NUM_PROCESSES", "N", "how many there are"),
-  "--process_id": ("JAX_PROCESS_ID", "I", "which this is, from 0"),
-}
-_BARRIERS = itertools.count()  # the service takes a barrier's name once
-
-
-class _SetVariable(argparse.Action):
-  """A flag that stands for an environment variable."""
-
-  def __call__(self, parser, namespace, value, option_string=None):
-    os.environ[HOST_VARIABLES[option_string][0]] = value
-
-
-def add_host_arguments(parser: argparse.ArgumentParser) -> None:
-  """The flags of `HOST_VARIABLES`; they are read by `initialize_hosts`."""
-  group = parser.add_argument_group(
-    "several processes", "found by themselves on TPU pods and under srun; else all of"
-  )
-  for flag, (variable, metavar, what) in HOST_VARIABLES.items():
-    group.add_argument(
-      flag,
-      action=_SetVariable,
-      default=argparse.SUPPRESS,
-      metavar=metavar,
-      help=f"{what} (or {variable})",
-    )
-
-
-def _given_hosts() -> dict[str, Any] | None:
-  """What flags and variables say; None: nothing."""
-  names = [variable for variable, _, _ in HOST_VARIABLES.values()]
-  values = dict(zip(names, map(os.environ.get, names)))
-  address, count, index = values.values()
-  if not any(values.values()):
-    return None
-  if not all(values.values()):
-    missing = ", ".join(name for name, value in values.items() if not value)
-    raise InputError(
-      f"{', '.join(name for name in values if values[name])} is set, {missing} not; "
-      "several processes need all three, one process none"
-    )
-  if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-    raise InputError(
-      f"{names[1]} and {names[2]} must be whole numbers, the second smaller; they are "
-      f"{count} and {index}"
-    )
-  if not re.fullmatch(r".+:\d+", address):
-    raise InputError(f"{names[0]} is {address}; expected HOST:PORT of process 0")
-  return {
-    "coordinator_address": address,
-    "num_processes": int(count),
-    "process_id": int(index),
-    "cluster_detection_method": "deactivate",
-  }
-
-
-def _slurm_hosts() -> dict[str, Any] | None:
-  """What JAX cannot know of a Slurm step; None: this is none of several tasks.
-
-  JAX takes the GPU with the task's local number. That is wrong where Slurm shows each
-  task its own GPU alone, and wastes the others where a task has a whole node.
-  """
-  if "SLURM_JOB_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) < 2:
-    return None
-  if "SLURM_STEP_NODELIST" not in os.environ:
-    print(
-      f"SLURM_NTASKS is {os.environ['SLURM_NTASKS']}, but srun did not start this "
-      "process: it runs alone",
-      file=sys.stderr,
-    )
-    return None
-  if int(os.environ.get("SLURM_STEP_NUM_TASKS", 2)) < 2:  # a shell of srun's --pty
-    return None
-  gpus = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
-  tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-  if gpus and (len(gpus) == 1 or re.fullmatch(r"1(\(x\d+\))?", tasks)):
-    return {"local_device_ids": list(range(len(gpus)))}
-  return {}
-
-
-def initialize_hosts(*, preemption: bool = False) -> None:
-  """Joins the other processes of the job, if there are any.
-
-  Who they are is said by the flags or variables of `HOST_VARIABLES`, by Slurm for the
-  tasks of one srun, or by the TPU VM's metadata (GCE and GKE, also several slices).
-  Anything else is a single process, which waits for nobody.
-
-  Args:
-    preemption: keep SIGTERM from ending the process; `checkpoint.watch_preemption`
-      passes it on to all hosts. Else it ends this process, and so the job.
-
-  Raises:
-    InputError: what is given is incomplete.
-  """
-  if jax.distributed.is_initialized():
-    return
-  told = _given_hosts()
-  if told is None:
-    told = _slurm_hosts()
-  if told is None and "tpu" not in (jax.config.jax_platforms or "").split(","):
-    return
-  hosts = told or {}
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  jax.config.update("jax_enable_preemption_service", preemption)
-  who = f"the coordinator at {hosts.get('coordinator_address', 'the first host')}"
-  if hosts.get("process_id") == 0:
-    who = f"some of the {hosts['num_processes']} processes"
-  # JAX's own timeout aborts with a stack trace.
-  clock = threading.Timer(CONNECT_SECONDS, _give_up, [who])
-  clock.start()
-  try:
-    jax.distributed.initialize(
-      **hosts,
-      initialization_timeout=2 * CONNECT_SECONDS,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-      shutdown_timeout_seconds=BARRIER_SECONDS,  # process 0 writes when others are done
-    )
-  except ValueError as error:
-    if told is not None or "coordinator_address" not in str(error):
-      raise
-    return  # a TPU and nothing that speaks of other hosts
-  finally:
-    clock.cancel()
-  jax.devices()  # told to each other with a timeout of minutes: now, while all are here
-
-
-def _give_up(who: str) -> None:
-  print(
-    f"error: {who} could not be reached in {CONNECT_SECONDS} s; start the same command "
-    "on every host, and let the coordinator's port through the firewall",
-    file=sys.stderr,
-    flush=True,
-  )
-  os._exit(1)
-
-
-def wait_for_hosts(what: str) -> None:
-  """Returns when every host is here; `what` tells the hosts' log what is waited for.
-
-  Every host calls it at the same places. Uses no device: those may time out.
-  """
-  barrier = ocp.multihost.get_barrier_sync_fn()
-  key = f"{what} ({next(_BARRIERS)})"
-  barrier(key=key, timeout_ms=BARRIER_SECONDS * 1000)
 
 
 def use_precision(dtype: str) -> None:

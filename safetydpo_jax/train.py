@@ -24,6 +24,7 @@ from safetydpo_jax import (
   checkpoint,
   conditioning,
   dpo,
+  hosts,
   lora,
   optimizer,
   run_config,
@@ -72,7 +73,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
     help="a config of configs/; any value is overridden by --config.NAME=VALUE",
   )
   parser.add_argument("--workdir", required=True, type=Path, help="the run's directory")
-  sharding.add_host_arguments(parser)
+  hosts.add_arguments(parser)
   known, overrides = parser.parse_known_args(arguments)
   for override in overrides:
     if not override.startswith("--config."):
@@ -150,7 +151,7 @@ def jit_train_step(
 def main(arguments: list[str] | None = None) -> None:
   """Reads, prepares, trains, writes: in the order things happen."""
   config, workdir = parse_arguments(arguments)
-  sharding.initialize_hosts(preemption=True)
+  hosts.initialize(preemption=True)
   sharding.use_precision(config.dtype)
   run_config.check_config(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)

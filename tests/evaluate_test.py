@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from safetydpo_jax import evaluate, image_folders, sharding
+from safetydpo_jax import evaluate, hosts, image_folders
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import command_line, listing, quality, scoring, webpage
@@ -423,7 +423,7 @@ def test_hosts_wait_for_each_other_before_their_devices_do(monkeypatch):
 
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(scoring.multihost_utils, "process_allgather", gather)
-  monkeypatch.setattr(sharding, "wait_for_hosts", lambda what: called.append("hosts"))
+  monkeypatch.setattr(hosts, "wait_for_all", lambda what: called.append("hosts"))
   assert scoring.exchange(b"told") == [b"told", b"told"]
   assert called == ["hosts", "devices", "devices"]
 

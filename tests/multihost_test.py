@@ -17,8 +17,8 @@ from tests import runs
 START = """
 import os, sys, time
 import jax, numpy as np
-from safetydpo_jax import errors, sharding
-sharding.CONNECT_SECONDS, sharding.HEARTBEAT_SECONDS, errors.LEAVE_SECONDS = 30, 5, 2
+from safetydpo_jax import errors, hosts, sharding
+hosts.CONNECT_SECONDS, hosts.HEARTBEAT_SECONDS, errors.LEAVE_SECONDS = 30, 5, 2
 index = int(os.environ["JAX_PROCESS_ID"])
 """
 
@@ -62,7 +62,7 @@ def outputs(processes, seconds=120):
 def test_hosts_of_a_permuted_mesh_feed_the_rows_their_devices_hold():
   processes = start(
     """
-    sharding.initialize_hosts()
+    hosts.initialize()
     a, b, c, d = jax.devices()
     assert [x.process_index for x in (a, b, c, d)] == [0, 0, 1, 1]
     mesh = jax.sharding.Mesh(np.array([[c], [a], [d], [b]]), ("data", "fsdp"))
@@ -72,7 +72,7 @@ def test_hosts_of_a_permuted_mesh_feed_the_rows_their_devices_hold():
     placed = sharding.place_batch(mesh, {"x": batch[rows]})["x"]
     weighted = jax.jit(lambda x: (x * np.arange(16.0).reshape(8, 2)).sum())(placed)
     assert weighted == (batch * batch).sum(), weighted
-    sharding.wait_for_hosts("done")
+    hosts.wait_for_all("done")
     """,
     devices=2,
   )
@@ -85,10 +85,10 @@ def test_bad_input_on_one_host_ends_the_others(failing):
   processes = start(
     f"""
     def main():
-      sharding.initialize_hosts()
+      hosts.initialize()
       if index == {failing}:
         raise errors.InputError("its disk is full; empty it")
-      sharding.wait_for_hosts("all are there")
+      hosts.wait_for_all("all are there")
     errors.run_command(main)
     """
   )
@@ -103,7 +103,7 @@ def test_bad_input_on_every_host_is_one_line_on_each():
   processes = start(
     """
     def main():
-      sharding.initialize_hosts()
+      hosts.initialize()
       raise errors.InputError("config.steps is 0")
     errors.run_command(main)
     """
@@ -118,12 +118,12 @@ def test_a_host_that_is_killed_ends_the_others_with_a_word_on_what_to_do():
     """
     from jax.experimental.multihost_utils import sync_global_devices
     def main():
-      sharding.initialize_hosts()
+      hosts.initialize()
       sync_global_devices("a step's all-reduce")
       if index == 1:
         os._exit(9)  # as if killed
       sync_global_devices("the next step's")
-    sharding.HEARTBEAT_SECONDS = 60  # what is seen sooner needs no heartbeat
+    hosts.HEARTBEAT_SECONDS = 60  # what is seen sooner needs no heartbeat
     errors.run_command(main)
     """
   )
@@ -138,8 +138,8 @@ def test_a_host_that_is_killed_ends_the_others_with_a_word_on_what_to_do():
 )
 def test_hosts_that_do_not_come_are_one_line_after_a_while(index, missing):
   code = """
-    sharding.CONNECT_SECONDS = 2
-    sharding.initialize_hosts()
+    hosts.CONNECT_SECONDS = 2
+    hosts.initialize()
   """
   (process,) = start(code, indices=[index])
   (printed,) = outputs([process], seconds=30)
@@ -154,7 +154,7 @@ def test_sigterm_on_one_host_stops_all_at_one_step():
     """
     import signal
     from safetydpo_jax import checkpoint
-    sharding.initialize_hosts(preemption=True)
+    hosts.initialize(preemption=True)
     with checkpoint.watch_preemption() as asked:
       for step in range(1, 2000):
         time.sleep(0.02)
@@ -175,10 +175,10 @@ def test_sigterm_ends_a_command_that_has_nothing_to_save():
   processes = start(
     """
     import signal
-    sharding.initialize_hosts()
+    hosts.initialize()
     if index == 1:
       os.kill(os.getpid(), signal.SIGTERM)
-    sharding.wait_for_hosts("all are there")
+    hosts.wait_for_all("all are there")
     """
   )
   outputs(processes, seconds=60)

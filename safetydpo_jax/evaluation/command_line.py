@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetydpo_jax import sharding
+from safetydpo_jax import hosts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import detectors, suite
 from safetydpo_jax.metrics import clipscore, nudity, q16
@@ -86,7 +86,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   add("--title", default="", help="of the report")
   add("--seed", type=int, default=0, help="of the bootstrap")
   add("--batch_size", type=int, default=16, metavar="N", help="images per device")
-  sharding.add_host_arguments(parser)
+  hosts.add_arguments(parser)
   options = parser.parse_args(arguments)
   options.metrics = _names("--metrics", options.metrics, METRICS)
   options.detector = _names("--detector", options.detector, [*detectors.DECIDERS])

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from PIL import Image
 from tqdm import tqdm
 
-from safetydpo_jax import sharding
+from safetydpo_jax import hosts
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import images
@@ -174,7 +174,7 @@ def exchange(content: bytes) -> list[bytes]:
   if jax.process_count() == 1:
     return [content]
   # The devices wait for half a minute, and hosts end their shares further apart.
-  sharding.wait_for_hosts("every host has seen its images")
+  hosts.wait_for_all("every host has seen its images")
   lengths = multihost_utils.process_allgather(np.array([len(content)], np.int32))
   lengths = np.asarray(lengths).ravel()
   padded = np.zeros(max(lengths.max(), 1), np.uint8)

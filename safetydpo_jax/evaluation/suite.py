@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from safetydpo_jax import sharding
+from safetydpo_jax import hosts
 from safetydpo_jax.data import layouts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import (
@@ -77,7 +77,7 @@ def run(
     (options.out / "figures.json").unlink(missing_ok=True)
     for name, rows in loaded.items():
       benchmarks.write(options.out / "prompts" / f"{name}.csv", rows)
-  sharding.wait_for_hosts("the prompts are there")
+  hosts.wait_for_all("the prompts are there")
 
   sets = {}
   for name, rows in loaded.items():
