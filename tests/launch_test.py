@@ -40,7 +40,7 @@ def calls(tmp_path):
       f"#!{sys.executable}\nimport json, os, sys\n"
       f"with open({str(log)!r}, 'a') as log:\n"
       f"  log.write(json.dumps([{name!r}, *sys.argv[1:]]) + '\\n')\n"
-      "print('ACTIVE')\n"
+      f"print(os.environ.get('SAY_' + {name!r}, 'ACTIVE'))\n"
       f"sys.exit(int(os.environ.get('EXIT_' + {name!r}, 0)))\n"
     )
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
@@ -160,13 +160,22 @@ def test_buckets_are_mounted_and_read_through_the_mount(script, calls):
   assert "JAX_COMPILATION_CACHE_DIR=/mnt/gcs/b-1/jax-cache" in lines[-1]
 
 
-@pytest.mark.parametrize("status", [0, 1, 143])
-def test_slurm_runs_a_job_again_that_was_told_to_stop(status, calls):
+@pytest.mark.parametrize(
+  ("status", "state", "again"),
+  [
+    (0, "COMPLETING", False),
+    (1, "RUNNING", False),
+    (143, "RUNNING", True),
+    (143, "CANCELLED", False),  # by scancel
+  ],
+)
+def test_slurm_runs_a_job_again_that_was_told_to_stop(status, state, again, calls):
   environment, called = calls
   environment |= {"EXIT_srun": str(status), "SLURM_JOB_ID": "7"}
+  environment["SAY_scontrol"] = f"JobId=7 UserId=x\n   JobState={state} Reason=None"
   result = launch("launch/slurm.sbatch", *CONFIG, environment=environment)
   assert result.returncode == status
-  assert (["scontrol", "requeue", "7"] in called()) == (status == 143)
+  assert (["scontrol", "requeue", "7"] in called()) == again
 
 
 def test_a_token_stays_out_of_command_lines(calls):
