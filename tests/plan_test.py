@@ -192,6 +192,31 @@ def test_collectives_in_loops_count_as_often_as_they_run():
   }
 
 
+PIECES = """HloModule jit_step
+
+%start (p: f32[2]) -> (f32[2], f32[8]) {
+  %p = f32[2]{0} parameter(0)
+  ROOT %g.1 = f32[8]{0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%beside (q: f32[2]) -> f32[8] {
+  %q = f32[2]{0} parameter(0)
+  ROOT %g.2 = f32[8]{0} all-gather(%q), channel_id=3, dimensions={0}
+}
+
+ENTRY %main (a: f32[2]) -> f32[8] {
+  %a = f32[2]{0} parameter(0)
+  %s = (f32[2]{0}, f32[8]{0}) fusion(%a), kind=kCustom, calls=%start
+  %b = f32[8]{0} fusion(%a), kind=kOutput, calls=%beside
+  ROOT %g.3 = f32[8]{0} all-gather(%a), channel_id=4, dimensions={0}
+}
+"""
+
+
+def test_a_gather_in_pieces_beside_several_fusions_is_one():
+  assert hlo.collectives(PIECES) == {"all-gather": {"count": 2, "bytes": 2 * 8 * 4}}
+
+
 def test_collectives_of_a_program_of_this_compiler():
   mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
   rows, whole = (

@@ -82,6 +82,18 @@ def times_run(computations: dict[str, list[Instruction]], entry: str) -> dict[st
   return dict(times)
 
 
+def _fused(computations: dict[str, list[Instruction]]) -> set[str]:
+  """Computations that are part of one instruction, such as a fusion."""
+  return {
+    called
+    for lines in computations.values()
+    for line in lines
+    if line.opcode not in ("while", "conditional", "call")
+    for several, one in _CALLED.findall(line.rest)
+    for called in re.findall(r"[\w.\-]+", several or one)
+  }
+
+
 def size(shape: str) -> list[int]:
   """Bytes of each array of a shape as written, without padding."""
   widths = {"pred": 8, "bf16": 16}
@@ -96,15 +108,24 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
   """{kind: {"count", "bytes"}} of one run of the program, on each chip.
 
   Bytes are those of the results. An asynchronous one is counted where it starts; its
-  shape then holds its input and counters too, and the largest array is the result.
+  shape then holds its input and counters too, and the largest array is the result. The
+  TPU compiler also cuts one into pieces, each inside the fusion that it runs beside;
+  pieces of one have one channel.
   """
   computations, entry = parse(text)
+  fused = _fused(computations)
   found: dict[str, dict[str, int]] = {}
+  pieces = set()
   for name, times in times_run(computations, entry).items():
     for line in computations[name]:
       kind = line.opcode.removesuffix("-start")
       if kind not in COLLECTIVES:
         continue
+      channel = re.search(r"channel_id=\d+", line.rest)
+      if name in fused and channel:
+        if channel[0] in pieces:
+          continue
+        pieces.add(channel[0])
       sizes = size(line.shape) or [0]
       gathers = line.opcode.endswith("-start") and kind != "all-reduce"
       one = found.setdefault(kind, {"count": 0, "bytes": 0})
@@ -119,14 +140,7 @@ def loop_factor(text: str) -> float:
   Both by the operands and results of each instruction that is not inside a fusion.
   """
   computations, entry = parse(text)
-  fused = {
-    called
-    for lines in computations.values()
-    for line in lines
-    if line.opcode not in ("while", "conditional", "call")
-    for several, one in _CALLED.findall(line.rest)
-    for called in re.findall(r"[\w.\-]+", several or one)
-  }
+  fused = _fused(computations)
   once = often = 0
   for name, times in times_run(computations, entry).items():
     if name in fused:
