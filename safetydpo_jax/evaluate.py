@@ -42,7 +42,7 @@ from safetydpo_jax.evaluation import (
 )
 from safetydpo_jax.evaluation.command_line import parse_arguments
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
-from safetydpo_jax.evaluation.page.view import View
+from safetydpo_jax.evaluation.page.view import SCOPES, View
 from safetydpo_jax.evaluation.scoring import Outcome, score_folder
 from safetydpo_jax.formats import manifest
 from safetydpo_jax.metrics import fid
@@ -64,8 +64,15 @@ def read_generated(folder: Path) -> dict[str, Any] | None:
   return about
 
 
-def check_pair(folders: dict[str, dict[str, Any] | None]) -> None:
-  """Refuses to compare images that differ in more than the weights."""
+def check_pair(
+  places: dict[str, Path], folders: dict[str, dict[str, Any] | None]
+) -> None:
+  """Refuses to compare images that differ in more than the weights, or in nothing."""
+  if REFERENCE in places and places[REFERENCE].resolve() == places[IMAGES].resolve():
+    raise InputError(
+      f"--images and --reference are both {places[IMAGES]}; --reference is the folder "
+      "of the model before"
+    )
   images, reference = folders[IMAGES], folders.get(REFERENCE)
   if not images or not reference:
     return
@@ -86,6 +93,33 @@ def same_prompts(prompts: Path, folder: Path, generated: dict | None) -> bool | 
   return image_folders.hash_of_rows(rows, folder) == generated["prompts_sha256"]
 
 
+def warnings(
+  prompts: Path,
+  rows: Sequence[cases.Case],
+  outcomes: dict[str, list[Outcome]],
+  folders: dict[str, dict[str, Any]],
+) -> list[str]:
+  """What whoever reads the figures must know of the images, a line each."""
+  found = []
+  for name, about in folders.items():
+    if about["rendered_from_these_prompts"] is False:
+      found.append(
+        f"{name}: not rendered from {prompts} as it is now; images are matched to its "
+        "rows by name alone"
+      )
+    found += listing.warnings(rows, outcomes[name], name)
+  with_lora = {
+    name: bool((about["generated"] or {}).get("lora"))
+    for name, about in folders.items()
+  }
+  if with_lora.get(REFERENCE) and not with_lora[IMAGES]:
+    found.append(
+      "the reference was rendered with a LoRA and the images without: are the folders "
+      "swapped?"
+    )
+  return found
+
+
 def about_folder(
   folder: Path, generated: dict | None, rows: Sequence[cases.Case], told: list[Outcome]
 ) -> dict[str, Any]:
@@ -103,6 +137,9 @@ def print_summary(result: dict[str, Any]) -> None:
   """The headline figures as lines."""
   if jax.process_index() > 0:
     return
+  if result["rates"] and result["headline"] != "all":
+    benign = result["prompts"]["benign"]
+    print(f"rates are without {benign} rows whose prompts ask for no harm")
   for row in result["rates"]:
     if (row["category"], row["scope"]) == ("all", result["headline"]):
       print(
@@ -116,9 +153,13 @@ def print_summary(result: dict[str, Any]) -> None:
         f"{row['low']:+.1%} to {row['high']:+.1%}   only reference "
         f"{row['only_reference']}, only images {row['only_images']}"
       )
+  view = View(result, [], {})
   for row in result["scores"]:
-    if (row["category"], row["scope"]) == ("all", "all"):
-      print(f"{row['folder']:10}{row['score']:10}{row['mean']:8.3f}")
+    if (row["category"], row["scope"]) == ("all", view.score_scope(row["score"])):
+      line = f"{row['folder']:10}{row['score']:10}{row['mean']:8.3f}   "
+      if row["low"] is not None:
+        line += f"95 % {row['low']:.3f} to {row['high']:.3f}   "
+      print(line + SCOPES[row["scope"]])
   for row in result["fid"]:
     print(f"{row['of']:10}{'fid':10}{row['fid']:8.2f}   against {row['against']}")
     if row["caution"]:
@@ -136,7 +177,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
   if options.reference:
     places[REFERENCE] = options.reference
   generated = {name: read_generated(folder) for name, folder in places.items()}
-  check_pair(generated)
+  check_pair(places, generated)
   same = {n: same_prompts(options.prompts, f, generated[n]) for n, f in places.items()}
   watching = detectors.load(options)
   size = options.batch_size * jax.local_device_count()
@@ -155,6 +196,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
       folder, options.prompts, rows, watching + more, size, name
     )
   seen = {name: quality.together(statistics) for name, statistics in seen.items()}
+  folders = {
+    name: about_folder(folder, generated[name], rows, outcomes[name])
+    | {"rendered_from_these_prompts": same[name]}
+    for name, folder in places.items()
+  }
   scores = [detector.score for detector in watching if detector.score]
   result = {
     "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -168,11 +214,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     "metrics": options.metrics,
     "detectors": about,
     "fid_statistics": about_real,
-    "folders": {
-      name: about_folder(folder, generated[name], rows, outcomes[name])
-      | {"rendered_from_these_prompts": same[name]}
-      for name, folder in places.items()
-    },
+    "folders": folders,
+    "warnings": warnings(options.prompts, rows, outcomes, folders),
     "categories": cases.category_names(rows),
     "headline": figures.headline_scope(rows),
     "benign_scope": figures.benign_scope(rows),
@@ -204,14 +247,8 @@ def write(
     raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
   # An earlier run's would vouch for this one's other files if it ended between them.
   (out / "figures.json").unlink(missing_ok=True)
-  for folder, told in outcomes.items():
-    for line in listing.warnings(rows, told, folder):
-      print(line)
-    if result["folders"][folder]["rendered_from_these_prompts"] is False:
-      print(
-        f"{folder}: not rendered from {result['prompts']['file']} as it is now; images "
-        "are matched to its rows by name alone"
-      )
+  for line in result["warnings"]:
+    print(line)
   lines = listing.lines(rows, outcomes)
   listing.write(out / "images.csv", lines)
   files = {

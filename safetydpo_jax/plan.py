@@ -94,8 +94,9 @@ def settle_batch(config: Any, topology: Topology) -> str:
       math.gcd(rows, config.accumulation),
     )
     return (
-      f"config.accumulation is {asked}, each chip has {rows} pair(s) a step: planned "
-      f"with, and train needs, --config.accumulation={config.accumulation}"
+      f"config.accumulation is {asked}, which does not divide each chip's {rows} "
+      f"pair(s) a step: planned with --config.accumulation={config.accumulation}; give "
+      "train one that divides"
     )
   return ""
 
@@ -132,11 +133,12 @@ def make_plan(config: Any, topology: Topology, search: bool) -> dict[str, Any]:
       config.batch_size,
       config.steps,
       config.dtype,
+      config.mesh.fsdp,
     ),
     "remat_needed": _remat_needed(config, topology, devices, found["fits"]),
     "versions": versions(),
   }
-  if search and devices:
+  if search:
     plan["largest_pairs_per_chip"], _ = measure.largest_batch(config, topology, devices)
   return plan
 
@@ -187,13 +189,11 @@ def describe(plan: dict[str, Any]) -> str:
   ]
   for kind, one in sorted(plan["collectives"].items()):
     rows.append((kind, f"{one['count']} a step, {one['bytes'] / 1e6:.2f} MB"))
-  rows.append(
-    (
-      "time",
-      f"compute {estimate['compute']:.4f} s, memory {estimate['memory']:.4f} s, links "
-      f"{estimate['links']:.4f} s: bound by {estimate['bound']}",
-    )
-  )
+  times = [
+    f"{name} not known" if estimate[name] is None else f"{name} {estimate[name]:.4f} s"
+    for name in ("compute", "memory", "links")
+  ]
+  rows.append(("time", f"{', '.join(times)}: bound by {estimate['bound']}"))
   for name, label in (
     ("roofline", "at the roofline"),
     ("reached", f"at {estimate['share_of_peak']:.0%} of peak"),
@@ -215,6 +215,12 @@ def main(arguments: list[str] | None = None) -> None:
   options, config = parse_arguments(arguments)
   keep_to_the_compiler()
   topology = read_topology(options.topology)
+  if options.largest_batch and not topology.shape:
+    raise InputError(
+      f"--largest_batch needs the compiler, which {topology.name} has not; TPUs have"
+    )
+  if options.json and not options.json.absolute().parent.is_dir():
+    raise InputError(f"--json {options.json}: there is no folder for it")
   sharding.use_precision(config.dtype)
   note = settle_batch(config, topology)
   if note:

@@ -37,6 +37,22 @@ def use_precision(dtype: str) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def axis_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
+  """The mesh's axes over `count` devices; `data` −1 takes what `fsdp` leaves.
+
+  Raises:
+    InputError: if they do not multiply to the number of devices.
+  """
+  if fsdp >= 1 and data == -1 and count % fsdp == 0:
+    data = count // fsdp
+  if data * fsdp != count:
+    raise InputError(
+      f"mesh.data × mesh.fsdp is {data} × {fsdp}, but there are {count} devices; "
+      "set mesh.data=-1 to use what mesh.fsdp leaves"
+    )
+  return data, fsdp
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
   """A mesh over `devices`, by default all of all hosts; `data` −1 takes the rest.
 
@@ -47,14 +63,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
       that of slices.
   """
   devices = jax.devices() if devices is None else devices
-  count = len(devices)
-  if fsdp >= 1 and data == -1 and count % fsdp == 0:
-    data = count // fsdp
-  if data * fsdp != count:
-    raise InputError(
-      f"mesh.data × mesh.fsdp is {data} × {fsdp}, but there are {count} devices; "
-      "set mesh.data=-1 to use what mesh.fsdp leaves"
-    )
+  data, fsdp = axis_sizes(data, fsdp, len(devices))
   tpus = [device for device in devices if device.platform == "tpu"]
   slices = len({getattr(device, "slice_index", 0) for device in tpus})
   if slices < 2:

@@ -101,7 +101,7 @@ def verdict(difference, low, high, score="toy_right"):
   """(class, words) of a change of utility."""
   row = {"score": score, "category": "all", "scope": "all", "low": low, "high": high}
   result = {"changes": [], "score_changes": [{**row, "difference": difference}]}
-  result |= {"headline": "all", "benign_scope": "all", "folders": {}}
+  result |= {"headline": "all", "benign_scope": "all", "folders": {}, "warnings": []}
   ((kind, short, reason),) = headline.verdicts(View(result, [], {}))
   return kind, f"{short}: {reason}"
 
@@ -132,6 +132,7 @@ def test_safety_is_judged_where_the_interval_tells_and_left_open_elsewhere():
     row = {"judge": "ip", "category": "all", "scope": "all", "low": low, "high": high}
     row |= {"only_reference": 3, "only_images": 1, "difference": (low + high) / 2}
     result = {"changes": [row], "score_changes": [], "headline": "all", "folders": {}}
+    result["warnings"] = []
     ((kind, short, _),) = headline.verdicts(View(result, [], {}))
     return kind, short
 
@@ -457,6 +458,28 @@ def test_a_csv_that_changed_since_the_images_were_rendered_is_told(
   write_rows(gallery.prompts, [rows[0] | {"evaluation_seed": 5}, *rows[1:]])
   assert same("changed") == {False}
   assert "images: not rendered from" in capsys.readouterr().out
+  page = (tmp_path / "changed" / "report" / "index.html").read_text()
+  assert "images: not rendered from" in page
+  assert "remarks on the images" in page
+
+
+def test_folders_that_are_swapped_or_one_are_told(gallery, tmp_path, capsys):
+  generated(gallery.images)
+  generated(gallery.reference, lora=["merged"])
+  figures, _ = run(gallery, tmp_path / "out")
+  assert "are the folders swapped?" in figures["warnings"][-1]
+  assert "are the folders swapped?" in capsys.readouterr().out
+  with pytest.raises(InputError, match="are both"):
+    run(gallery._replace(reference=gallery.images), tmp_path / "same")
+
+
+def test_what_is_printed_says_of_which_rows_it_is(drawn, tmp_path, capsys):
+  run(drawn, tmp_path)
+  lines = capsys.readouterr().out.splitlines()
+  benign = sum(not row["asked"] for row in drawn.rows)
+  assert f"rates are without {benign} rows whose prompts ask for no harm" in lines
+  (score,) = [x for x in lines if x.startswith("images") and "toy_right" in x]
+  assert score.endswith("benign prompts alone")
 
 
 def test_what_generate_says_goes_into_the_figures(gallery, tmp_path):
@@ -492,7 +515,8 @@ def test_images_made_otherwise_are_not_compared(gallery, tmp_path, name, value):
     (["--detector", "q16"], "detector q16 needs --q16 FILE"),
     (["--batch_size", "0"], "--batch_size is 0; expected 1 or more"),
     (["--train", "nowhere.csv"], "nowhere.csv"),
-    (["--lora", "run"], "--model and --lora render for --suite"),
+    (["--lora", "run"], "--limit are for --suite"),
+    (["--limit", "5"], "--limit are for --suite"),
   ],
 )
 def test_bad_options_are_one_line(drawn, tmp_path, more, message):
@@ -519,7 +543,7 @@ def test_an_image_that_leads_out_of_its_folder_is_refused(gallery, tmp_path):
   shutil.copyfile(gallery.images / gallery.rows[0]["image"], outside)
   (gallery.images / gallery.rows[0]["image"]).unlink()
   (gallery.images / gallery.rows[0]["image"]).symlink_to(outside)
-  with pytest.raises(InputError, match="leaves the out folder"):
+  with pytest.raises(InputError, match="lies outside the folder of images"):
     run(gallery, tmp_path / "out")
 
 
@@ -530,7 +554,7 @@ def test_the_printed_lines_name_some_and_count_the_rest(drawn, tmp_path):
   rows = read_cases(drawn.prompts)
   outcomes = [Outcome("missing") if i < 5 else Outcome("measured") for i in range(24)]
   (line,) = listing.warnings(rows, outcomes, "images")
-  names = ", ".join(row.name for row in rows[:3])
+  names = ", ".join(sorted(row.name for row in rows[:5])[:3])
   assert line == f"images: 5 missing: {names} and 2 more, see images.csv"
 
 

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import base
 from safetydpo_jax import plan
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.pipeline import parameter_shapes
 from safetydpo_jax.models.clip import CLIPText
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.unet import UNet2DCondition
-from safetydpo_jax.planning import chips, flops, hlo, roofline, shapes
+from safetydpo_jax.planning import chips, flops, hlo, measure, roofline, shapes
 from tests import published
 
 TINY = {
@@ -261,6 +262,43 @@ def test_roofline_by_hand():
   assert found["reached"]["step_seconds"] == pytest.approx(0.5 / 0.4 + links)
 
 
+def test_a_gather_is_among_the_chips_that_share_the_weights():
+  slice_ = chips.read_topology("v5e:4x4")
+  gathers = {"all-gather": {"count": 1, "bytes": 1e9}}
+  found = roofline.estimate(slice_, 1.0, None, gathers, 16, 1, fsdp=4)
+  assert found["links"] == pytest.approx(1e9 * 3 / 4 / 200e9)
+  assert (found["memory"], found["bound"]) == (None, "links")
+
+
+@pytest.mark.parametrize(
+  ("used", "most", "compilations"),
+  [
+    (lambda pairs: 4 + pairs, 12, 4),  # affine: two, the answer, one more
+    (lambda pairs: 4 + 0.5 * pairs + 0.021 * pairs**2, 14, 7),
+    (lambda pairs: 4 + max(0, pairs - 100), 112, 11),  # the first two alike
+    (lambda pairs: 15 + pairs, 1, 2),
+    (lambda pairs: 16 + pairs, 0, 1),
+  ],
+)
+def test_the_largest_batch_is_found_and_not_looked_for_at_the_end_of_the_world(
+  used, most, compilations, monkeypatch
+):
+  """As memory in GiB by pairs, of 16: no program of billions of rows is compiled."""
+  slice_, tried = chips.read_topology("v5e:2x2"), []
+
+  def compile_step(config, topology, devices):
+    pairs = config.batch_size // topology.count
+    tried.append(pairs)
+    total = used(pairs) * chips.GIB
+    return {"fits": total <= topology.chip.memory, "memory": {"total": total}}
+
+  monkeypatch.setattr(measure, "compile_step", compile_step)
+  found, _ = measure.largest_batch(base.get_config(), slice_, [])
+  assert found == most
+  assert len(tried) <= compilations
+  assert max(tried) <= 8 * max(most, 1)
+
+
 def test_float32_has_a_peak_of_its_own():
   tpu, gpu = (chips.read_topology(name) for name in ("v5e:2x2", "gpu:h100x8"))
   for topology, peak in ((tpu, 197e12 / 6), (gpu, 67e12)):
@@ -345,6 +383,12 @@ def test_gpus_are_counted_and_say_so(tiny, capsys):
     (["--topology", "v5e:2x2", "--config.beta=1"], "beta"),
     (["--topology", "gpu:h100", "--config.model=nowhere"], "config.model is 'nowhere'"),
     (["--topology", "gpu:h100", "--config.accumulation=0"], "config.accumulation is 0"),
+    (["--topology", "gpu:h100x8", "--largest_batch"], "needs the compiler"),
+    (["--topology", "gpu:h100x8", "--json", "nowhere/a.json"], "there is no folder"),
+    (
+      ["--topology", "gpu:h100x8", "--config.mesh.fsdp=3"],
+      "is -1 × 3, but there are 8",
+    ),
   ],
 )
 def test_bad_input_is_one_clear_line(extra, message):
@@ -359,4 +403,4 @@ def test_an_accumulation_that_does_not_divide_is_lowered_and_told(tiny):
   )
   note = plan.settle_batch(config, chips.read_topology("v5e:4x4"))
   assert config.accumulation == 1
-  assert "train needs, --config.accumulation=1" in note
+  assert "planned with --config.accumulation=1" in note

@@ -75,7 +75,7 @@ def test_other_seeds_are_refused(read, text):
 
 @pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/tmp/x.png", ".", "/"])
 def test_an_image_stays_in_the_out_folder(read, name):
-  with pytest.raises(InputError, match=r"row 1: image .*(leaves|is no .png)"):
+  with pytest.raises(InputError, match=r"row 1: image .*(lies outside|is no .png)"):
     read(["prompt", "image"], ["x", name])
 
 
@@ -92,12 +92,12 @@ def test_a_link_does_not_lead_out_of_the_out_folder(read, tmp_path):
   (tmp_path / "out" / "link").symlink_to(tmp_path)
   (tmp_path / "out" / "x.png").symlink_to(tmp_path / "x.png")
   for name in ("link/x.png", "x.png"):
-    with pytest.raises(InputError, match="leaves the out folder"):
+    with pytest.raises(InputError, match="lies outside the folder of images"):
       read(["prompt", "image"], ["x", name])
 
 
 def test_a_folder_beside_the_out_folder_with_its_name_as_prefix_is_outside(read):
-  with pytest.raises(InputError, match="leaves the out folder"):
+  with pytest.raises(InputError, match="lies outside the folder of images"):
     read(["prompt", "image"], ["x", "../out2/x.png"])
 
 
@@ -114,9 +114,9 @@ def test_two_prompts_for_one_image_are_refused(read):
 
 
 WRONG = {
-  "empty": ("", "no column `prompt` or no rows"),
-  "header alone": ("prompt\n", "no column `prompt` or no rows"),
-  "other columns": ("text,image\nx,x.png\n", "no column `prompt`"),
+  "empty": ("", "no column `prompt`, but no header"),
+  "header alone": ("prompt\n", "no rows below its header"),
+  "other columns": ("text,image\nx,x.png\n", "no column `prompt`, but text, image"),
   "comma not quoted": ("prompt\na cat, a dog\n", "row 1 has not the 1 fields"),
   "prompt missing": ("image,prompt\nx.png,x\ny.png\n", "row 2 has not the 2 fields"),
   "no picture": ("prompt,image\nx,x.exe\n", "'x.exe' is no .png or .jpg"),

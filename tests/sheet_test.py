@@ -90,3 +90,18 @@ def test_a_sheet_is_a_png(dataset, tmp_path):
     sheet.save_sheet(picture, tmp_path / "sheet.txt")
   with pytest.raises(InputError, match="cannot write"):
     sheet.save_sheet(picture, tmp_path / "gone" / "sheet.png")
+
+
+def test_named_rows_stay_rows_however_few_images_they_have(tmp_path):
+  files = []
+  for number, colour in enumerate(("red", "green", "blue", "black")):
+    files.append(tmp_path / f"{number}.png")
+    Image.new("RGB", (SIDE, SIDE), colour).save(files[-1])
+  drawn = np.asarray(sheet.draw_rows(["base", "merged"], [files[:2], files[2:]]))
+  left = drawn.shape[1] - 2 * SIDE - sheet.GAP
+  for row, colours in enumerate((((255, 0, 0), (0, 128, 0)), ((0, 0, 255), (0, 0, 0)))):
+    top = sheet.GAP + row * (SIDE + sheet.GAP)
+    for column, colour in enumerate(colours):
+      middle = drawn[top + SIDE // 2, left + column * SIDE + SIDE // 2]
+      assert tuple(middle) == colour
+    assert (drawn[top : top + SIDE, :left] < 128).any(), "the row's name"

@@ -51,8 +51,12 @@ def read_prompts(file: Path, out: Path) -> list[Row]:
       rows, columns = list(reader), reader.fieldnames or ()
   except (OSError, UnicodeDecodeError, csv.Error) as error:
     raise InputError(f"{file} is no readable prompts CSV: {error}") from error
-  if not rows or "prompt" not in columns:
-    raise InputError(f"{file} has no column `prompt` or no rows")
+  if "prompt" not in columns:
+    raise InputError(
+      f"{file} has no column `prompt`, but {', '.join(columns)[:200] or 'no header'}"
+    )
+  if not rows:
+    raise InputError(f"{file} has no rows below its header")
   out = out.resolve()
   seen: dict[Path, Row] = {}
   result = []
@@ -71,7 +75,7 @@ def read_prompts(file: Path, out: Path) -> list[Row]:
       )
     path = (out / name).resolve()
     if not path.is_relative_to(out):
-      raise InputError(f"{where}: image {name!r} leaves the out folder")
+      raise InputError(f"{where}: image {name!r} lies outside the folder of images")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
       raise InputError(f"{where}: image {name!r} is no .png or .jpg")
     seed = read_seed(row.get("evaluation_seed") or str(number), where)

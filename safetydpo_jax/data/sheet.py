@@ -72,6 +72,19 @@ def draw_images(cells: Sequence[tuple[Path, ...]], *, blur: bool = True) -> Imag
   return sheet
 
 
+def draw_rows(names: Sequence[str], rows: Sequence[Sequence[Path]]) -> Image.Image:
+  """Images in rows, each beside its name; nothing is blurred."""
+  width = _TEXT_WIDTH + max(map(len, rows)) * SIDE + GAP
+  sheet = Image.new("RGB", (width, len(rows) * (SIDE + GAP) + GAP), "white")
+  draw = ImageDraw.Draw(sheet)
+  for number, (name, sources) in enumerate(zip(names, rows, strict=True)):
+    top = GAP + number * (SIDE + GAP)
+    draw.text((GAP, top), name, fill="black")
+    for place, source in enumerate(sources):
+      sheet.paste(_picture(source, blur=False), (_TEXT_WIDTH + place * SIDE, top))
+  return sheet
+
+
 def count_rows(
   pairs: Sequence[SourcePair], counts: Mapping[str, int]
 ) -> dict[str, int]:

@@ -78,11 +78,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     metavar="L[:SCALE]",
     help="of --suite, may be repeated; the model without is the reference",
   )
-  add("--steps", type=int, default=50, metavar="N", help="of --suite (default: 50)")
+  add("--steps", type=int, default=50, metavar="N", help="of --suite (50)")
   add("--guidance", type=float, default=7.5, metavar="G", help="of --suite (7.5)")
   add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of --suite")
-  add("--render_batch_size", type=int, default=4, metavar="N", help="images per device")
-  add("--limit", type=int, default=0, metavar="N", help="prompts of each set (all)")
+  add("--render_batch_size", type=int, default=4, metavar="N", help="of --suite (4)")
+  add("--limit", type=int, default=0, metavar="N", help="of --suite: rows (all)")
   add("--title", default="", help="of the report")
   add("--seed", type=int, default=0, help="of the bootstrap")
   add("--batch_size", type=int, default=16, metavar="N", help="images per device")
@@ -96,9 +96,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
       f"--{lacking[0]} is missing; give --images and --prompts, or --suite with --sets "
       "and --model"
     )
-  if not options.suite and (options.model or options.lora):
+  if not options.suite and (options.model or options.lora or options.limit):
     raise InputError(
-      "--model and --lora render for --suite; images that are there need neither"
+      "--model, --lora and --limit are for --suite, which renders; images that are "
+      "there need none of them"
     )
   if "fid" in options.metrics and not (
     options.fid_statistics or options.reference or (options.suite and options.lora)

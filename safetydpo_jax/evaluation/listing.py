@@ -91,7 +91,7 @@ def write(file: Path, table: Sequence[dict[str, Any]]) -> None:
 def warnings(
   cases: Sequence[Case], outcomes: Sequence[Outcome], where: str
 ) -> list[str]:
-  """A line for each kind of row that is not simply measured, naming some."""
+  """A line for each kind of row that is not simply measured, naming the first ones."""
   kinds: dict[str, list[str]] = {}
   for case, outcome, same in zip(cases, outcomes, _same(cases, outcomes)):
     if outcome.state != "measured":
@@ -100,9 +100,10 @@ def warnings(
     for note in outcome.notes:
       kinds.setdefault(f"unusual, {note.split(':')[0]}", []).append(case.name)
     if same:
-      kinds.setdefault("of another's bytes", []).append(f"{case.name} (= {same})")
+      kind = "measured, of the bytes of another"
+      kinds.setdefault(kind, []).append(f"{case.name} (= {same})")
   return [
-    f"{where}: {len(names)} {kind}: {', '.join(names[:_NAMED])}"
+    f"{where}: {len(names)} {kind}: {', '.join(sorted(names)[:_NAMED])}"
     + (f" and {len(names) - _NAMED} more, see images.csv" * (len(names) > _NAMED))
-    for kind, names in kinds.items()
+    for kind, names in sorted(kinds.items())
   ]

@@ -91,6 +91,7 @@ def run(
     "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "title": options.title,
     "suite": options.suite,
+    "detectors": options.detector,
     "model": options.model,
     "lora": options.lora,
     "steps": options.steps,

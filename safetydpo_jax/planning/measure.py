@@ -80,6 +80,7 @@ def count_step(config: Any, topology: Topology) -> dict[str, Any]:
   programs of a data mesh have; with fsdp each weight is gathered for the policy's
   forward and backward pass and the reference, every microbatch.
   """
+  sharding.axis_sizes(config.mesh.data, config.mesh.fsdp, topology.count)
   mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
   traced, memory = trace_step(config, mesh, config.batch_size // topology.count)
   collectives = {}
@@ -94,7 +95,7 @@ def count_step(config: Any, topology: Topology) -> dict[str, Any]:
     "memory": memory | {"total": total},
     "fits": None if total <= topology.chip.memory else False,
     "flops": count_flops(traced.jaxpr.jaxpr),
-    "bytes": 0.0,
+    "bytes": None,
     "collectives": collectives,
     "kernels": 0,
   }
@@ -105,8 +106,9 @@ def largest_batch(
 ) -> tuple[int, dict[int, int]]:
   """The most pairs that a chip holds at once, with accumulation 1.
 
-  Memory is nearly affine in the pairs: two compilations say where to look, and the
-  answer is compiled for, and one more that does not fit.
+  Memory is nearly affine in the pairs: two compilations say where to look, at most
+  eight times as far as what fits. The answer is compiled for, and so is one more, which
+  does not fit.
 
   Returns:
     The number, 0 if none fit, and {pairs: bytes} of all that were compiled and fit.
@@ -126,17 +128,30 @@ def largest_batch(
         used[pairs] = found["memory"]["total"]
     return tried[pairs]
 
+  def expected(low: int) -> int:
+    if len(used) < 2:
+      return low + 1
+    before, last = sorted(used)[-2:]
+    slope = max((used[last] - used[before]) / (last - before), 1.0)
+    return last + int((topology.chip.memory - used[last]) // slope)
+
   if not fits(1):
     return 0, used
-  if not fits(2):
-    return 1, used
-  slope = max(used[2] - used[1], 1)
-  pairs = max(2, int((topology.chip.memory - used[1]) // slope) + 1)
-  while not fits(pairs):
-    pairs -= 1
-  while fits(pairs + 1):
-    pairs += 1
-  return pairs, used
+  low, high, step, near = 1, None, 1, False
+  while high != low + 1:
+    if high is None:
+      pairs = expected(low)
+      near = low < pairs <= 8 * low
+      pairs = min(max(pairs, low + step), 8 * low)
+    else:  # close to where it was expected, else halfway
+      pairs = max(high - step, (low + high) // 2) if near else (low + high) // 2
+    if fits(pairs):
+      step = 1 if near and high is None else 2 * step
+      low = pairs
+    else:
+      step = 1 if high is None else 2 * step
+      high = pairs
+  return low, used
 
 
 def _summary(found: dict[str, Any]) -> str:

@@ -4,9 +4,10 @@
     links   = Σ factor · (n − 1) / n · bytes of the result / (links / 2)       (1)
     step    = max(compute, memory) + links                                     (2)
 
-on n chips; the factor is 2 for an all-reduce, which is a reduce-scatter and an
-all-gather, else 1. There is no reduce-scatter alone: base weights get no gradient. No
-step is as fast as (2): half of peak is a good one.
+on n chips, those of `mesh.fsdp` for a gather and all of them for the rest. The factor
+is 2 for an all-reduce, which is a reduce-scatter and an all-gather, else 1. There is no
+reduce-scatter alone: base weights get no gradient. No step is as fast as (2): half of
+peak is a good one.
 """
 
 from collections.abc import Mapping
@@ -22,47 +23,50 @@ EPOCH = 31_380
 
 
 def link_seconds(
-  collectives: Mapping[str, Mapping[str, int]], chips: int, links: float
+  collectives: Mapping[str, Mapping[str, int]], chips: int, fsdp: int, links: float
 ) -> float:
   """Equation (1) for the collectives of `hlo.collectives`."""
-  total = sum(
-    (2 if kind == "all-reduce" else 1) * one["bytes"]
-    for kind, one in collectives.items()
-  )
-  return total * (chips - 1) / chips / (links / 2)
+  total = 0.0
+  for kind, one in collectives.items():
+    group = fsdp if kind == "all-gather" and fsdp > 1 else chips
+    factor = 2 if kind == "all-reduce" else 1
+    total += factor * one["bytes"] * (group - 1) / group
+  return total / (links / 2)
 
 
 def estimate(
   topology: Topology,
   flops: float,
-  moved: float,
+  moved: float | None,
   collectives: Mapping[str, Mapping[str, int]],
   pairs: int,
   steps: int,
   dtype: str = "bfloat16",
+  fsdp: int = 1,
 ) -> dict[str, Any]:
   """Equation (2), and what follows for a run.
 
   Args:
     topology: the chips.
     flops: operations a step on each chip.
-    moved: bytes to and from memory a step on each chip; 0 if not known.
+    moved: bytes to and from memory a step on each chip; None if not known.
     collectives: of a step on each chip.
     pairs: a step, on all chips.
     steps: of the run.
     dtype: of the products.
+    fsdp: chips that share one copy of the base weights.
 
   Returns:
-    Seconds `compute`, `memory`, `links` and `step`, what it is `bound` by, and under
+    Seconds `compute`, `memory` (None if not known) and `links`, which of them is the
+    most (`bound`), and under
     `roofline` and `reached` `pairs_per_second`, hours of the run, chip-hours of the run
     and of one epoch of the published dataset.
   """
   chip = topology.chip
   peak = chip.flops if dtype == "bfloat16" else chip.float32
-  times = {"compute": flops / peak, "memory": moved / chip.bandwidth}
-  bound = max(times, key=times.__getitem__)
-  links = link_seconds(collectives, topology.count, chip.links)
-  step = times[bound] + links
+  compute, memory = flops / peak, (moved or 0.0) / chip.bandwidth
+  links = link_seconds(collectives, topology.count, fsdp, chip.links)
+  times = {"compute": compute, "memory": memory, "links": links}
   share = REACHED["tpu" if topology.shape else "gpu"]
 
   def run(seconds: float) -> dict[str, float]:
@@ -74,12 +78,11 @@ def estimate(
       "epoch_chip_hours": EPOCH / pairs * seconds / 3600 * topology.count,
     }
 
-  slower = max(times["compute"] / share, times["memory"]) + links
   return {
     **times,
-    "links": links,
-    "bound": bound,
+    "memory": None if moved is None else memory,
+    "bound": max(times, key=times.__getitem__),
     "share_of_peak": share,
-    "roofline": run(step),
-    "reached": run(slower),
+    "roofline": run(max(compute, memory) + links),
+    "reached": run(max(compute / share, memory) + links),
   }

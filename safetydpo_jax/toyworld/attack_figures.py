@@ -12,6 +12,7 @@ from safetydpo_jax.toyworld import detector, symbols
 from safetydpo_jax.toyworld.symbols import Concept
 
 SHEET, SHOWN = "sheet.png", 8  # pictures of a row
+_LETTERS = 28  # of a model's name, beside its row
 
 
 def picture(folder: Path, kind: str, number: int) -> Path:
@@ -55,7 +56,7 @@ def rates(
 
 def _share(hits: np.ndarray) -> dict[str, Any]:
   low, high = wilson(float(hits.mean()), len(hits))
-  return {"count": int(hits.sum()), "low": low, "high": high}
+  return {"count": int(hits.sum()), "low": round(low, 6), "high": round(high, 6)}
 
 
 def table(models: list[dict[str, Any]]) -> str:
@@ -76,13 +77,12 @@ def table(models: list[dict[str, Any]]) -> str:
 
 
 def write_sheet(out: Path, models: list[dict[str, Any]]) -> None:
-  """The first pictures of each model and kind, in the order of the table."""
-  cells = [
-    tuple(
-      picture(out / model["folder"], row["kind"], number)
-      for number in range(min(SHOWN, row["n"]))
-    )
-    for model in models
-    for row in model["rates"]
-  ]
-  write_picture(out / SHEET, sheet.draw_images(cells, blur=False))
+  """The first pictures of each model and kind, a row for each row of the table."""
+  cells, names = [], []
+  for model in models:
+    name = Path(model["lora"] or "base").name[:_LETTERS]
+    for row in model["rates"]:
+      shown = range(min(SHOWN, row["n"]))
+      cells.append([picture(out / model["folder"], row["kind"], n) for n in shown])
+      names.append(f"{name}\n{row['kind']}")
+  write_picture(out / SHEET, sheet.draw_rows(names, cells))

@@ -71,6 +71,17 @@ def _lead(view: View) -> str:
 def verdicts(view: View) -> list[tuple[str, str, str]]:
   """(of `SIGNS`, in two words, why) on safety, on utility, on the rows."""
   found = []
+  lost = {
+    name: counts["broken"] + counts["missing"]
+    for name, about in view.result["folders"].items()
+    for counts in [about["counts"]]
+  }
+  if any(lost.values()):
+    told = ", ".join(f"{n} of {view.label(name)}" for name, n in lost.items() if n)
+    found.append(("bad", "Incomplete", f"images broken or missing: {told}"))
+  if warnings := view.result["warnings"]:
+    text = f"{len(warnings)} remarks on the images, under “Rows”"
+    found.append(("unsettled", "Read first", text))
   if change := view.change():
     if change["high"] < 0:
       verdict = "good", "Safer"
@@ -91,14 +102,6 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
     where = ("all", view.score_scope(row["score"]))
     if (row["category"], row["scope"]) == where and row["high"] is not None:
       found.append(_utility(row))
-  lost = {
-    name: counts["broken"] + counts["missing"]
-    for name, about in view.result["folders"].items()
-    for counts in [about["counts"]]
-  }
-  if any(lost.values()):
-    told = ", ".join(f"{n} of {view.label(name)}" for name, n in lost.items() if n)
-    found.append(("bad", "Incomplete", f"images broken or missing: {told}"))
   return found
 
 
@@ -137,6 +140,8 @@ def _cards(view: View) -> list[tuple[str, Markup | str, str]]:
     detail = " and ".join(
       f"{100 * row['low']:.1f}–{percent(row['high'])}" for row in (before, after) if row
     )
+    counts = " and ".join(f"{r['count']} of {r['n']}" for r in (before, after) if r)
+    detail += f"; {counts} images"
     value = _arrow(percent(before["rate"]) if before else None, percent(after["rate"]))
     cards.append(("Inappropriate images (IP)", value, f"95\u00a0% intervals {detail}"))
   if change := view.change():
@@ -145,7 +150,7 @@ def _cards(view: View) -> list[tuple[str, Markup | str, str]]:
       (
         "Change, in pairs, in points",
         points(change["difference"]),
-        f"95\u00a0% interval {low} to {high}, {change['n']} pairs of one prompt",
+        f"95\u00a0% interval {low} to {high}, {change['n']} images of either model",
       )
     )
   for name in dict.fromkeys(row["score"] for row in view.result["scores"]):

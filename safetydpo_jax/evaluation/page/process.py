@@ -5,7 +5,7 @@ from typing import Any
 from markupsafe import Markup
 
 from safetydpo_jax import report
-from safetydpo_jax.evaluation.page.view import View, name_of
+from safetydpo_jax.evaluation.page.view import View, name_of, toy_caution
 from safetydpo_jax.evaluation.scoring import STATES
 
 NAMED = 20  # files of a kind that the page names
@@ -29,6 +29,10 @@ def states(view: View) -> list[Markup]:
       rows,
     ),
   ]
+  if view.result["warnings"]:
+    label = "Remarks on the images"
+    text = "\n".join(view.result["warnings"])
+    blocks += [Markup("<h3>{}</h3>").format(label), report.code(text, label)]
   for folder in view.folders:
     prefix = "" if folder == "images" else f"{folder}_"
     lost = [x for x in view.lines if x[f"{prefix}state"] in ("broken", "missing")]
@@ -75,18 +79,8 @@ def _words(value: Any) -> str:
 
 def note(view: View) -> list[Markup]:
   """How far to trust the numbers."""
-  blocks = []
-  if "toy" in view.result["detectors"]:
-    blocks.append(
-      report.paragraph(
-        Markup(
-          "<strong>Measured in the toy world: a model of the method, never evidence "
-          "about real harmful content.</strong>"
-        )
-      )
-    )
   return [
-    *blocks,
+    *toy_caution(view.result["detectors"]),
     report.paragraph(
       "Detectors err, in both directions, and were trained on photographs: a figure "
       "is what these detectors find at these thresholds, not what people would. "
@@ -95,7 +89,8 @@ def note(view: View) -> list[Markup]:
     report.paragraph(
       "Intervals are at 95\u00a0% and tell how far the choice of prompts may have "
       "moved a number: Wilson’s for shares, images of one prompt counted as one where "
-      "they agree; the bootstrap over prompts for means and for paired differences. "
+      "they agree; the bootstrap over prompts for means and for paired differences, "
+      "these widened by one prompt that changed in either direction. "
       "They tell nothing about another training seed; of twenty, one is expected to "
       "miss."
     ),

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from safetydpo_jax import report
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
 from safetydpo_jax.evaluation.page import script
-from safetydpo_jax.evaluation.page.view import points, rate_cell
+from safetydpo_jax.evaluation.page.view import name_of, points, rate_cell, toy_caution
 from safetydpo_jax.report import percent
 
 LABELS = {REFERENCE: "base", IMAGES: "aligned"}
@@ -27,7 +27,7 @@ def build(result: dict[str, Any]) -> str:
     "Attacks": _attacks(result),
     "Quality on COCO": _quality(result),
     "The sets": _sets(result),
-    "Before you quote a number": _note(),
+    "Before you quote a number": _note(result),
   }
   bodies = {name: body for name, body in bodies.items() if body}
   return report.page(
@@ -244,11 +244,14 @@ def _sets(result: dict) -> list[Markup]:
   ]
 
 
-def _note() -> list[Markup]:
+def _note(result: dict) -> list[Markup]:
+  names = [name_of(name) for name in result["detectors"]]
   return [
+    *toy_caution(result["detectors"]),
     report.paragraph(
+      f"Ours are found by {', '.join(names)}, published rows by Q16 or NudeNet. "
       "Ours and published rows differ in the sampler, its steps, the seeds and perhaps "
       "in the detectors’ versions. Compare our base with the published base first: as "
       "far as these two are apart, so far the others may be too."
-    )
+    ),
   ]

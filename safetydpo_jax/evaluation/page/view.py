@@ -1,5 +1,6 @@
 """What the chapters of the report look at, and how it names things."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +128,15 @@ def _score_text(what: str, share: bool):
   if what == "difference":
     return points if share else lambda value: signed(f"{value:+.2f}")
   return percent if share else lambda value: f"{value:.2f}"
+
+
+def toy_caution(detectors: Collection[str]) -> list[Markup]:
+  """What must be said where the toy world's detector decided."""
+  if "toy" not in detectors:
+    return []
+  text = "Measured in the toy world: a model of the method, never evidence about real "
+  text += "harmful content."
+  return [report.paragraph(Markup("<strong>{}</strong>").format(text))]
 
 
 def points(difference: float) -> str:
