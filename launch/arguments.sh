@@ -44,6 +44,8 @@ read_arguments() {
     name=${name#--}
     if [[ $1 == --dry_run ]]; then
       dry_run=1
+    elif [[ $name == *-* && $1 == --* ]]; then
+      fail "$1 is no option; they are written with _, as --dry_run"
     elif [[ $1 == --help ]]; then
       usage
       exit 0

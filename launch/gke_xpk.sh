@@ -6,20 +6,21 @@
 #   --cluster NAME          made by xpk cluster create (needed)
 #   --image IMAGE           in a registry the cluster reads from (needed)
 #   --project P, --zone Z   of Google Cloud (default: what gcloud is set to)
-#   --name NAME             of the workload (default: safetydpo)
+#   --name NAME             of the workload, free again after --do delete (default:
+#                           safetydpo)
 #   --type TYPE             of a slice (default: v5litepod-16)
 #   --slices N              default: 1
 #   --restarts N            of the whole job, when a host is lost (default: 10)
 #   --do STEPS              of build,attach,run,delete (default: build,attach,run)
 #
 # Arguments with gs://BUCKET/… are read and written through GKE's mount of the bucket.
-# A run that is told to stop saves and ends with 143, which is a failure to JobSet: it
+# A run that is told to stop saves and ends with 143, one that lost a host with 134: xpk
 # starts all hosts again, and they go on from what was saved.
 #
 # example:
 #   launch/gke_xpk.sh --cluster tpus --image REGISTRY/safetydpo \
-#     --config configs/hate.py:sd15 --workdir gs://BUCKET/runs/hate \
-#     --config.cache=gs://BUCKET/cache
+#     --config configs/hate.py:sd15 --workdir gs://bucket/runs/hate \
+#     --config.cache=gs://bucket/cache --config.accumulation=1
 
 set -euo pipefail
 options='cluster image project zone name type slices restarts do'
@@ -42,6 +43,7 @@ place=(--cluster "$cluster")
 [[ -z $zone ]] || place+=(--zone "$zone")
 # The image's user; a mount is root's and closed to others unless it is told.
 owner=implicit-dirs,uid=1000,gid=1000,file-mode=664,dir-mode=775
+owner+=,rename-dir-limit=100000,metadata-cache-ttl-secs=0
 mapfile -t buckets < <(printf '%s\n' "${words[@]}" | grep -o 'gs://[^/ ]*' | sort -u)
 
 if does build; then

@@ -7,6 +7,7 @@
 #   --compile_cache DIR     what was compiled once (default: ~/.cache/safetydpo_jax)
 #   --image IMAGE           run in this container, made by
 #                           docker build -f launch/Dockerfile.cuda -t IMAGE .
+#                           It sees this folder alone: the model must lie in it
 #
 # example:
 #   launch/gpu.sh --config configs/hate.py:sd15 --workdir runs/hate \

@@ -12,13 +12,15 @@
 #   --do STEPS              of create,install,run,delete (default: create,install,run)
 #
 # Arguments with gs://BUCKET/… are read and written through a mount of the bucket on
-# every host; the slice's service account needs to be allowed to. A run that was stopped,
-# or whose spot slice was taken away, goes on with the same command; of a slice that is
-# still there, with --do run.
+# every host; the slice's service account needs to be allowed to. A run that was stopped
+# goes on with --do run. A spot slice that was taken away keeps its name: --do delete, then
+# the same command. The run ends with this terminal: start it in tmux, on a machine that
+# stays. gcloud reaches all hosts through ssh-agent: ssh-add ~/.ssh/google_compute_engine
 #
 # example:
 #   launch/tpu_vm.sh --zone us-west4-a --config configs/hate.py:sd15 \
-#     --workdir gs://BUCKET/runs/hate --config.cache=gs://BUCKET/cache
+#     --workdir gs://bucket/runs/hate --config.cache=gs://bucket/cache \
+#     --config.accumulation=1
 
 set -euo pipefail
 options='name project zone type runtime provision network do'
@@ -55,7 +57,8 @@ if does create; then
   if [[ -n $dry_run ]]; then
     step "${look[@]}"
   else
-    until state=$("${look[@]}") && [[ $state == ACTIVE ]]; do
+    until state=$("${look[@]}") || fail "gcloud says nothing of $name"
+      [[ $state == ACTIVE ]]; do
       printf '%s: %s\n' "$name" "$state" >&2
       [[ $state != FAILED && $state != SUSPENDED ]] ||
         fail "$name is $state: delete it (--do delete) and ask again, in another zone" \
@@ -82,7 +85,8 @@ if does run; then
   mapfile -t buckets < <(printf '%s\n' "${words[@]}" | grep -o 'gs://[^/ ]*' | sort -u)
   for bucket in "${buckets[@]#gs://}"; do
     [[ $bucket =~ ^[a-z0-9._-]+$ ]] || fail "gs://$bucket is no bucket"
-    # Checkpoints are renamed when they are complete: a folder of many objects.
+    # Checkpoints are renamed when they are complete: a folder of many objects. And no
+    # host may believe for a minute that what another has just written is not there.
     on_hosts "set -e
     where=$mount_point/$bucket
     command -v gcsfuse >/dev/null || {
@@ -90,11 +94,13 @@ if does run; then
         sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
       curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg |
         sudo tee /etc/apt/trusted.gpg.d/gcsfuse.asc >/dev/null
-      sudo apt-get -qq update && sudo apt-get -qq install -y gcsfuse
+      sudo apt-get -qq update
+      sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y gcsfuse
     }
     sudo mkdir -p \$where && sudo chown \$USER \$where
     mountpoint -q \$where ||
-      gcsfuse --implicit-dirs --rename-dir-limit 100000 $bucket \$where"
+      gcsfuse --implicit-dirs --rename-dir-limit 100000 --metadata-cache-ttl-secs 0 \
+        $bucket \$where"
   done
   mounted
   cache=.cache/jax  # of each host, in its checkout

@@ -17,6 +17,10 @@ from collections.abc import Callable
 # If every host has met the same error they leave together; if not, the others are ended
 # by the coordination service, `hosts.HEARTBEAT_SECONDS` after this one has gone.
 LEAVE_SECONDS = 10
+# Of a job that broke, perhaps because a host was lost: what JAX's coordination service
+# ends a process with (SIGABRT). Launchers such as xpk start again what ends with 128 or
+# more, and do not start bad input again, which is 1.
+BROKEN = 134
 
 
 class InputError(Exception):
@@ -44,7 +48,7 @@ def run_command(main: Callable[[], None]) -> None:
       "complete",
       file=sys.stderr,
     )
-    _leave(1)
+    _leave(BROKEN)
 
 
 def _is_one_of_several() -> bool:

@@ -5,6 +5,7 @@ Programs that the launchers call are replaced by ones that write down their argu
 
 import json
 import os
+import pathlib
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ SCRIPTS = ["launch/gpu.sh", "launch/slurm.sbatch", "launch/tpu_vm.sh"]
 SCRIPTS += ["launch/gke_xpk.sh"]
 OPTIONS = {"launch/gke_xpk.sh": ["--cluster", "tpus", "--image", "registry/image"]}
 PROGRAMS = ("gcloud", "docker", "xpk", "srun", "scontrol", "git", "python", "mkdir")
+PROGRAMS += ("ssh-add",)
 
 # Every character that a shell would make something of.
 NASTY = "a b'c\"d$HOME`e`\\f;g*&|é"
@@ -192,6 +194,29 @@ def test_a_slice_is_given_back_by_one_step(calls):
   assert result.returncode == 0, result.stderr
   (call,) = called()
   assert call[3:6] == ["queued-resources", "delete", "safetydpo"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_in_other_spelling_runs_nothing(script, calls):
+  environment, called = calls
+  more = OPTIONS.get(script, [])
+  result = launch(script, "--dry-run", *more, *CONFIG, environment=environment)
+  assert result.returncode == 1
+  assert "--dry-run is no option; they are written with _" in result.stderr
+  assert called() == []
+
+
+def test_a_slice_that_nothing_is_known_of_is_not_waited_for(calls):
+  environment, _ = calls
+  gcloud = pathlib.Path(environment["PATH"].split(":")[0], "gcloud")
+  recording = gcloud.read_text()
+  gcloud.write_text('#!/bin/sh\ncase "$*" in *describe*) exit 1; esac\n')
+  result = launch("launch/tpu_vm.sh", "--do", "create", environment=environment)
+  assert "error: gcloud says nothing of safetydpo" in result.stderr
+  gcloud.write_text(recording)
+  environment["SAY_gcloud"] = "SUSPENDED"
+  result = launch("launch/tpu_vm.sh", "--do", "create", environment=environment)
+  assert "is SUSPENDED: delete it" in result.stderr
 
 
 def test_an_unknown_step_is_named():
