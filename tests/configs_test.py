@@ -156,6 +156,14 @@ def test_an_unknown_variant_is_one_clear_line():
   assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_value_is_one_clear_line():
+  with pytest.raises(InputError) as caught:
+    parse("hate.py", "--config.batchsize=8")
+  assert str(caught.value).endswith(
+    """: 'batchsize': Did you mean "batch_size" instead of "batchsize"?"""
+  )
+
+
 def test_an_unknown_config_is_one_clear_line():
   with pytest.raises(InputError, match=r"there is no .*/nope\.py here; run in the"):
     parse("nope.py:toy")
