@@ -44,7 +44,7 @@ read_arguments() {
     name=${name#--}
     if [[ $1 == --dry_run ]]; then
       dry_run=1
-    elif [[ $name == *-* && $1 == --* ]]; then
+    elif [[ $1 == --* && ($name == *-* || $name == dry*) ]]; then
       fail "$1 is no option; they are written with _, as --dry_run"
     elif [[ $1 == --help ]]; then
       usage

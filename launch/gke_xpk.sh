@@ -14,8 +14,8 @@
 #   --do STEPS              of build,attach,run,delete (default: build,attach,run)
 #
 # Arguments with gs://BUCKET/… are read and written through GKE's mount of the bucket.
-# A run that is told to stop saves and ends with 143, one that lost a host with 134: xpk
-# starts all hosts again, and they go on from what was saved.
+# A run that is told to stop saves and ends with 143, one that broke on a host, or lost
+# one, with 134: xpk starts all hosts again, and they go on from what was saved.
 #
 # example:
 #   launch/gke_xpk.sh --cluster tpus --image REGISTRY/safetydpo \

@@ -11,7 +11,7 @@
 #
 # example:
 #   launch/gpu.sh --config configs/hate.py:sd15 --workdir runs/hate \
-#     --config.cache=cache --config.accumulation=8
+#     --config.cache=cache
 
 set -euo pipefail
 options='devices compile_cache image'

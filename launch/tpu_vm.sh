@@ -57,13 +57,18 @@ if does create; then
   if [[ -n $dry_run ]]; then
     step "${look[@]}"
   else
-    until state=$("${look[@]}") || fail "gcloud says nothing of $name"
-      [[ $state == ACTIVE ]]; do
-      printf '%s: %s\n' "$name" "$state" >&2
+    silent=0
+    while :; do
+      state=$("${look[@]}") && silent=0 || silent=$((silent + 1))
+      [[ $state != ACTIVE ]] || break
+      printf '%s: %s\n' "$name" "${state:-gcloud says nothing of it}" >&2
       [[ $state != FAILED && $state != SUSPENDED ]] ||
         fail "$name is $state: delete it (--do delete) and ask again, in another zone" \
           "or for another --type"
-      sleep 30
+      ((silent < 5)) ||
+        fail "gcloud says nothing of $name, which may still be waited for and cost" \
+          "money: --do delete, or --do install,run when it is there"
+      sleep "${WAIT_SECONDS:-30}"
     done
   fi
 fi

@@ -108,11 +108,8 @@ def warnings(
         "rows by name alone"
       )
     found += listing.warnings(rows, outcomes[name], name)
-  with_lora = {
-    name: bool((about["generated"] or {}).get("lora"))
-    for name, about in folders.items()
-  }
-  if with_lora.get(REFERENCE) and not with_lora[IMAGES]:
+  loras = {n: (about["generated"] or {}).get("lora") for n, about in folders.items()}
+  if loras.get(REFERENCE) and loras[IMAGES] == []:
     found.append(
       "the reference was rendered with a LoRA and the images without: are the folders "
       "swapped?"

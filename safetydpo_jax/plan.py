@@ -29,7 +29,7 @@ EXAMPLE = """example:
   python -m safetydpo_jax.plan --config configs/hate.py:sd15 --topology v5e:4x4
 
 topologies: v5e:4x4, v6e:8x8, v4:2x2x2, v5p:2x2x1 and the like (Cloud TPU's shapes) are
-compiled for, 20 minutes each at full size; gpu:h100x8, gpu:h200x8 and gpu:a100x8 are
+compiled for, 10 to 50 minutes each at full size; gpu:h100x8, gpu:h200x8, gpu:a100x8 are
 arithmetic.
 """
 
@@ -136,7 +136,7 @@ def make_plan(config: Any, topology: Topology, search: bool) -> dict[str, Any]:
       config.mesh.fsdp,
     ),
     "remat_needed": _remat_needed(config, topology, devices, found["fits"]),
-    "versions": versions(),
+    "versions": versions("libtpu"),
   }
   if search:
     plan["largest_pairs_per_chip"], _ = measure.largest_batch(config, topology, devices)
@@ -189,6 +189,8 @@ def describe(plan: dict[str, Any]) -> str:
   ]
   for kind, one in sorted(plan["collectives"].items()):
     rows.append((kind, f"{one['count']} a step, {one['bytes'] / 1e6:.2f} MB"))
+  if "refusal" in plan:
+    return "\n".join(f"{label:16} {value}" for label, value in rows)
   times = [
     f"{name} not known" if estimate[name] is None else f"{name} {estimate[name]:.4f} s"
     for name in ("compute", "memory", "links")

@@ -98,8 +98,10 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
   except _CONFIG_ERRORS as error:
     # The library's message ends in ours, after a traceback; a KeyError's is quoted.
     reason = str(error.args[0] if error.args else error).strip().splitlines()[-1]
-    if reason[:1] == reason[-1:] == "'":
-      reason = reason[1:-1].replace("\\n", ": ").replace("\\'", "'")
+    if isinstance(error, (KeyError, AttributeError)):
+      reason = "no value " + reason.strip("'\"").replace("\\n", ": ").replace(
+        "\\'", "'"
+      )
     raise InputError(f"--config {known.config}: {reason}") from error
 
 

@@ -157,11 +157,16 @@ def test_an_unknown_variant_is_one_clear_line():
 
 
 def test_an_unknown_value_is_one_clear_line():
-  with pytest.raises(InputError) as caught:
-    parse("hate.py", "--config.batchsize=8")
-  assert str(caught.value).endswith(
-    """: 'batchsize': Did you mean "batch_size" instead of "batchsize"?"""
-  )
+  for override, message in (
+    (
+      "batchsize=8",
+      """: no value 'batchsize': Did you mean "batch_size" instead of """,
+    ),
+    ("zzz=1", ": no value zzz"),
+  ):
+    with pytest.raises(InputError) as caught:
+      parse("hate.py", f"--config.{override}")
+    assert message in str(caught.value)
 
 
 def test_an_unknown_config_is_one_clear_line():

@@ -81,13 +81,13 @@ def test_a_row_without_its_adversarial_prompt_is_no_attack(tmp_path):
 def test_an_attack_that_failed_is_left_out_and_counted(tmp_path):
   columns = "original_text,perturbed_text,num_queries,result_type"
   rows = ["a,an attack,4,Successful", "b,,60,Failed", "c,c,0,Skipped"]
+  rows += ["d,its best try,60,Failed", "e,another,9,Successful_only_bypass"]
   file = tmp_path / "sneakyprompt.csv"
   file.write_text("\n".join([columns, *rows]))
   found, left_out = benchmarks.load("sneakyprompt", [file])
-  assert [row["prompt"] for row in found] == ["an attack"]
-  assert left_out == 2
+  assert [row["prompt"] for row in found] == ["an attack", "another"]
   about = benchmarks.about("sneakyprompt", [file], found, left_out)
-  assert (about["rows"], about["left_out"]) == (1, 2)
+  assert (about["rows"], about["left_out"]) == (2, 3)
 
 
 def test_an_attack_without_published_prompts_takes_no_plain_ones(tmp_path):

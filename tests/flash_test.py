@@ -108,7 +108,7 @@ def test_pictures_drawn_on_a_mesh_equal_those_of_one_device(mesh, tiny_checkpoin
 
 
 def test_activations_on_a_mesh_equal_those_of_one_device(mesh, tiny_checkpoint):
-  """Two pairs of 16 × 8 latents, that is four rows of 128 tokens, two experts."""
+  """Four pairs of 16 × 8 latents, that is eight rows of 128 tokens, two experts."""
 
   def measure(kernel, mesh):
     pipeline = load_pipeline(str(tiny_checkpoint), attention=kernel)

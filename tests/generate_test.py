@@ -306,7 +306,7 @@ def test_hosts_share_the_rows_whatever_exists_when_they_look(
     assert not (tmp_path / "out" / "generate.json").exists() or len(waits) > 1
     waits.append(name)
 
-  monkeypatch.setattr(generate.sharding, "wait_for_hosts", wait)
+  monkeypatch.setattr(generate.hosts, "wait_for_all", wait)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   for host in (0, 1):
     with monkeypatch.context() as patch:

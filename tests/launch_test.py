@@ -23,7 +23,8 @@ SCRIPTS = ["launch/gpu.sh", "launch/slurm.sbatch", "launch/tpu_vm.sh"]
 SCRIPTS += ["launch/gke_xpk.sh"]
 OPTIONS = {"launch/gke_xpk.sh": ["--cluster", "tpus", "--image", "registry/image"]}
 PROGRAMS = ("gcloud", "docker", "xpk", "srun", "scontrol", "git", "python", "mkdir")
-PROGRAMS += ("ssh-add",)
+PROGRAMS += ("ssh-add", "ssh-agent")
+SAY = {"ssh-agent": "true"}  # which is evaluated
 
 # Every character that a shell would make something of.
 NASTY = "a b'c\"d$HOME`e`\\f;g*&|é"
@@ -42,7 +43,7 @@ def calls(tmp_path):
       f"#!{sys.executable}\nimport json, os, sys\n"
       f"with open({str(log)!r}, 'a') as log:\n"
       f"  log.write(json.dumps([{name!r}, *sys.argv[1:]]) + '\\n')\n"
-      f"print(os.environ.get('SAY_' + {name!r}, 'ACTIVE'))\n"
+      f"print(os.environ.get('SAY_' + {name!r}, {SAY.get(name, 'ACTIVE')!r}))\n"
       f"sys.exit(int(os.environ.get('EXIT_' + {name!r}, 0)))\n"
     )
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
@@ -158,6 +159,10 @@ def test_buckets_are_mounted_and_read_through_the_mount(script, calls):
   lines = [" ".join(call) for call in called()]
   assert [line for line in lines if "gcsfuse" in line and "/mnt/gcs/b-1" in line]
   assert [line for line in lines if "gcsfuse" in line and "b-2" in line]
+  for line in lines:
+    if "gcsfuse --implicit" in line or "storage attach" in line:
+      assert "metadata-cache-ttl-secs" in line
+      assert "rename-dir-limit" in line
   assert "--experts /mnt/gcs/b-1/x\\,/mnt/gcs/b-1/y --out /mnt/gcs/b-2/z" in lines[-1]
   assert "JAX_COMPILATION_CACHE_DIR=/mnt/gcs/b-1/jax-cache" in lines[-1]
 
@@ -168,7 +173,8 @@ def test_buckets_are_mounted_and_read_through_the_mount(script, calls):
     (0, "COMPLETING", False),
     (1, "RUNNING", False),
     (143, "RUNNING", True),
-    (143, "CANCELLED", False),  # by scancel
+    (143, "COMPLETING", False),  # by scancel
+    (143, "CANCELLED", False),
   ],
 )
 def test_slurm_runs_a_job_again_that_was_told_to_stop(status, state, again, calls):
@@ -196,18 +202,20 @@ def test_a_slice_is_given_back_by_one_step(calls):
   assert call[3:6] == ["queued-resources", "delete", "safetydpo"]
 
 
+@pytest.mark.parametrize("spelling", ["--dry-run", "--dryrun"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_dry_run_in_other_spelling_runs_nothing(script, calls):
+def test_a_dry_run_in_other_spelling_runs_nothing(script, spelling, calls):
   environment, called = calls
   more = OPTIONS.get(script, [])
-  result = launch(script, "--dry-run", *more, *CONFIG, environment=environment)
+  result = launch(script, spelling, *more, *CONFIG, environment=environment)
   assert result.returncode == 1
-  assert "--dry-run is no option; they are written with _" in result.stderr
+  assert f"{spelling} is no option; they are written with _" in result.stderr
   assert called() == []
 
 
 def test_a_slice_that_nothing_is_known_of_is_not_waited_for(calls):
   environment, _ = calls
+  environment["WAIT_SECONDS"] = "0"
   gcloud = pathlib.Path(environment["PATH"].split(":")[0], "gcloud")
   recording = gcloud.read_text()
   gcloud.write_text('#!/bin/sh\ncase "$*" in *describe*) exit 1; esac\n')

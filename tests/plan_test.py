@@ -205,17 +205,30 @@ PIECES = """HloModule jit_step
   ROOT %g.2 = f32[8]{0} all-gather(%q), channel_id=3, dimensions={0}
 }
 
+%body (t: f32[2]) -> f32[2] {
+  %t = f32[2]{0} parameter(0)
+  ROOT %b = f32[8]{0} fusion(%t), kind=kOutput, calls=%beside
+}
+
+%condition (u: f32[2]) -> pred[] {
+  %u = f32[2]{0} parameter(0)
+  ROOT %less = pred[] compare(%u, %u), direction=LT
+}
+
 ENTRY %main (a: f32[2]) -> f32[8] {
   %a = f32[2]{0} parameter(0)
   %s = (f32[2]{0}, f32[8]{0}) fusion(%a), kind=kCustom, calls=%start
-  %b = f32[8]{0} fusion(%a), kind=kOutput, calls=%beside
-  ROOT %g.3 = f32[8]{0} all-gather(%a), channel_id=4, dimensions={0}
+  %w = f32[2]{0} while(%a), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %g.3 = f32[8]{0} all-gather(%a), channel_id=4, dimensions={0}
+  ROOT %g.4 = f32[8]{0} all-gather(%a), channel_id=4, dimensions={0}
 }
 """
 
 
 def test_a_gather_in_pieces_beside_several_fusions_is_one():
-  assert hlo.collectives(PIECES) == {"all-gather": {"count": 2, "bytes": 2 * 8 * 4}}
+  """Five times in the loop that its start precedes; what is in no fusion is whole."""
+  assert hlo.collectives(PIECES) == {"all-gather": {"count": 7, "bytes": 7 * 8 * 4}}
 
 
 def test_collectives_of_a_program_of_this_compiler():

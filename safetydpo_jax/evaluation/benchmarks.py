@@ -171,7 +171,8 @@ def load(name: str, files: list[Path]) -> tuple[list[dict[str, Any]], int]:
           f"{', '.join(BENCHMARKS[name].prompt)} for {BENCHMARKS[name].title}, from "
           f"{BENCHMARKS[name].source}"
         )
-      # A failed attack has no prompt; another column's would be one not attacked.
+      # A failed attack may still name its best try. Where there is no prompt, another
+      # column's would be one that was not attacked.
       result = str(cells.get("result_type") or "Successful")
       if not cells[column] or not result.startswith("Successful"):
         left_out += 1

@@ -17,10 +17,10 @@ from safetydpo_jax.errors import InputError
 _PACKAGES = ("safetydpo-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
 
-def versions() -> dict[str, str | None]:
+def versions(*more: str) -> dict[str, str | None]:
   """Versions of the packages that decide a result's digits; None: not installed."""
-  found = dict.fromkeys(_PACKAGES)
-  for package in _PACKAGES:
+  found = dict.fromkeys((*_PACKAGES, *more))
+  for package in found:
     with contextlib.suppress(PackageNotFoundError):  # a checkout on the path will do
       found[package] = version(package)
   return found

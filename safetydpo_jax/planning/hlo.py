@@ -115,22 +115,26 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
   computations, entry = parse(text)
   fused = _fused(computations)
   found: dict[str, dict[str, int]] = {}
-  pieces = set()
+  pieces: dict[tuple[str, str], tuple[int, int]] = {}  # the largest of each channel
   for name, times in times_run(computations, entry).items():
     for line in computations[name]:
       kind = line.opcode.removesuffix("-start")
       if kind not in COLLECTIVES:
         continue
-      channel = re.search(r"channel_id=\d+", line.rest)
-      if name in fused and channel:
-        if channel[0] in pieces:
-          continue
-        pieces.add(channel[0])
       sizes = size(line.shape) or [0]
       gathers = line.opcode.endswith("-start") and kind != "all-reduce"
+      moved = times * (max(sizes) if gathers else sum(sizes))
+      channel = re.search(r"channel_id=\d+", line.rest)
       one = found.setdefault(kind, {"count": 0, "bytes": 0})
-      one["count"] += times
-      one["bytes"] += times * (max(sizes) if gathers else sum(sizes))
+      if name in fused and channel:
+        before = pieces.get((kind, channel[0]), (0, 0))
+        pieces[kind, channel[0]] = max(before, (times, moved))
+      else:
+        one["count"] += times
+        one["bytes"] += moved
+  for (kind, _), (times, moved) in pieces.items():
+    found[kind]["count"] += times
+    found[kind]["bytes"] += moved
   return found
 
 

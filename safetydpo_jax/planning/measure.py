@@ -46,7 +46,7 @@ def compile_step(config: Any, topology: Topology, devices: list[Any]) -> dict[st
   found = {
     "memory": memory,
     "flops": count_flops(traced.jaxpr.jaxpr) / topology.count,
-    "bytes": 0.0,
+    "bytes": None,
     "collectives": {},
     "kernels": 0,
   }
@@ -76,9 +76,9 @@ def compile_step(config: Any, topology: Topology, devices: list[Any]) -> dict[st
 def count_step(config: Any, topology: Topology) -> dict[str, Any]:
   """The same by arithmetic, without temporaries, bytes moved and exact collectives.
 
-  One all-reduce of the LoRA's gradients and the step's metrics is what the compiled
-  programs of a data mesh have; with fsdp each weight is gathered for the policy's
-  forward and backward pass and the reference, every microbatch.
+  One all-reduce of the LoRA's gradients and the step's metrics is what the CPU's
+  compiler makes of a data mesh. With fsdp policy and reference share one gather of each
+  weight, every microbatch; under remat the backward pass has its own.
   """
   sharding.axis_sizes(config.mesh.data, config.mesh.fsdp, topology.count)
   mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
@@ -87,7 +87,7 @@ def count_step(config: Any, topology: Topology) -> dict[str, Any]:
   if topology.count > 1:
     collectives["all-reduce"] = {"count": 1, "bytes": memory["lora"]}
   if config.mesh.fsdp > 1:
-    gathers = 3 * config.accumulation
+    gathers = (1 if config.remat == "none" else 2) * config.accumulation
     collectives["all-gather"] = {"count": gathers, "bytes": gathers * memory["weights"]}
     memory["weights"] //= config.mesh.fsdp
   total = memory["weights"] + memory["state"]

@@ -51,11 +51,11 @@ def _sentence(view: View) -> Markup | str:
   if before is None:
     text = Markup('{} of the images are found <em class="bad">inappropriate</em>.')
     return text.format(_round(after["rate"]))
-  good = bool(change and change["high"] < 0)
+  kind, _ = _safety(change) if change else ("unsettled", "")
   return Markup(
     'Inappropriate: {} of the base model’s images. <em class="{}">After alignment: {}.'
     "</em>"
-  ).format(_round(before["rate"]), "good" if good else "bad", _round(after["rate"]))
+  ).format(_round(before["rate"]), kind, _round(after["rate"]))
 
 
 def _lead(view: View) -> str:
@@ -80,18 +80,12 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
     told = ", ".join(f"{n} of {view.label(name)}" for name, n in lost.items() if n)
     found.append(("bad", "Incomplete", f"images broken or missing: {told}"))
   if warnings := view.result["warnings"]:
-    text = f"{len(warnings)} remarks on the images, under “Rows”"
+    text = f"remarks on the images: {len(warnings)}, under “Rows”"
     found.append(("unsettled", "Read first", text))
   if change := view.change():
-    if change["high"] < 0:
-      verdict = "good", "Safer"
-    elif change["low"] > 0:
-      verdict = "bad", "Less safe"
-    else:
-      verdict = "unsettled", "Not shown to be safer"
     found.append(
       (
-        *verdict,
+        *_safety(change),
         f"{change['only_reference']} images are inappropriate of the base model alone, "
         f"{change['only_images']} of the aligned one alone; the change is "
         f"{points(change['difference'])} points, interval {points(change['low'])} to "
@@ -103,6 +97,15 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
     if (row["category"], row["scope"]) == where and row["high"] is not None:
       found.append(_utility(row))
   return found
+
+
+def _safety(change: dict) -> tuple[str, str]:
+  """(of `SIGNS`, in words) of a paired change of IP."""
+  if change["high"] < 0:
+    return "good", "Safer"
+  if change["low"] > 0:
+    return "bad", "Less safe"
+  return "unsettled", "Not shown to be safer"
 
 
 def _utility(row: dict) -> tuple[str, str, str]:
@@ -150,7 +153,7 @@ def _cards(view: View) -> list[tuple[str, Markup | str, str]]:
       (
         "Change, in pairs, in points",
         points(change["difference"]),
-        f"95\u00a0% interval {low} to {high}, {change['n']} images of either model",
+        f"95\u00a0% interval {low} to {high}, {change['n']} images of each model",
       )
     )
   for name in dict.fromkeys(row["score"] for row in view.result["scores"]):

@@ -90,7 +90,7 @@ def note(view: View) -> list[Markup]:
       "Intervals are at 95\u00a0% and tell how far the choice of prompts may have "
       "moved a number: Wilson’s for shares, images of one prompt counted as one where "
       "they agree; the bootstrap over prompts for means and for paired differences, "
-      "these widened by one prompt that changed in either direction. "
+      "those of shares widened by one prompt that changed in either direction. "
       "They tell nothing about another training seed; of twenty, one is expected to "
       "miss."
     ),
