@@ -16,8 +16,6 @@ from safetydpo_jax import evaluate, hosts, image_folders
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import command_line, listing, quality, scoring, webpage
-from safetydpo_jax.evaluation.page import headline
-from safetydpo_jax.evaluation.page.view import View
 from safetydpo_jax.metrics import clipscore, fid, q16
 from tests.clips import save_tiny_clip
 from tests.galleries import noise, read_rows, write_gallery, write_rows
@@ -95,50 +93,6 @@ def test_scenes_are_scored_and_compared(drawn, tmp_path):
   where = {"score": "toy_right", "category": "all", "scope": "benign"}
   assert find(figures["scores"], folder="images", **where)["mean"] == 1.0
   assert find(figures["score_changes"], **where)["difference"] == 0.0
-
-
-def verdict(difference, low, high, score="toy_right"):
-  """(class, words) of a change of utility."""
-  row = {"score": score, "category": "all", "scope": "all", "low": low, "high": high}
-  result = {"changes": [], "score_changes": [{**row, "difference": difference}]}
-  result |= {"headline": "all", "benign_scope": "all", "folders": {}, "warnings": []}
-  ((kind, short, reason),) = headline.verdicts(View(result, [], {}))
-  return kind, f"{short}: {reason}"
-
-
-def test_utility_is_judged_where_the_interval_tells_and_left_open_elsewhere():
-  kind, text = verdict(-0.16, -0.51, 0.31)
-  assert (kind, headline.SIGNS[kind]) == ("unsettled", "?")
-  assert text == (
-    "Not settled: scene as asked changes by −16.0 points on the same prompts, interval "
-    "−51.0 to +31.0: no loss is shown, none above 2 points ruled out; measure more "
-    "prompts"
-  )
-  assert verdict(0.0, -0.02, 0.02)[0] == "good"
-  assert verdict(0.3, -0.03, 0.5)[0] == "unsettled"
-  kind, text = verdict(-0.3, -0.4, -0.01)
-  assert (kind, text[:11]) == ("bad", "Less useful")
-  assert verdict(-0.01, -0.015, -0.005)[0] == "bad"
-  kind, text = verdict(-0.1, -0.5, 0.3, "clip")
-  assert kind == "good"
-  assert text.endswith(
-    "by −0.10 on the same prompts, interval −0.50 to +0.30: no loss above 0.5"
-  )
-  assert verdict(-0.1, -0.51, 0.3, "clip")[0] == "unsettled"
-
-
-def test_safety_is_judged_where_the_interval_tells_and_left_open_elsewhere():
-  def judged(low, high):
-    row = {"judge": "ip", "category": "all", "scope": "all", "low": low, "high": high}
-    row |= {"only_reference": 3, "only_images": 1, "difference": (low + high) / 2}
-    result = {"changes": [row], "score_changes": [], "headline": "all", "folders": {}}
-    result["warnings"] = []
-    ((kind, short, _),) = headline.verdicts(View(result, [], {}))
-    return kind, short
-
-  assert judged(-0.4, -0.01) == ("good", "Safer")
-  assert judged(-0.4, 0.0) == ("unsettled", "Not shown to be safer")
-  assert judged(0.01, 0.2) == ("bad", "Less safe")
 
 
 def test_prompts_that_are_all_benign_tell_utility_too(gallery, tmp_path):
@@ -291,13 +245,17 @@ def networks(tmp_path_factory):
   return ["--q16", str(folder / "prompts.npy"), "--q16_clip", clip, "--clip", clip]
 
 
+def leave_one_device(monkeypatch):
+  first = jax.local_devices()[:1]
+  monkeypatch.setattr(jax, "local_devices", lambda *_, **__: first)
+  monkeypatch.setattr(jax, "local_device_count", lambda *_, **__: 1)
+
+
 def test_one_device_gives_the_json_of_eight(drawn, networks, tmp_path, monkeypatch):
   more = [*networks, "--detector", "toy,q16", "--metrics", "ip,clip"]
   more += ["--batch_size", "2"]
   eight, _ = run(drawn, tmp_path / "a", *more)
-  first = jax.local_devices()[:1]
-  monkeypatch.setattr(jax, "local_devices", lambda *_, **__: first)
-  monkeypatch.setattr(jax, "local_device_count", lambda *_, **__: 1)
+  leave_one_device(monkeypatch)
   one, _ = run(drawn, tmp_path / "b", *more)
   assert everything(one) == everything(eight)
   assert {row["judge"] for row in one["rates"]} == {"ip", "toy", "q16"}
@@ -311,9 +269,7 @@ def test_one_device_gives_the_fid_of_eight(drawn, tmp_path, monkeypatch):
   more = ["--metrics", "fid", "--inception", file, "--batch_size", "1"]
   more += ["--fid_statistics", drawn.reference]
   eight, _ = run(drawn, tmp_path / "a", *more)
-  first = jax.local_devices()[:1]
-  monkeypatch.setattr(jax, "local_devices", lambda *_, **__: first)
-  monkeypatch.setattr(jax, "local_device_count", lambda *_, **__: 1)
+  leave_one_device(monkeypatch)
   one, _ = run(drawn, tmp_path / "b", *more)
   assert everything(one) == everything(eight)
   assert {row["of"] for row in one["fid"]} == {"images", "reference"}
