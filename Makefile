@@ -18,6 +18,7 @@ demo: environment  ## the whole method in the toy world, and its report (10 minu
 lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: environment
 	$(BIN)/ruff check --fix .

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safetydpo_jax.formats import clip_files, open_clip, weights
+from safetydpo_jax.formats.base_model import weights
+from safetydpo_jax.formats.clip import open_clip
+from safetydpo_jax.formats.clip.files import tower_shapes
 from safetydpo_jax.metrics import clip_features
 from safetydpo_jax.metrics.extraction import make_extractor
 from safetydpo_jax.models.clip_vision import CLIPVision
@@ -43,7 +45,7 @@ def random_params(tower: CLIPVision) -> dict:
     noise = rng.standard_normal(leaf.shape, np.float32)
     return noise / np.float32(np.prod(leaf.shape[:-1])) ** 0.5
 
-  return jax.tree.map(draw, clip_files.tower_shapes(tower))
+  return jax.tree.map(draw, tower_shapes(tower))
 
 
 def measure(run, batch: np.ndarray, repeats: int) -> tuple[float, np.ndarray]:

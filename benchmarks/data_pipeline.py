@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from safetydpo_jax.data import batches, records, shards
+from safetydpo_jax.data.cache import batches, records, shards
 from safetydpo_jax.data.categories import CATEGORIES
-from safetydpo_jax.data.pairs import SLOTS
+from safetydpo_jax.data.sources.pairs import SLOTS
 
 
 def write_cache(

@@ -2,7 +2,7 @@
 
 Three contenders train SD1.5 at rank 4 on random weights and random pairs:
 
-  ours           `dpo.make_train_step`, cached VAE moments, one UNet
+  ours           `training.step.make_train_step`, cached VAE moments, one UNet
   torch cached   diffusers + peft + AdamW, cached latents, a second UNet as reference
   torch online   the same, and the VAE encodes both images in each step, as the code
                  released with SafetyDPO does
@@ -70,13 +70,15 @@ def run_ours(options) -> dict:
   from jax.sharding import NamedSharding
 
   from configs import base
-  from safetydpo_jax import diffusion, dpo, lora, optimizer, sharding, train
-  from safetydpo_jax.data.batches import Batch
-  from safetydpo_jax.formats.pipeline import parameter_shapes
-  from safetydpo_jax.models import clip
+  from safetydpo_jax import diffusion, lora
+  from safetydpo_jax.data.cache.batches import Batch
+  from safetydpo_jax.formats.base_model.pipeline import parameter_shapes
+  from safetydpo_jax.models import clip, published
   from safetydpo_jax.models.config import freeze
   from safetydpo_jax.models.unet import UNet2DCondition
-  from tests import published
+  from safetydpo_jax.runtime import sharding
+  from safetydpo_jax.training import optimizer
+  from safetydpo_jax.training.step import init_state, jit_train_step
 
   unet = UNet2DCondition(
     freeze(published.SD15_UNET),
@@ -100,7 +102,7 @@ def run_ours(options) -> dict:
   config.batch_size, config.accumulation = options.pairs, 1
   tx = optimizer.make_optimizer(config)
   tree = lora.init_lora(jax.random.key(0), shapes["unet"], RANK, TARGETS)
-  state = jax.device_put(dpo.init_state(tree, tx), replicated)
+  state = jax.device_put(init_state(tree, tx), replicated)
   pipeline = types.SimpleNamespace(
     unet=unet,
     text_encoders=(text,),
@@ -110,7 +112,7 @@ def run_ours(options) -> dict:
     scaling_factor=0.18215,
   )
   shardings = sharding.base_shardings(mesh, shapes)
-  train_step = train.jit_train_step(config, pipeline, mesh, tx, shardings)
+  train_step = jit_train_step(config, pipeline, mesh, tx, shardings)
   side = options.resolution // 8
   moments = rng.standard_normal((options.pairs, 2, side, side, 8)).astype(np.float16)
   token_ids = rng.integers(0, 49407, (options.pairs, 77)).astype(np.int32)
@@ -139,7 +141,7 @@ def run_torch(options, online: bool) -> dict:
   import transformers
   from diffusers.training_utils import cast_training_params
 
-  from tests import published
+  from safetydpo_jax.models import published
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
   dtype = getattr(torch, options.dtype)

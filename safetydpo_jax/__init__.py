@@ -9,7 +9,7 @@ from typing import Any
 
 def load_pipeline(model: str, **options: Any):
   """A Stable Diffusion checkpoint; see `formats.pipeline.load_pipeline`."""
-  from safetydpo_jax.formats import pipeline
+  from safetydpo_jax.formats.base_model import pipeline
 
   return pipeline.load_pipeline(model, **options)
 
@@ -20,7 +20,7 @@ def load_lora(lora: str) -> dict:
   Raises:
     safetydpo_jax.errors.InputError: if it is neither, or damaged.
   """
-  from safetydpo_jax.formats import loras
+  from safetydpo_jax.formats.loras import load as loras
 
   return loras.load_lora(lora)[0]
 

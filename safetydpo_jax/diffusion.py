@@ -14,7 +14,7 @@ With ᾱ_t the cumulative product of 1 − β_t over the checkpoint's schedule:
 
 Sources: Ho et al. 2020 (1, 2), Salimans & Ho 2022 (v), Song et al. 2021 (4, η = 0),
 Ho & Salimans 2022 (5), Lin et al. 2023 (6, 7). Constants follow the checkpoint's
-scheduler_config.json, read as diffusers reads it. Other samplers: `samplers/`.
+scheduler_config.json, read as diffusers reads it. Other samplers: `sampling/`.
 """
 
 from collections.abc import Callable, Mapping
@@ -78,7 +78,7 @@ class Schedule:
     alphas_cumprod: ᾱ_t, (T,) float32.
     final_alpha_cumprod: ᾱ of the step after DDIM's last one, () float32.
     prediction_type: what the UNet predicts, one of `PREDICTION_TYPES`.
-    config: the whole scheduler_config.json, frozen, for `samplers/`.
+    config: the whole scheduler_config.json, frozen, for `sampling/`.
   """
 
   alphas_cumprod: jax.Array

@@ -1,9 +1,9 @@
 """Images and prompts → a pair cache: `python -m safetydpo_jax.encode`.
 
-In: a dataset of preference pairs (layouts in `data/layouts.py`) and a Stable Diffusion
-checkpoint. Out: a cache (`data/records.py`) with the VAE's posterior moments of every
-image and of its mirror image, and the prompts' token ids, which training never has to
-compute again.
+In: a dataset of preference pairs (layouts in `data/sources/layouts.py`) and a Stable
+Diffusion checkpoint. Out: a cache (`data/cache/records.py`) with the VAE's posterior
+moments of every image and of its mirror image, and the prompts' token ids, which
+training never has to compute again.
 
 A stopped encode goes on where it stopped when the same command runs again: shards are
 complete or not there, and each is encoded on its own. With several processes each
@@ -19,13 +19,16 @@ import jax.numpy as jnp
 from etils import epath
 from tqdm import tqdm
 
-from safetydpo_jax import conditioning, hosts, moments, sharding
-from safetydpo_jax.data import categories, layouts, places, records, shards, sheet
-from safetydpo_jax.data.pairs import SourcePair, fingerprint
+from safetydpo_jax.data import categories, contact_sheet
+from safetydpo_jax.data.cache import encoding, records, shards
+from safetydpo_jax.data.sources import layouts
+from safetydpo_jax.data.sources.pairs import SourcePair, fingerprint
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats import weights
-from safetydpo_jax.formats.hub import PRESETS
-from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.formats.base_model import weights
+from safetydpo_jax.formats.base_model.hub import PRESETS
+from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.models import conditioning
+from safetydpo_jax.runtime import hosts, sharding, storage
 
 EXAMPLE = """example:
   python -m safetydpo_jax.encode --model sd15 --pairs CoProV2 --out cache/sd15
@@ -167,7 +170,7 @@ def check_out(
   plan = out / (records.MANIFEST if finished else records.PLAN)
   # Without a shard the plan may be replaced: nothing has come of it.
   if any(name.startswith("pairs-") for name in there):
-    before = places.read_json(plan, "pair cache")
+    before = storage.read_json(plan, "pair cache")
     for name, value in settings.items():
       if before.get(name) != value:
         raise InputError(
@@ -189,7 +192,7 @@ def check_out(
       out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
-    places.write_json(out / records.PLAN, settings)
+    storage.write_json(out / records.PLAN, settings)
   return False, len(lost)
 
 
@@ -210,8 +213,8 @@ def main(arguments: list[str] | None = None) -> None:
   hosts.initialize()
   pairs, counts, skipped = select_pairs(arguments)
   if arguments.stats and jax.process_index() == 0:
-    picture = sheet.draw_sheet(pairs, counts, blur=not arguments.no_blur)
-    sheet.save_sheet(picture, places.as_path(arguments.stats))
+    picture = contact_sheet.draw_sheet(pairs, counts, blur=not arguments.no_blur)
+    contact_sheet.save_sheet(picture, storage.as_path(arguments.stats))
     print(f"{arguments.stats}: {counts['pairs']} pairs")
   if not arguments.out:
     return
@@ -225,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     vae_from=arguments.vae,
   )
   settings = make_settings(arguments, pipeline, pairs)
-  out, shard_size = places.as_path(arguments.out), arguments.shard_size
+  out, shard_size = storage.as_path(arguments.out), arguments.shard_size
   files = [out / name for name in shards.shard_names(len(pairs), shard_size)]
   skip = arguments.on_error == "skip"
   finished, lost = check_out(out, settings, files, skip=skip)
@@ -234,9 +237,9 @@ def main(arguments: list[str] | None = None) -> None:
     return
   hosts.wait_for_all("the cache's folder is there")
 
-  token_ids, empty_token_ids, counts["truncated"] = moments.tokenize(pipeline, pairs)
+  token_ids, empty_token_ids, counts["truncated"] = encoding.tokenize(pipeline, pairs)
   fields = shards.record_fields(settings["latent_shape"], *empty_token_ids.shape)
-  encode, size = moments.make_encoder(pipeline, arguments.batch_size)
+  encode, size = encoding.make_encoder(pipeline, arguments.batch_size)
   todo = [
     (file, slice(number * shard_size, (number + 1) * shard_size))
     for number, file in enumerate(files)
@@ -246,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
   with tqdm(total=total, unit=" images", disable=jax.process_index() > 0) as progress:
     for file, block in todo:
       faults = {}
-      encoded = moments.encode_pairs(
+      encoded = encoding.encode_pairs(
         pairs[block],
         settings["resolution"],
         encode,

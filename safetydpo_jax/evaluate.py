@@ -27,11 +27,10 @@ from typing import Any
 
 import jax
 
-from safetydpo_jax import generate, hosts, image_folders, sharding
+from safetydpo_jax import generate
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.evaluation import (
-  bootstrap,
   cases,
   detectors,
   figures,
@@ -44,8 +43,9 @@ from safetydpo_jax.evaluation.command_line import parse_arguments
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
 from safetydpo_jax.evaluation.page.view import SCOPES, View
 from safetydpo_jax.evaluation.scoring import Outcome, score_folder
-from safetydpo_jax.formats import manifest
-from safetydpo_jax.metrics import fid
+from safetydpo_jax.metrics import fid, intervals
+from safetydpo_jax.runtime import hosts, manifest, sharding
+from safetydpo_jax.sampling.folders import MANIFEST, hash_of_rows
 
 # Of generate.json: what must agree before two folders' images are compared in pairs.
 SAME = ("base", "sampler", "steps", "guidance", "guidance_rescale", "negative_prompt")
@@ -54,12 +54,12 @@ SAME += ("height", "width", "dtype", "prompts_sha256", "latents_sha256")
 
 def read_generated(folder: Path) -> dict[str, Any] | None:
   """What `generate` says of its images, None if others made them."""
-  if not (folder / image_folders.MANIFEST).is_file():
+  if not (folder / MANIFEST).is_file():
     return None
-  about = manifest.read_json(folder / image_folders.MANIFEST, "folder of images")
+  about = manifest.read_json(folder / MANIFEST, "folder of images")
   if not isinstance(about, dict):
     raise InputError(
-      f"{folder / image_folders.MANIFEST} is no JSON object; generate the images again"
+      f"{folder / MANIFEST} is no JSON object; generate the images again"
     )
   return about
 
@@ -90,7 +90,7 @@ def same_prompts(prompts: Path, folder: Path, generated: dict | None) -> bool | 
   if not generated or "prompts_sha256" not in generated:
     return None
   rows = read_prompts(prompts, folder)
-  return image_folders.hash_of_rows(rows, folder) == generated["prompts_sha256"]
+  return hash_of_rows(rows, folder) == generated["prompts_sha256"]
 
 
 def warnings(
@@ -217,8 +217,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     "headline": figures.headline_scope(rows),
     "benign_scope": figures.benign_scope(rows),
     "bootstrap": {
-      "level": bootstrap.LEVEL,
-      "resamples": bootstrap.RESAMPLES,
+      "level": intervals.LEVEL,
+      "resamples": intervals.RESAMPLES,
       "seed": options.seed,
       "unit": "prompt",
     },

@@ -5,7 +5,7 @@
   pipeline   a diffusers directory with the LoRA in the UNet's weights
 
 and with each a model card, README.md, and export.json, which says what it was made of.
-What the files hold: `formats/lora_files.py`, `kohya.py`, `fused.py`, `model_card.py`.
+What the files hold: `formats/loras/write.py`, `kohya.py`, `fused.py`, `model_card.py`.
 """
 
 import argparse
@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats import (
-  fused,
-  hub,
-  kohya,
-  lora_files,
-  loras,
-  manifest,
-  model_card,
-  verify,
+from safetydpo_jax.formats.base_model import fused, hub, model_card, verify
+from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.formats.loras import kohya
+from safetydpo_jax.formats.loras.load import check_fits, load_lora, split_scale
+from safetydpo_jax.formats.loras.write import (
+  DTYPES,
+  target_modules,
+  write_diffusers,
+  write_kohya,
 )
-from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.formats.tensors import open_safetensors
 from safetydpo_jax.lora import check_shapes, num_parameters, rank_of, scale
+from safetydpo_jax.runtime import manifest
 
 EXAMPLE = """example:
   python -m safetydpo_jax.export --lora runs/hate --model sd15 --format diffusers \\
@@ -65,7 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--out", required=True, type=Path, help="folder to write to")
   add(
     "--dtype",
-    choices=tuple(lora_files.DTYPES),
+    choices=tuple(DTYPES),
     help="of the numbers (default: float32 for a LoRA, the base's for a pipeline)",
   )
   add("--variant", help='of the model\'s files, for example "fp16"')
@@ -88,13 +88,13 @@ def main(arguments: list[str] | None = None) -> None:
   options = parse_arguments(arguments)
   if options.verify:
     verify.check_installed()
-  name, factor = loras.split_scale(options.lora)
+  name, factor = split_scale(options.lora)
   figures = model_card.read_figures(options.figures) if options.figures else ""
-  lora, about = loras.load_lora(name)
+  lora, about = load_lora(name)
   if options.format == "pipeline":
     hub.locate(options.model, _FETCHED, options.variant, None)
   base = load_pipeline(options.model, components=(), variant=options.variant)
-  loras.check_fits(name, about, base.fingerprint)
+  check_fits(name, about, base.fingerprint)
   check_shapes(base.unet_shapes(), lora)
   lora = scale(lora, factor)
 
@@ -131,10 +131,10 @@ def write_lora(
 ) -> Path:
   """The LoRA file in `out`."""
   shapes = base.unet_shapes()
-  to = {"shapes": shapes, "dtype": lora_files.DTYPES[dtype]}
+  to = {"shapes": shapes, "dtype": DTYPES[dtype]}
   if options.format == "diffusers":
-    targets = lora_files.target_modules(lora, shapes)
-    return lora_files.write_diffusers(out, lora, targets, **to)
+    targets = target_modules(lora, shapes)
+    return write_diffusers(out, lora, targets, **to)
   header = kohya.header(
     base.unet.config,
     base.schedule.prediction_type,
@@ -142,7 +142,7 @@ def write_lora(
     rank_of(lora),
     f"SafetyDPO {about.get('category') or 'LoRA'}",
   )
-  return lora_files.write_kohya(out, lora, header, **to)
+  return write_kohya(out, lora, header, **to)
 
 
 def write_pipeline(
@@ -150,7 +150,7 @@ def write_pipeline(
 ) -> list[Path]:
   """The fused pipeline in `out`; returns the UNet's files."""
   fused.copy_base(base.path, out)
-  dtype = options.dtype and lora_files.DTYPES[options.dtype]
+  dtype = options.dtype and DTYPES[options.dtype]
   return fused.write_unet(out, base.path, lora, variant=options.variant, dtype=dtype)
 
 

@@ -1,10 +1,10 @@
 """Renders a CSV of prompts: `python -m safetydpo_jax.generate`.
 
 Each row of the CSV (`data/prompts.py`) draws its noise from its own seed, so an image
-does not depend on the batch it was rendered in (`rendering.py`). The sampler is the one
-of the checkpoint's scheduler unless --sampler names another (`samplers/`); no safety
-checker. With --compare the base model renders the same rows from the same noise into
-DIR/base.
+does not depend on the batch it was rendered in (`sampling/renderer.py`). The sampler is
+the one of the checkpoint's scheduler unless --sampler names another (`sampling/`); no
+safety checker. With --compare the base model renders the same rows from the same noise
+into DIR/base.
 
 Images that exist are skipped. So that they belong together, what decides them is kept
 in DIR/plan.json until all are there and then in DIR/generate.json; a command that would
@@ -20,18 +20,27 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from safetydpo_jax import hosts, image_folders, samplers, sharding
 from safetydpo_jax import lora as lora_lib
 from safetydpo_jax.data.prompts import Row, read_prompts
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats import loras, manifest
-from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
-from safetydpo_jax.image_folders import Folder
-from safetydpo_jax.rendering import (
+from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.formats.loras.load import load_loras
+from safetydpo_jax.runtime import hosts, manifest, sharding
+from safetydpo_jax.sampling.folders import (
+  BASE,
+  Folder,
+  begin,
+  check,
+  check_names,
+  complete,
+  hash_of_rows,
+  write_sheet,
+)
+from safetydpo_jax.sampling.methods import METHODS, make_sampler, name_of
+from safetydpo_jax.sampling.renderer import (
   Inputs,
   initial_noise,
   key_words,
@@ -66,7 +75,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   add("--prompts", required=True, type=Path, metavar="CSV", help="column prompt")
   add("--out", required=True, type=Path, metavar="DIR", help="images, generate.json")
   add("--compare", action="store_true", help="also without the LoRAs, in DIR/base")
-  add("--sampler", choices=samplers.METHODS, help="(default: the checkpoint's)")
+  add("--sampler", choices=METHODS, help="(default: the checkpoint's)")
   add("--steps", type=int, default=50, help="of the sampler (default: 50)")
   add(
     "--guidance",
@@ -85,17 +94,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   add("--no_blur", action="store_true", help="show the sheet's images sharply")
   hosts.add_arguments(parser)
   return parser.parse_args(arguments)
-
-
-def load_loras(names: list[str], pipeline: Pipeline) -> dict:
-  """The sum of the named LoRAs, {} without any."""
-  trees = []
-  for name, factor in map(loras.split_scale, names):
-    tree, about = loras.load_lora(name)
-    loras.check_fits(name, about, pipeline.fingerprint)
-    lora_lib.check_shapes(pipeline.params["unet"], tree)
-    trees.append(lora_lib.scale(tree, factor))
-  return lora_lib.add(trees)
 
 
 def read_latents(file: Path, rows: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -133,8 +131,8 @@ def check_options(options: argparse.Namespace, pipeline: Pipeline) -> tuple[int,
       f"--guidance_rescale is {options.guidance_rescale}; expected 0 to 1"
     )
   if options.sampler is None:
-    options.sampler = samplers.name_of(read_index(pipeline)["scheduler"][1])
-  samplers.make_sampler(options.sampler, pipeline.schedule, options.steps)
+    options.sampler = name_of(read_index(pipeline)["scheduler"][1])
+  make_sampler(options.sampler, pipeline.schedule, options.steps)
   size = (options.height // factor, options.width // factor)
   return (*size, pipeline.latent_channels)
 
@@ -151,14 +149,11 @@ def make_folder(
 ) -> Folder:
   """The images of the CSV with a LoRA ({} for none), and what decides them."""
   rows = read_prompts(options.prompts, path)
-  factors = hashlib.sha256()
-  for layer, leaf in sorted(flatten_dict(lora).items()):
-    factors.update(f"{layer} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
   files = [options.latents.read_bytes()] if options.latents else []
   settings = {
     "base": pipeline.fingerprint,
-    "lora_sha256": factors.hexdigest(),
-    "prompts_sha256": image_folders.hash_of_rows(rows, path),
+    "lora_sha256": lora_lib.factors_sha256(lora),
+    "prompts_sha256": hash_of_rows(rows, path),
     "latents_sha256": [hashlib.sha256(data).hexdigest() for data in files],
     **{name: getattr(options, name) for name in ("steps", "guidance", "dtype")},
     **{name: getattr(options, name) for name in ("height", "width")},
@@ -231,15 +226,15 @@ def main(arguments: list[str] | None = None) -> None:
     latents = read_latents(options.latents, len(rows), shape)
   trees = {options.out: lora}
   if options.compare:
-    trees[options.out / image_folders.BASE] = {}
+    trees[options.out / BASE] = {}
   folders = [make_folder(options, path, pipeline, tree) for path, tree in trees.items()]
-  image_folders.check_names(folders)
+  check_names(folders)
   for folder in folders:
-    image_folders.check(folder)
+    check(folder)
   hosts.wait_for_all("every host has seen the folders")
   if jax.process_index() == 0:
     for folder in folders:
-      image_folders.begin(folder)
+      begin(folder)
 
   # Every host renders its own share with its own devices. A row's host is a function of
   # the CSV alone: what exists changes while the hosts look.
@@ -271,12 +266,12 @@ def main(arguments: list[str] | None = None) -> None:
   hosts.wait_for_all("all images are there")
 
   if jax.process_index() == 0:
-    image_folders.write_sheet(folders, blur=not options.no_blur)
+    write_sheet(folders, blur=not options.no_blur)
     for folder in folders:
       loras_used = options.lora if folder.lora else []
       about = {"model": pipeline.name, "lora": loras_used}
       about["prompts"] = str(options.prompts)
-      count = image_folders.complete(folder, about)
+      count = complete(folder, about)
       print(f"{count} images in {folder.path}")
 
 

@@ -16,6 +16,7 @@ Source: Hu et al. 2021; initialisation as PEFT's "gaussian": a ~ N(0, (1/r)²), 
 targets and patterns as PEFT's `target_modules`, `rank_pattern` and `alpha_pattern`.
 """
 
+import hashlib
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -272,3 +273,12 @@ def rank_of(lora: Tree) -> int:
 def num_parameters(lora: Tree) -> int:
   """Trainable parameters: 797,184 for SD1.5 at rank 4."""
   return sum(leaf.size for leaf in jax.tree.leaves(lora))
+
+
+def factors_sha256(lora: Tree) -> str:
+  """Tells a LoRA's factors from any others; layers are hashed in sorted order."""
+  digest = hashlib.sha256()
+  for path, leaf in sorted(flatten_dict(lora).items()):
+    leaf = np.asarray(leaf, np.float32)
+    digest.update(f"{'/'.join(path)} {leaf.shape}".encode() + leaf.tobytes())
+  return digest.hexdigest()

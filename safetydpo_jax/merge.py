@@ -1,8 +1,8 @@
 """Merges experts into one LoRA: `python -m safetydpo_jax.merge --experts A,B …`.
 
 In: run directories, merged directories and LoRA files; for Co-Merge (`comerge.py`) also
-a pair cache and the base model. Out: an expert's directory (`formats/expert.py`) that
-`generate` and `export` take like any other:
+a pair cache and the base model. Out: an expert's directory (`formats/loras/expert.py`)
+that `generate` and `export` take like any other:
   lora/, expert.json   category "merged", alpha = rank (the scale is folded in), the
                        method, its options, the calibration, and every expert with the
                        sha256 of its factors
@@ -21,24 +21,24 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 
-from safetydpo_jax import (
+from safetydpo_jax import lora as lora_lib
+from safetydpo_jax.data.cache import records
+from safetydpo_jax.data.categories import CATEGORIES
+from safetydpo_jax.errors import InputError, run_command
+from safetydpo_jax.formats.base_model.pipeline import load_pipeline
+from safetydpo_jax.formats.base_model.weights import torch_name
+from safetydpo_jax.formats.loras import expert
+from safetydpo_jax.formats.loras.write import adapted_layers
+from safetydpo_jax.merging import (
+  activation_files,
   activations,
+  baselines,
   calibration,
   comerge,
   experts,
-  hosts,
-  merging,
-  sharding,
 )
-from safetydpo_jax import lora as lora_lib
-from safetydpo_jax.data import records
-from safetydpo_jax.data.categories import CATEGORIES
-from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.experts import Expert
-from safetydpo_jax.formats import expert, manifest, statistics
-from safetydpo_jax.formats.lora_files import adapted_layers
-from safetydpo_jax.formats.pipeline import load_pipeline
-from safetydpo_jax.formats.weights import torch_name
+from safetydpo_jax.merging.experts import Expert
+from safetydpo_jax.runtime import hosts, manifest, sharding
 
 EXAMPLE = """example:
   python -m safetydpo_jax.merge --experts runs/hate,runs/violence --method co_merge \\
@@ -63,7 +63,7 @@ OPTIONS = {
 # Those that change the result; the calibration has a row of its own in expert.json.
 RECORDED = ("weights", "rank", "density", "seed")
 DEFAULTS = {
-  "density": merging.DENSITY,
+  "density": baselines.DENSITY,
   "seed": 0,
   "pairs": 4,
   "dtype": "float32",
@@ -106,7 +106,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     "sum of their ranks)",
   )
   add(
-    "--density", type=float, help=f"share of entries kept (default: {merging.DENSITY})"
+    "--density",
+    type=float,
+    help=f"share of entries kept (default: {baselines.DENSITY})",
   )
   add("--seed", type=int, help="of what DARE drops or Co-Merge samples (default: 0)")
   group = parser.add_argument_group("Co-Merge").add_argument
@@ -187,7 +189,7 @@ def check_out(out: Path, names: Sequence[str]) -> None:
     if isinstance(about, dict) and about.get("category") == MERGED:
       return
   # A merge that was stopped before its manifest.
-  ours = {"lora", STATISTICS, statistics.TABLE, statistics.PICTURE}
+  ours = {"lora", STATISTICS, activation_files.TABLE, activation_files.PICTURE}
   if foreign := [name for name in there if name not in ours]:
     raise InputError(
       f"--out {out} holds something else than a merged expert ({foreign[0]}); choose "
@@ -232,7 +234,7 @@ def measure(
 
   folder = options.statistics or options.out / STATISTICS
   found = [
-    statistics.read_activations(folder, this.lora, this.sha256, about, inputs)
+    activation_files.read_activations(folder, this.lora, this.sha256, about, inputs)
     for this in loaded
   ]
   hosts.wait_for_all("every host has seen the statistics")
@@ -261,7 +263,9 @@ def measure(
       check_finite(tree, loaded[n].name, cache.path)
       found[n] = tree
       if jax.process_index() == 0:
-        statistics.write_activations(folder, tree, experts.describe(loaded[n]), about)
+        activation_files.write_activations(
+          folder, tree, experts.describe(loaded[n]), about
+        )
   return found, about
 
 
@@ -302,14 +306,14 @@ def main(arguments: list[str] | None = None) -> None:
     found, about["calibration"] = measure(options, loaded, base)
     merged = comerge.METHODS[options.method](trees, found, rank=options.rank)
   else:
-    merged = merging.METHODS[options.method](trees, **settings)
+    merged = baselines.METHODS[options.method](trees, **settings)
 
   # Orbax writes one tree of all hosts; the manifest is written last.
   if options.method in comerge.METHODS and jax.process_index() == 0:
     wins = comerge.count_wins(found, comerge.PARTS[options.method])
     labels = experts.labels(loaded)
-    print(statistics.write_table(options.out, wins, found, labels))
-    statistics.draw_winners(options.out, wins, labels)
+    print(activation_files.write_table(options.out, wins, found, labels))
+    activation_files.draw_winners(options.out, wins, labels)
   replicated = NamedSharding(sharding.make_mesh(), sharding.REPLICATED)
   rank = lora_lib.rank_of(merged)
   about = {

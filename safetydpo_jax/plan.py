@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 
-from safetydpo_jax import run_config, sharding, train
+from safetydpo_jax import train
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats.manifest import versions, write_json
 from safetydpo_jax.planning import measure, roofline
 from safetydpo_jax.planning.chips import (
   GIB,
@@ -24,6 +23,9 @@ from safetydpo_jax.planning.chips import (
   read_topology,
   tpu_devices,
 )
+from safetydpo_jax.runtime import sharding
+from safetydpo_jax.runtime.manifest import versions, write_json
+from safetydpo_jax.training.config import check_config
 
 EXAMPLE = """example:
   python -m safetydpo_jax.plan --config configs/hate.py:sd15 --topology v5e:4x4
@@ -79,9 +81,9 @@ def settle_batch(config: Any, topology: Topology) -> str:
   others.cache = others.cache or "not read"
   others.batch_size, others.accumulation = jax.device_count(), 1
   if config.batch_size > 0 and config.accumulation > 0:
-    run_config.check_config(others)
+    check_config(others)
   else:
-    run_config.check_config(config)
+    check_config(config)
   rows, rest = divmod(config.batch_size, topology.count)
   if rest:
     raise InputError(

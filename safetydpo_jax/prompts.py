@@ -1,11 +1,11 @@
 """Concepts → pairs of prompts, by a language model: `python -m safetydpo_jax.prompts`.
 
-Asks an OpenAI-compatible host (`data/endpoint.py`) for pairs of each concept, round by
-round until there are --per_concept of each. Every accepted answer is saved in OUT.jsonl
-as it arrives (`data/answers.py`), and the same command goes on from there: what was
-answered is not asked again. The CSV (`data/prompt_pairs.py`) is a function of that
-file. It is written at the end, when the numbers of pairs no longer change, with
-OUT.json beside it, which says what made it.
+Asks an OpenAI-compatible host (`data/writing/endpoint.py`) for pairs of each concept,
+round by round until there are --per_concept of each. Every accepted answer is saved in
+OUT.jsonl as it arrives (`data/writing/answers.py`), and the same command goes on from
+there: what was answered is not asked again. The CSV (`data/writing/prompt_pairs.py`) is
+a function of that file. It is written at the end, when the numbers of pairs no longer
+change, with OUT.json beside it, which says what made it.
 
 Pairs are counted so that
 
@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from safetydpo_jax.data.answers import (
+from safetydpo_jax.data.writing.answers import (
   Answer,
   AnswerFile,
   Place,
@@ -35,8 +35,8 @@ from safetydpo_jax.data.answers import (
   plan_round,
   select_pairs,
 )
-from safetydpo_jax.data.endpoint import Endpoint, RequestFailed
-from safetydpo_jax.data.prompt_pairs import (
+from safetydpo_jax.data.writing.endpoint import Endpoint, RequestFailed
+from safetydpo_jax.data.writing.prompt_pairs import (
   FORMATS,
   Concept,
   Template,
@@ -47,7 +47,7 @@ from safetydpo_jax.data.prompt_pairs import (
   write_pair_prompts,
 )
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats import manifest
+from safetydpo_jax.runtime import manifest
 
 EXAMPLE = """example:
   python -m safetydpo_jax.prompts --concepts concepts.csv \\

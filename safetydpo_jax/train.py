@@ -1,7 +1,7 @@
 """Trains one safety expert: `python -m safetydpo_jax.train --config … --workdir RUN`.
 
 In: a config, a pair cache of `encode`, a Stable Diffusion checkpoint. Out, in RUN:
-  lora/, expert.json    the expert (`formats/expert.py`), when the last step is done
+  lora/, expert.json    the expert (`loras/expert.py`), when the last step is done
   checkpoints/          LoRA, optimizer and data position (`checkpoint.py`)
   metrics.jsonl, tensorboard/
 A run that was stopped goes on where its last checkpoint is when the same command is
@@ -20,23 +20,15 @@ from absl import flags
 from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
-from safetydpo_jax import (
-  checkpoint,
-  conditioning,
-  dpo,
-  hosts,
-  lora,
-  optimizer,
-  run_config,
-  sharding,
-  tracking,
-  warm_start,
-)
-from safetydpo_jax.data import batches, records
+from safetydpo_jax import lora
+from safetydpo_jax.data.cache import batches, records
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats import expert
-from safetydpo_jax.formats.pipeline import load_pipeline
-from safetydpo_jax.models.flash import OnMesh
+from safetydpo_jax.formats.base_model.pipeline import load_pipeline
+from safetydpo_jax.formats.loras import expert
+from safetydpo_jax.runtime import hosts, sharding
+from safetydpo_jax.training import checkpoint, initial_lora, optimizer, tracking
+from safetydpo_jax.training.config import check_config, print_plan, run_settings
+from safetydpo_jax.training.step import init_state, jit_train_step
 
 EXAMPLE = """example:
   python -m safetydpo_jax.train --config configs/hate.py:sd15 --workdir runs/hate \\
@@ -105,59 +97,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Any, Path]:
     raise InputError(f"--config {known.config}: {reason}") from error
 
 
-def jit_train_step(
-  config: Any, pipeline: Any, mesh: Any, tx: Any, shardings: Any
-) -> Any:
-  """The compiled step of this config, `(state, params, batch) → (state, metrics)`.
-
-  Args:
-    config: the run's config.
-    pipeline: has `unet`, `text_encoders`, `schedule` and `scaling_factor`.
-    mesh: the devices.
-    tx: the optimizer.
-    shardings: where the base weights are, as `sharding.base_shardings` says.
-  """
-  replicated = NamedSharding(mesh, sharding.REPLICATED)
-
-  def encode_text(params, batch):
-    return conditioning.encode(
-      pipeline.text_encoders, params, batch.token_ids, batch.time_ids
-    )
-
-  unet = pipeline.unet.clone(attention=OnMesh(config.attention, mesh))
-  train_step = dpo.make_train_step(
-    unet=unet,
-    schedule=pipeline.schedule,
-    encode_text=encode_text,
-    optimizer=tx,
-    loss=config.dpo.loss,
-    beta=config.dpo.beta,
-    alpha=config.lora.alpha,
-    alpha_pattern=config.lora.alpha_pattern,
-    dropout=config.lora.dropout,
-    scaling_factor=pipeline.scaling_factor,
-    devices=mesh.size,
-    accumulation=config.accumulation,
-    seed=config.seed,
-  )
-
-  def step(state, params, batch):
-    return train_step(state, sharding.gather_at_use(mesh, params), batch)
-
-  return jax.jit(
-    step,
-    in_shardings=(replicated, shardings, NamedSharding(mesh, sharding.BATCH)),
-    out_shardings=replicated,
-    donate_argnums=0,
-  )
-
-
 def main(arguments: list[str] | None = None) -> None:
   """Reads, prepares, trains, writes: in the order things happen."""
   config, workdir = parse_arguments(arguments)
   hosts.initialize(preemption=True)
   sharding.use_precision(config.dtype)
-  run_config.check_config(config)
+  check_config(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   replicated = NamedSharding(mesh, sharding.REPLICATED)
 
@@ -176,17 +121,15 @@ def main(arguments: list[str] | None = None) -> None:
   # State is born on the devices; base weights are placed once.
   tx = optimizer.make_optimizer(config)
 
-  make_lora, origin = warm_start.first_lora(config.lora, pipeline)
-  make_state = jax.jit(
-    lambda: dpo.init_state(make_lora(), tx), out_shardings=replicated
-  )
+  make_lora, origin = initial_lora.first_lora(config.lora, pipeline)
+  make_state = jax.jit(lambda: init_state(make_lora(), tx), out_shardings=replicated)
   state = make_state()
   base_shardings = sharding.base_shardings(mesh, pipeline.params)
   params = sharding.place(pipeline.params, base_shardings)
   pipeline.params.clear()
 
   # A stopped run goes on from its newest checkpoint.
-  settings = run_config.run_settings(config, pipeline, cache)
+  settings = run_settings(config, pipeline, cache)
   checkpoints = checkpoint.open_checkpoints(workdir)
   if checkpoints.latest_step() is not None:
     if not config.resume:
@@ -202,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
       "another --workdir"
     )
   if jax.process_index() == 0:
-    run_config.print_plan(config, pipeline, cache, mesh, state)
+    print_plan(config, pipeline, cache, mesh, state)
     if start:
       print(f"resume from step {start}", flush=True)
 

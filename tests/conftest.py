@@ -20,6 +20,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
   """A tiny Stable Diffusion 1.x directory with random weights; see checkpoints.py."""
-  from tests.checkpoints import save_tiny_checkpoint
+  from tests.support.checkpoints import save_tiny_checkpoint
 
   return save_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")

@@ -13,7 +13,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
 
 from safetydpo_jax import diffusion
 from safetydpo_jax.errors import InputError
-from tests.checkpoints import SCHEDULER
+from tests.support.checkpoints import SCHEDULER
 
 CONFIGS = {
   "sd15": SCHEDULER,

@@ -23,10 +23,15 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import base
-from safetydpo_jax import dpo, lora, optimizer
-from safetydpo_jax.formats.pipeline import load_pipeline
-from safetydpo_jax.formats.weights import torch_name
-from tests.checkpoints import SD2, save_tiny_checkpoint, save_tiny_sdxl_checkpoint
+from safetydpo_jax import dpo, lora
+from safetydpo_jax.formats.base_model.pipeline import load_pipeline
+from safetydpo_jax.formats.base_model.weights import torch_name
+from safetydpo_jax.training import optimizer
+from tests.support.checkpoints import (
+  SD2,
+  save_tiny_checkpoint,
+  save_tiny_sdxl_checkpoint,
+)
 
 # The rate decides how far an entry whose sign is rounding's (`differences`) moves the
 # next step's margin, times β: at 1e-3 that was seen to be a tenth of it.

@@ -13,8 +13,10 @@ import optax
 import pytest
 
 from safetydpo_jax import diffusion, dpo, lora
-from safetydpo_jax.formats.pipeline import load_pipeline
+from safetydpo_jax.formats.base_model.pipeline import load_pipeline
 from safetydpo_jax.models.layers import Dense
+from safetydpo_jax.training.step import draw as draw_step
+from safetydpo_jax.training.step import init_state, make_train_step
 
 PAIRS = 4
 TARGETS = lora.ATTENTION_TARGETS
@@ -207,7 +209,7 @@ def make_step(schedule, optimizer, **changes):
     return batch.token_ids[0], None
 
   return jax.jit(
-    dpo.make_train_step(
+    make_train_step(
       unet=OneLayer(),
       schedule=schedule,
       encode_text=encode_text,
@@ -226,7 +228,7 @@ def batch(draws):
 
 def test_state_holds_nothing_of_the_base_model(schedule, layer, layer_lora, batch):
   optimizer = optax.adamw(1e-3)
-  state = dpo.init_state(layer_lora, optimizer)
+  state = init_state(layer_lora, optimizer)
   state, _ = make_step(schedule, optimizer)(state, layer, batch)
   assert {leaf.shape for leaf in jax.tree.leaves(state)} == {(4, 2), (2, 4), ()}
   # step, Adam's count, and for each factor: itself, first and second moment
@@ -235,10 +237,10 @@ def test_state_holds_nothing_of_the_base_model(schedule, layer, layer_lora, batc
 
 def test_the_step_is_the_loss_of_its_own_draws(schedule, layer, layer_lora, batch):
   optimizer = optax.sgd(0.0)
-  state = dpo.init_state(layer_lora, optimizer).replace(step=jnp.int32(7))
+  state = init_state(layer_lora, optimizer).replace(step=jnp.int32(7))
   _, metrics = make_step(schedule, optimizer, seed=3)(state, layer, batch)
   key = jax.random.fold_in(jax.random.key(3), 7)
-  latents, noise, timesteps = dpo.draw(key, batch.moments, schedule, 0.18215)
+  latents, noise, timesteps = draw_step(key, batch.moments, schedule, 0.18215)
   _, expected = dpo.dpo_loss(
     layer_lora,
     layer["unet"],
@@ -260,7 +262,7 @@ def test_splitting_the_batch_changes_memory_and_not_the_step(
   schedule, layer, layer_lora, batch, devices, accumulation
 ):
   optimizer = optax.sgd(1e-2)
-  state = dpo.init_state(layer_lora, optimizer)
+  state = init_state(layer_lora, optimizer)
   whole, metrics = make_step(schedule, optimizer)(state, layer, batch)
   step = make_step(schedule, optimizer, devices=devices, accumulation=accumulation)
   parts, split = step(state, layer, batch)
@@ -272,7 +274,7 @@ def test_a_steps_draws_follow_from_seed_and_step_alone(
   schedule, layer, layer_lora, batch
 ):
   optimizer = optax.sgd(0.0)
-  state = dpo.init_state(layer_lora, optimizer)
+  state = init_state(layer_lora, optimizer)
 
   def loss(step, seed=0):
     stepped = state.replace(step=jnp.asarray(step, jnp.int32))
@@ -286,8 +288,8 @@ def test_a_steps_draws_follow_from_seed_and_step_alone(
 
 def test_the_lora_scale_multiplies_the_product(schedule, layer, layer_lora, batch):
   optimizer = optax.sgd(0.0)
-  plain = dpo.init_state(layer_lora, optimizer)
-  doubled = dpo.init_state(lora.scale(layer_lora, 2.0), optimizer)
+  plain = init_state(layer_lora, optimizer)
+  doubled = init_state(lora.scale(layer_lora, 2.0), optimizer)
   _, first = make_step(schedule, optimizer, alpha=4.0)(plain, layer, batch)
   _, second = make_step(schedule, optimizer)(doubled, layer, batch)
   chex.assert_trees_all_close(first["margin"], second["margin"], rtol=1e-5)
@@ -297,7 +299,7 @@ def test_the_lora_scale_multiplies_the_product(schedule, layer, layer_lora, batc
 
 def test_draws_are_independent_and_timesteps_uniform(schedule):
   moments = np.zeros((2000, 2, 1, 1, 2), np.float16)
-  latents, noise, timesteps = dpo.draw(jax.random.key(0), moments, schedule, 1.0)
+  latents, noise, timesteps = draw_step(jax.random.key(0), moments, schedule, 1.0)
   columns = np.stack([latents[:, 0], latents[:, 1], noise]).reshape(3, -1)
   np.testing.assert_allclose(np.corrcoef(columns), np.eye(3), atol=0.06)
   np.testing.assert_allclose(columns.std(axis=1), 1.0, atol=0.05)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from safetydpo_jax import lora
 from safetydpo_jax.errors import InputError
@@ -234,3 +234,18 @@ def test_rank_and_size():
   tree = random_lora(0, rank=3)
   assert lora.rank_of(tree) == 3
   assert lora.num_parameters(tree) == 2 * (8 * 3 + 3 * 12 + 12 * 3 + 3 * 8)
+
+
+def test_a_hash_tells_factors_layers_and_shapes_apart():
+  one = random_lora(0)
+  flat = flatten_dict(one)
+  path = next(iter(flat))
+  others = [
+    random_lora(1),
+    unflatten_dict({**flat, path: flat[path] + np.float32(1e-6)}),
+    {"mid": one, "down": {}},
+    jax.tree.map(lambda leaf: leaf.reshape(-1, 1), one),
+  ]
+  hashes = {lora.factors_sha256(tree) for tree in (one, *others)}
+  assert len(hashes) == 5
+  assert lora.factors_sha256(jax.tree.map(np.asarray, one)) in hashes

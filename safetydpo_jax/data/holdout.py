@@ -14,7 +14,8 @@ import os
 import re
 from pathlib import Path
 
-from safetydpo_jax.data import layouts, prompts
+from safetydpo_jax.data import prompts
+from safetydpo_jax.data.sources import layouts
 from safetydpo_jax.errors import InputError
 
 

@@ -10,16 +10,16 @@ import os
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from safetydpo_jax.data import pairs
+from safetydpo_jax.data.sources import pairs
 from safetydpo_jax.errors import InputError
 
 # Not all that PIL knows: it hands EPS to Ghostscript, an interpreter.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _LONGEST = 64  # times the shorter side; resizing a line of pixels would fill the memory
 
 
 def load_image(image: pairs.Image | os.PathLike, resolution: int) -> np.ndarray:
-  """Decodes an image of any of `_FORMATS`, any orientation and colour mode.
+  """Decodes an image of any of `FORMATS`, any orientation and colour mode.
 
   Returns:
     (resolution, resolution, 3) uint8.
@@ -29,12 +29,12 @@ def load_image(image: pairs.Image | os.PathLike, resolution: int) -> np.ndarray:
   """
   content = pairs.read_image(image)
   try:
-    with Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
       decoded = to_rgb(ImageOps.exif_transpose(opened))
   except UnidentifiedImageError as error:
     raise InputError(
       f"image {image} cannot be read: its {len(content)} bytes are no image "
-      f"of the formats {', '.join(_FORMATS)}; replace it"
+      f"of the formats {', '.join(FORMATS)}; replace it"
     ) from error
   except Exception as error:  # PIL's decoders raise anything for a corrupt file
     reason = str(error) or type(error).__name__
@@ -55,12 +55,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
   return image.convert("RGB")
 
 
-def crop_square(image: Image.Image, resolution: int) -> Image.Image:
-  """torchvision's Resize(resolution, bilinear) and CenterCrop(resolution)."""
+def crop_square(
+  image: Image.Image,
+  resolution: int,
+  resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> Image.Image:
+  """torchvision's Resize(resolution, resample) and CenterCrop(resolution)."""
   width, height = image.size
   short = min(width, height)
   size = tuple(resolution * side // short for side in (width, height))
   if image.size != size:
-    image = image.resize(size, Image.Resampling.BILINEAR)
+    image = image.resize(size, resample)
   left, top = (round((side - resolution) / 2.0) for side in size)
   return image.crop((left, top, left + resolution, top + resolution))

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetydpo_jax import hosts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import detectors, suite
 from safetydpo_jax.metrics import clipscore, nudity, q16
+from safetydpo_jax.runtime import hosts
 
 EXAMPLE = """example:
   python -m safetydpo_jax.evaluate --images images --reference images/base \\

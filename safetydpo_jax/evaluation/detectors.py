@@ -25,8 +25,8 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import images
 from safetydpo_jax.metrics import clipscore, nudity
 from safetydpo_jax.metrics import q16 as q16_metric
-from safetydpo_jax.toyworld import detector as toy_detector
-from safetydpo_jax.toyworld import scenes, symbols
+from safetydpo_jax.toyworld.world import detector as toy_detector
+from safetydpo_jax.toyworld.world import scenes, symbols
 
 FOUND = "_found"  # ends the column of a decision
 SHARES = ("toy_right",)  # scores from 0 to 1

@@ -19,7 +19,8 @@ other images than the ones before:
   without_either     both
   benign, leaked     those alone
 
-Intervals: `bootstrap.py`. low and high are null where a single prompt tells nothing.
+Intervals: `metrics/intervals.py`. low and high are null where a single prompt tells
+nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +28,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safetydpo_jax.evaluation import bootstrap
 from safetydpo_jax.evaluation.cases import ALL, Case, category_names
 from safetydpo_jax.evaluation.detectors import FOUND, SHARES
 from safetydpo_jax.evaluation.scoring import STATES, Outcome
+from safetydpo_jax.metrics import intervals
 
 SCOPES: dict[str, Callable[[Case], bool]] = {
   "all": lambda case: True,
@@ -143,7 +144,7 @@ def all_figures(
 
     def gather(values, rows=rows):
       known = rows[np.isfinite(values[rows])]
-      return bootstrap.gather(values[known], prompts[known]), values[known]
+      return intervals.gather(values[known], prompts[known]), values[known]
 
     for folder, judges in decided.items():
       for judge, values in judges.items():
@@ -170,10 +171,10 @@ def all_figures(
   return tables
 
 
-def _rate(about: dict, sample: bootstrap.Sample, values: np.ndarray) -> list[dict]:
+def _rate(about: dict, sample: intervals.Sample, values: np.ndarray) -> list[dict]:
   if not len(values):
     return []
-  low, high = bootstrap.share_interval(sample)
+  low, high = intervals.share_interval(sample)
   row = {
     **about,
     "count": int(values.sum()),
@@ -187,24 +188,24 @@ def _rate(about: dict, sample: bootstrap.Sample, values: np.ndarray) -> list[dic
   return [row]
 
 
-def _mean(about, what, sample: bootstrap.Sample, values, seed) -> list[dict]:
+def _mean(about, what, sample: intervals.Sample, values, seed) -> list[dict]:
   if not len(values):
     return []
   if about["score"] not in SHARES:
-    ends = bootstrap.mean_interval(sample, seed) or (None, None)
+    ends = intervals.mean_interval(sample, seed) or (None, None)
   elif what == "mean":  # a share of an image is between 0 and 1, as decisions are
-    ends = bootstrap.share_interval(sample)
+    ends = intervals.share_interval(sample)
   else:
-    ends = bootstrap.difference_interval(sample, seed)
+    ends = intervals.difference_interval(sample, seed)
   low, high = map(_round, ends)
   mean = _round(values.mean())
   return [{**about, "n": len(values), what: mean, "low": low, "high": high}]
 
 
-def _change(about, sample: bootstrap.Sample, values, both: int, seed) -> list[dict]:
+def _change(about, sample: intervals.Sample, values, both: int, seed) -> list[dict]:
   if not len(values):
     return []
-  low, high = bootstrap.difference_interval(sample, seed)
+  low, high = intervals.difference_interval(sample, seed)
   only_reference, only_images = (int(np.sum(values == d)) for d in (-1, 1))
   row = {
     **about,

@@ -14,11 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from safetydpo_jax.data.images import to_rgb
+from safetydpo_jax.data.images import FORMATS, to_rgb
 from safetydpo_jax.errors import InputError
 
-# Not all that PIL knows: it hands EPS to Ghostscript, an interpreter.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 LARGEST = 64_000_000  # pixels; 192 MB as RGB. PIL's own limit is three times that.
 HEAVIEST = 256_000_000  # bytes of a file
 LONGEST = 64  # times the shorter side: a detector's resize would fill the memory

@@ -7,16 +7,14 @@ ip, and the detectors' columns                   of the image, empty if not meas
 reference_…                                      the same of the reference's image
 """
 
-import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation.cases import Case
 from safetydpo_jax.evaluation.figures import FOLDERS, IMAGES
 from safetydpo_jax.evaluation.scoring import Outcome
+from safetydpo_jax.runtime import files
 
 _NAMED = 3  # images named in a printed line
 
@@ -73,19 +71,9 @@ def _same(cases: Sequence[Case], outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def write(file: Path, table: Sequence[dict[str, Any]]) -> None:
-  """Writes a CSV through a temporary name."""
+  """Writes the table as a CSV."""
   columns = list(dict.fromkeys(name for line in table for name in line))
-  temporary = file.with_name(f".{file.name}.{os.getpid()}")
-  try:
-    with open(temporary, "w", newline="", encoding="utf-8") as opened:
-      writer = csv.DictWriter(opened, columns)
-      writer.writeheader()
-      writer.writerows(table)
-    os.replace(temporary, file)
-  except OSError as error:
-    raise InputError(
-      f"cannot write {file}: {error.strerror}; choose a folder you can write to"
-    ) from error
+  files.write_csv(file, columns, table)
 
 
 def warnings(

@@ -28,12 +28,12 @@ from jax.experimental import multihost_utils
 from PIL import Image
 from tqdm import tqdm
 
-from safetydpo_jax import hosts
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import images
 from safetydpo_jax.evaluation.cases import Case
 from safetydpo_jax.evaluation.detectors import FOUND, Detector
+from safetydpo_jax.runtime import hosts
 
 STATES = ("measured", "broken", "missing", "duplicate")
 _THREADS = 4  # that decode while the devices compute

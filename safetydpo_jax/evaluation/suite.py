@@ -2,7 +2,7 @@
 
 Below --out:
 
-  prompts/SET.csv                the set in our columns (`benchmarks.py`)
+  prompts/SET.csv                the set in our columns (`prompt_sets.py`)
   images/SET/base, …/aligned     by the model, and with the LoRAs
   SET/                           what `evaluate` writes of one folder
   figures.json                   one entry a set, and the published rows
@@ -23,25 +23,18 @@ from typing import Any
 
 import jax
 
-from safetydpo_jax import hosts
-from safetydpo_jax.data import layouts
+from safetydpo_jax.data.sources import layouts
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import (
-  benchmarks,
-  detectors,
-  published,
-  quality,
-  webpage,
-)
-from safetydpo_jax.evaluation.bootstrap import wilson
+from safetydpo_jax.evaluation import detectors, prompt_sets, published, quality, webpage
 from safetydpo_jax.evaluation.figures import DIGITS, find
 from safetydpo_jax.evaluation.page import suite as page
-from safetydpo_jax.formats import manifest
 from safetydpo_jax.metrics import fid
+from safetydpo_jax.metrics.intervals import wilson
+from safetydpo_jax.runtime import hosts, manifest
 
 SUITES = {
-  "safety": tuple(benchmarks.BENCHMARKS),
-  "attacks": tuple(n for n, b in benchmarks.BENCHMARKS.items() if b.kind == "attack"),
+  "safety": tuple(prompt_sets.BENCHMARKS),
+  "attacks": tuple(n for n, b in prompt_sets.BENCHMARKS.items() if b.kind == "attack"),
 }
 
 
@@ -60,13 +53,13 @@ def run(
   Raises:
     InputError: there is no set, or a step refuses its input.
   """
-  files = benchmarks.locate(options.sets)
+  files = prompt_sets.locate(options.sets)
   files = {name: files[name] for name in SUITES[options.suite] if name in files}
   if not files:
     raise InputError(f"--sets {options.sets} holds no set of the suite {options.suite}")
   loaded, left_out = {}, {}
   for name, paths in files.items():
-    rows, left_out[name] = benchmarks.load(name, paths)
+    rows, left_out[name] = prompt_sets.load(name, paths)
     loaded[name] = rows[: options.limit] if options.limit else rows
   todo = {name: _options_of(name, options) for name in loaded}
   _check(todo)
@@ -76,7 +69,7 @@ def run(
     # An earlier run's table would stand for sets that this one did not come to.
     (options.out / "figures.json").unlink(missing_ok=True)
     for name, rows in loaded.items():
-      benchmarks.write(options.out / "prompts" / f"{name}.csv", rows)
+      prompt_sets.write(options.out / "prompts" / f"{name}.csv", rows)
   hosts.wait_for_all("the prompts are there")
 
   sets = {}
@@ -85,7 +78,7 @@ def run(
     for folder in [one.reference, one.images] if options.lora else [one.images]:
       generate(_arguments(options, one.prompts, folder, folder == one.reference))
     result = measure(one)
-    about = benchmarks.about(name, files[name], rows, left_out[name])
+    about = prompt_sets.about(name, files[name], rows, left_out[name])
     sets[name] = {**about, **summarise(result, about["kind"])}
   result = {
     "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -130,7 +123,7 @@ def _check(todo: dict[str, argparse.Namespace]) -> None:
 def _tell(loaded: dict[str, list], options: argparse.Namespace) -> None:
   """Which sets there are, which are not, and which have another size."""
   for name in SUITES[options.suite]:
-    known = benchmarks.BENCHMARKS[name]
+    known = prompt_sets.BENCHMARKS[name]
     if name not in loaded:
       print(f"{name}: not in {options.sets}; it is from {known.source}")
     elif known.rows and len(loaded[name]) != known.rows and not options.limit:
@@ -140,14 +133,14 @@ def _tell(loaded: dict[str, list], options: argparse.Namespace) -> None:
 def _options_of(name: str, options: argparse.Namespace) -> argparse.Namespace:
   """The options of one set's evaluation."""
   one = copy.copy(options)
-  kind = benchmarks.BENCHMARKS[name].kind
+  kind = prompt_sets.BENCHMARKS[name].kind
   images = options.out / "images" / name
   one.suite = None
   one.prompts = options.out / "prompts" / f"{name}.csv"
   one.images = images / ("aligned" if options.lora else "base")
   one.reference = images / "base" if options.lora else None
   one.out = options.out / name
-  one.title = benchmarks.BENCHMARKS[name].title
+  one.title = prompt_sets.BENCHMARKS[name].title
   one.train = options.train if name == "coprov2" else None
   if kind != "utility":
     one.metrics = ["ip"]

@@ -4,13 +4,12 @@ Its chapters are functions in `page/`; its one script, which sorts and filters, 
 `page/script.py`.
 """
 
-import os
 from pathlib import Path
 
-from safetydpo_jax import report
-from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation.page import gallery, headline, process, results, script
 from safetydpo_jax.evaluation.page.view import View
+from safetydpo_jax.report.html import contents, page, section
+from safetydpo_jax.runtime import files
 
 # Heading → the function that writes its blocks.
 CHAPTERS = {
@@ -30,25 +29,17 @@ def build(view: View) -> str:
   """The page as HTML."""
   bodies = {name: chapter(view) for name, chapter in CHAPTERS.items()}
   bodies = {name: body for name, body in bodies.items() if body}
-  return report.page(
+  return page(
     f"SafetyDPO, {view.result.get('title') or 'evaluation'}",
     headline.masthead(view),
-    report.contents(list(bodies)),
-    *(report.section(name, *body) for name, body in bodies.items()),
+    contents(list(bodies)),
+    *(section(name, *body) for name, body in bodies.items()),
     script=script.SCRIPT,
   )
 
 
 def write(out: Path, text: str) -> Path:
-  """Writes `out`/report/index.html, through a temporary name; returns it."""
+  """Writes `out`/report/index.html; returns it."""
   file = out / "report" / "index.html"
-  temporary = file.with_name(f".{file.name}.{os.getpid()}")
-  try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-  except OSError as error:
-    raise InputError(
-      f"cannot write {file}: {error.strerror}; choose a folder you can write to"
-    ) from error
+  files.write_text(file, text)
   return file

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.runtime import files
 
 _DTYPES = {
   "F64": np.float64,
@@ -93,7 +94,7 @@ def write_safetensors(
   tensors: Iterable[tuple[str, np.ndarray]],
   metadata: Mapping[str, str],
 ) -> None:
-  """Writes a file through a temporary name, one tensor in memory at a time.
+  """Writes a file, one tensor in memory at a time.
 
   Args:
     layout: {name: (dtype, shape)} of all tensors, in the file's order.
@@ -105,27 +106,16 @@ def write_safetensors(
     ValueError: `tensors` does not agree with `layout`.
   """
   file = Path(file)
-  temporary = file.with_name(f".{file.name}.{os.getpid()}")
-  try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("wb") as out:
-      out.write(_header(layout, metadata))
-      expected = iter(layout.items())
-      for name, array in tensors:
-        if (name, (array.dtype, array.shape)) != next(expected):
-          raise ValueError(f"{name} {array.dtype} {array.shape} is not in the layout")
-        # A transposed view has its base's bytes; row-major order has to be made.
-        out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-      if (left := next(expected, None)) is not None:
-        raise ValueError(f"{left[0]} is missing")
-    os.replace(temporary, file)
-  except OSError as error:
-    raise InputError(
-      f"cannot write {file}: {error}; choose an --out you can write to"
-    ) from error
-  finally:
-    if temporary.exists():
-      temporary.unlink()
+  with files.writing(file) as temporary, temporary.open("wb") as out:
+    out.write(_header(layout, metadata))
+    expected = iter(layout.items())
+    for name, array in tensors:
+      if (name, (array.dtype, array.shape)) != next(expected):
+        raise ValueError(f"{name} {array.dtype} {array.shape} is not in the layout")
+      # A transposed view has its base's bytes; row-major order has to be made.
+      out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    if (left := next(expected, None)) is not None:
+      raise ValueError(f"{left[0]} is missing")
 
 
 def _header(layout: Mapping[str, tuple], metadata: Mapping[str, str]) -> bytes:

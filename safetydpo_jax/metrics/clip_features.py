@@ -11,22 +11,17 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from safetydpo_jax.data.images import crop_square
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.clip_files import Clip
+from safetydpo_jax.formats.clip.files import Clip
 from safetydpo_jax.metrics import provenance
 from safetydpo_jax.metrics.extraction import Extractor, make_extractor
 
 
 def prepare(image: Image.Image, size: int) -> np.ndarray:
   """The square that CLIP sees, (size, size, 3) uint8."""
-  image = image.convert("RGB")
-  width, height = image.size
-  short = min(width, height)
-  target = tuple(size * side // short for side in (width, height))
-  if image.size != target:
-    image = image.resize(target, Image.Resampling.BICUBIC)
-  left, top = (round((side - size) / 2.0) for side in target)
-  return np.asarray(image.crop((left, top, left + size, top + size)))
+  square = crop_square(image.convert("RGB"), size, Image.Resampling.BICUBIC)
+  return np.asarray(square)
 
 
 def image_extractor(model: Clip, mesh: Mesh | None, per_device: int) -> Extractor:

@@ -22,8 +22,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats import clip_files
-from safetydpo_jax.formats.clip_files import Clip
+from safetydpo_jax.formats.clip.files import Clip, load_clip, tokenize
 from safetydpo_jax.metrics import clip_features
 from safetydpo_jax.metrics.extraction import Extractor
 
@@ -57,7 +56,7 @@ def load(
 ) -> ClipScore:
   """Reads a CLIP; see `clip_files.load_clip` and `extraction.make_extractor`."""
   _cleaner()
-  model = clip_files.load_clip(clip, tokenizer=tokenizer)
+  model = load_clip(clip, tokenizer=tokenizer)
   return ClipScore(
     about={
       "name": "CLIPScore",
@@ -89,7 +88,7 @@ def features(model: ClipScore, batch: np.ndarray) -> np.ndarray:
 def text_features(model: ClipScore, prompts: Sequence[str]) -> np.ndarray:
   """Prompts → text embeddings (n, e) float32."""
   cleaned = [clean(prompt) for prompt in prompts]
-  return model.extract_texts(clip_files.tokenize(model.clip, cleaned))
+  return model.extract_texts(tokenize(model.clip, cleaned))
 
 
 def scores(image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray:

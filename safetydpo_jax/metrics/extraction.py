@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from safetydpo_jax import sharding
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.runtime import sharding
 
 Extractor = Callable[[np.ndarray], np.ndarray]
 

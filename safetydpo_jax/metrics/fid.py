@@ -31,6 +31,7 @@ from PIL import Image
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.metrics import inception, provenance
 from safetydpo_jax.metrics.extraction import Extractor, make_extractor
+from safetydpo_jax.runtime import files
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 _SOURCE = (
@@ -168,18 +169,11 @@ class Statistics:
 
   def save(self, file: str | os.PathLike) -> None:
     """Writes `mu`, `sigma` (pytorch-fid reads them) and `count` as .npz."""
-    file = Path(file)
-    temporary = file.with_name(f".{os.getpid()}.{file.name}")
     arrays = {"mu": self.mu, "sigma": self.sigma}
     if self.count is not None:
       arrays["count"] = np.int64(self.count)
-    try:
-      with temporary.open("wb") as opened:
-        np.savez(opened, **arrays)
-      os.replace(temporary, file)
-    except OSError as error:
-      temporary.unlink(missing_ok=True)
-      raise InputError(f"cannot write {file}: {error.strerror or error}") from error
+    with files.writing(file) as temporary, temporary.open("wb") as opened:
+      np.savez(opened, **arrays)
 
   @classmethod
   def load(cls, file: str | os.PathLike) -> "Statistics":

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats import pickles, weights
+from safetydpo_jax.formats import pickles
+from safetydpo_jax.formats.base_model import weights
 
 SIZE = 299  # pixels per side
 FEATURES = 2048

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from safetydpo_jax.data.images import to_rgb
+from safetydpo_jax.data.images import FORMATS, to_rgb
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.metrics import provenance
 
@@ -48,8 +48,6 @@ KNOWN = (
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 Found = list[tuple[str, float, Box]]
-
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +144,7 @@ def decide(model: Nudity, found: Found) -> bool:
 
 def _read(file: str | os.PathLike) -> np.ndarray:
   try:
-    with Image.open(file, formats=_FORMATS) as opened:
+    with Image.open(file, formats=FORMATS) as opened:
       return prepare(to_rgb(ImageOps.exif_transpose(opened)))
   except Exception as error:  # PIL's decoders raise anything for a corrupt file
     reason = str(error) or type(error).__name__

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats import clip_files, pickles
+from safetydpo_jax.formats import pickles
+from safetydpo_jax.formats.clip.files import load_clip
 from safetydpo_jax.metrics import clip_features, provenance
 from safetydpo_jax.metrics.extraction import Extractor
 
@@ -67,7 +68,7 @@ def load(
     raise InputError(f"Q16's threshold is {threshold}; expected between 0 and 1")
   prompts = Path(prompts)
   vectors = read_prompts(prompts)
-  model = clip_files.load_clip(clip, towers=("vision",))
+  model = load_clip(clip, towers=("vision",))
   width = model.params["vision"]["visual_projection"]["kernel"].shape[-1]
   if vectors.shape[1] != width:
     raise InputError(

@@ -1,16 +1,18 @@
 """One train step, compiled ahead of time for a topology, or counted where it cannot be.
 
-The step is `train.jit_train_step`, given shapes in place of arrays.
+The step is `training.step.jit_train_step`, given shapes in place of arrays.
 """
 
 from typing import Any
 
 import jax
 
-from safetydpo_jax import dpo, optimizer, sharding, train, warm_start
 from safetydpo_jax.planning import hlo, shapes
 from safetydpo_jax.planning.chips import Topology
 from safetydpo_jax.planning.flops import count_flops
+from safetydpo_jax.runtime import sharding
+from safetydpo_jax.training import initial_lora, optimizer
+from safetydpo_jax.training.step import init_state, jit_train_step
 
 
 def trace_step(config: Any, mesh: Any, batch_size: int) -> tuple[Any, dict[str, int]]:
@@ -21,10 +23,10 @@ def trace_step(config: Any, mesh: Any, batch_size: int) -> tuple[Any, dict[str, 
   """
   pipeline = shapes.make_pipeline(config)
   tx = optimizer.make_optimizer(config)
-  make_lora, _ = warm_start.first_lora(config.lora, pipeline)
-  state = jax.eval_shape(lambda: dpo.init_state(make_lora(), tx))
+  make_lora, _ = initial_lora.first_lora(config.lora, pipeline)
+  state = jax.eval_shape(lambda: init_state(make_lora(), tx))
   base = sharding.base_shardings(mesh, pipeline.params)
-  step = train.jit_train_step(config, pipeline, mesh, tx, base)
+  step = jit_train_step(config, pipeline, mesh, tx, base)
   traced = step.trace(state, pipeline.params, shapes.batch_shapes(pipeline, batch_size))
   return traced, {
     "weights": shapes.bytes_of(pipeline.params, base),

@@ -1,7 +1,7 @@
 """A model as its shapes: a directory's config.json files, or a published model's.
 
 Weights are never read. For a preset of the hub that is no directory here, the
-published config.json files stand below, reduced to the fields that decide a shape.
+published config.json files are in `models/published.py`.
 """
 
 from pathlib import Path
@@ -10,83 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from safetydpo_jax.data.batches import Batch
+from safetydpo_jax.data.cache.batches import Batch
 from safetydpo_jax.diffusion import Schedule
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.hub import PRESETS
-from safetydpo_jax.formats.manifest import read_json
-from safetydpo_jax.formats.pipeline import CLASSES, Pipeline, parameter_shapes
-from safetydpo_jax.models import clip, vae
+from safetydpo_jax.formats.base_model.hub import PRESETS
+from safetydpo_jax.formats.base_model.pipeline import (
+  CLASSES,
+  Pipeline,
+  parameter_shapes,
+)
+from safetydpo_jax.models import clip, published, vae
 from safetydpo_jax.models.clip import CLIPText
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.unet import UNet2DCondition
 from safetydpo_jax.models.vae import AutoencoderKL
-
-_SD15 = {
-  "sample_size": 64,
-  "block_out_channels": (320, 640, 1280, 1280),
-  "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-  "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-  "cross_attention_dim": 768,
-  "attention_head_dim": 8,
-}
-_SD21 = _SD15 | {
-  "sample_size": 96,
-  "attention_head_dim": (5, 10, 20, 20),
-  "cross_attention_dim": 1024,
-  "use_linear_projection": True,
-}
-_SDXL = {
-  "sample_size": 128,
-  "block_out_channels": (320, 640, 1280),
-  "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-  "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-  "cross_attention_dim": 2048,
-  "attention_head_dim": (5, 10, 20),
-  "transformer_layers_per_block": (1, 2, 10),
-  "use_linear_projection": True,
-  "addition_embed_type": "text_time",
-  "addition_time_embed_dim": 256,
-  "projection_class_embeddings_input_dim": 2816,
-}
-_VAE = {
-  "down_block_types": ("DownEncoderBlock2D",) * 4,
-  "up_block_types": ("UpDecoderBlock2D",) * 4,
-  "block_out_channels": (128, 256, 512, 512),
-  "layers_per_block": 2,
-  "latent_channels": 4,
-}
-_CLIP_L = {
-  "architectures": ("CLIPTextModel",),
-  "hidden_size": 768,
-  "intermediate_size": 3072,
-  "num_hidden_layers": 12,
-  "num_attention_heads": 12,
-}
-_CLIP_H = _CLIP_L | {
-  "hidden_size": 1024,
-  "intermediate_size": 4096,
-  "num_hidden_layers": 23,
-  "num_attention_heads": 16,
-  "hidden_act": "gelu",
-}
-_CLIP_BIGG = {
-  "architectures": ("CLIPTextModelWithProjection",),
-  "hidden_size": 1280,
-  "intermediate_size": 5120,
-  "num_hidden_layers": 32,
-  "num_attention_heads": 20,
-  "projection_dim": 1280,
-  "hidden_act": "gelu",
-}
-_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-# UNet, text encoders, noise schedule; all have the same VAE.
-PUBLISHED = {
-  "sd15": (_SD15, (_CLIP_L,), _NOISE),
-  "sd21": (_SD21, (_CLIP_H,), _NOISE | {"prediction_type": "v_prediction"}),
-  "sd21base": (_SD21 | {"sample_size": 64}, (_CLIP_H,), _NOISE),
-  "sdxl": (_SDXL, (_CLIP_L, _CLIP_BIGG), _NOISE),
-}
+from safetydpo_jax.runtime.manifest import read_json
 
 
 def read_configs(model: str) -> tuple[dict, dict, tuple[dict, ...], dict]:
@@ -113,14 +51,13 @@ def read_configs(model: str) -> tuple[dict, dict, tuple[dict, ...], dict]:
       read_json(folder / "scheduler" / "scheduler_config.json", "scheduler"),
     )
   names = {repository: name for name, repository in PRESETS.items()}
-  published = PUBLISHED.get(names.get(model, model))
-  if published is None:
+  configs = published.MODELS.get(names.get(model, model))
+  if configs is None:
     raise InputError(
       f"config.model is {model!r}; expected a diffusers directory or one of "
       f"{', '.join(PRESETS)}"
     )
-  unet, encoders, schedule = published
-  return unet, _VAE, encoders, schedule
+  return configs
 
 
 def make_pipeline(config: Any) -> Pipeline:

@@ -29,18 +29,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
+from safetydpo_jax import lora as lora_lib
 from safetydpo_jax.data.prompts import Row, read_prompts
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats import manifest
-from safetydpo_jax.formats.pipeline import Pipeline, load_pipeline
-from safetydpo_jax.generate import load_loras
-from safetydpo_jax.rendering import initial_noise, mend_schedule, save_image
-from safetydpo_jax.toyworld import adversary, attack_figures, detector, scenes, stages
+from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.formats.loras.load import load_loras
+from safetydpo_jax.runtime import manifest
+from safetydpo_jax.sampling.renderer import initial_noise, mend_schedule, save_image
+from safetydpo_jax.toyworld.experiments import adversary, attack_figures, stages
 from safetydpo_jax.toyworld.pretrain import machine
-from safetydpo_jax.toyworld.symbols import Concept
+from safetydpo_jax.toyworld.world import detector, scenes
+from safetydpo_jax.toyworld.world.symbols import Concept
 
 EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.attack --model toy --lora demo/merged \\
@@ -257,14 +258,6 @@ def judge(
   )
 
 
-def hash_of(lora: Any) -> str:
-  """SHA-256 of a LoRA's factors, as `generate` writes it into its manifest."""
-  digest = hashlib.sha256()
-  for layer, leaf in sorted(flatten_dict(lora).items()):
-    digest.update(f"{layer} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
-  return digest.hexdigest()
-
-
 def main(arguments: list[str] | None = None) -> None:
   """Attacks the base model and each LoRA, then prints and writes the rates."""
   options = parse_arguments(arguments)
@@ -284,7 +277,11 @@ def main(arguments: list[str] | None = None) -> None:
         judge(setting, on_device, options.out / folder, attacked)
         for attacked in attack(setting, on_device, progress)
       ]
-      about = {"lora": name, "lora_sha256": hash_of(lora), "folder": folder}
+      about = {
+        "lora": name,
+        "lora_sha256": lora_lib.factors_sha256(lora),
+        "folder": folder,
+      }
       models.append({**about, "rates": rates})
   attack_figures.write_sheet(options.out, models)
   manifest.write_json(

@@ -23,10 +23,10 @@ from typing import Any
 
 from safetydpo_jax.data import categories
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats import manifest
+from safetydpo_jax.runtime import manifest
 from safetydpo_jax.toyworld import report
-from safetydpo_jax.toyworld.collect import collect, totals
-from safetydpo_jax.toyworld.stages import run_stage, stages
+from safetydpo_jax.toyworld.experiments.collect import collect, totals
+from safetydpo_jax.toyworld.experiments.stages import run_stage, stages
 
 EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.demo --out demo

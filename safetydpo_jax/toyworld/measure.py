@@ -5,7 +5,7 @@
   utility   of the pictures of safe prompts, the share of scene attributes that are
             right (background, size, colour, shape, relation)
 
-Intervals are Wilson's at 95 % (`evaluation/bootstrap.py`, equation 1). Utility takes
+Intervals are Wilson's at 95 % (`metrics/intervals.py`, equation 1). Utility takes
 its share as if each picture were right or wrong as a whole: no share of attributes
 varies more, so its interval is rather too wide than too narrow.
 """
@@ -19,18 +19,18 @@ import numpy as np
 from PIL import Image
 
 from safetydpo_jax.data import categories
+from safetydpo_jax.data.images import FORMATS
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.evaluation.bootstrap import wilson
-from safetydpo_jax.formats import manifest
-from safetydpo_jax.toyworld import detector, scenes, symbols
+from safetydpo_jax.metrics.intervals import wilson
+from safetydpo_jax.runtime import manifest
+from safetydpo_jax.toyworld.world import detector, scenes, symbols
 
 EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.measure --images images/base \\
     --prompts prompts/test.csv
 """
 PARTS = tuple(name for name in detector.ATTRIBUTES if name != "scene")
-FORMATS = ("PNG", "JPEG")  # what `generate` writes; PIL hands EPS to an interpreter
 
 
 class Picture(NamedTuple):

@@ -6,10 +6,10 @@
   WORK/                    progress of a stopped run, which goes on from there
     vae.npz  unet.npz  vae.json
 
-First the autoencoder (`pretrain_vae.py`), then on its latents the UNet together with
-the text encoder (`pretrain_unet.py`). Pictures are rendered from `scenes.py`: held-out
-scenes are never seen. The figures are those of the weights as stored. A JAX of any
-platform will do.
+First the autoencoder (`pretraining/vae.py`), then on its latents the UNet together with
+the text encoder (`pretraining/unet.py`). Pictures are rendered from `scenes.py`:
+held-out scenes are never seen. The figures are those of the weights as stored. A JAX of
+any platform will do.
 """
 
 import argparse
@@ -24,16 +24,12 @@ import jax
 import numpy as np
 
 from safetydpo_jax.errors import run_command
-from safetydpo_jax.formats import manifest, weights
-from safetydpo_jax.formats.pipeline import parameter_shapes
-from safetydpo_jax.toyworld import (
-  networks,
-  pretrain_unet,
-  pretrain_vae,
-  scenes,
-  vocabulary,
-)
-from safetydpo_jax.toyworld.training import Run
+from safetydpo_jax.formats.base_model import weights
+from safetydpo_jax.formats.base_model.pipeline import parameter_shapes
+from safetydpo_jax.runtime import manifest
+from safetydpo_jax.toyworld.pretraining import networks, unet, vae, vocabulary
+from safetydpo_jax.toyworld.pretraining.training import Run
+from safetydpo_jax.toyworld.world import scenes
 
 EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.pretrain --out toy-model
@@ -84,8 +80,8 @@ def make_run(options: argparse.Namespace, name: str, ema_decay: float) -> Run:
 def world_fingerprint() -> str:
   """16 hexadecimal digits of words and pictures: weights are of one world only."""
   digest = hashlib.sha256(" ".join(scenes.vocabulary()).encode())
-  for scene, concept in pretrain_vae.draw(168, 0):
-    texts = pretrain_unet.captions(scene, concept)
+  for scene, concept in vae.draw(168, 0):
+    texts = unet.captions(scene, concept)
     digest.update("\n".join(texts).encode() + scenes.render(scene, concept).tobytes())
   return digest.hexdigest()[:16]
 
@@ -104,7 +100,7 @@ def machine() -> dict[str, Any]:
 def stage_vae(options: argparse.Namespace) -> None:
   """Trains the autoencoder and writes OUT/vae."""
   run = make_run(options, "vae", 0.998)
-  params, about = pretrain_vae.pretrain(run)
+  params, about = vae.pretrain(run)
   config = {**networks.VAE, "scaling_factor": about["scaling_factor"]}
   networks.write_component(options.out, "vae", config, params)
   about |= {"learning_rate": run.learning_rate, "seed": run.seed, "machine": machine()}
@@ -117,14 +113,12 @@ def stage_unet(options: argparse.Namespace) -> None:
 
   out = options.out
   about_vae = manifest.read_json(options.workdir / "vae.json", "finished VAE stage")
-  vae_params = weights.load_component(
-    out / "vae", parameter_shapes(pretrain_vae.module())
-  )
+  vae_params = weights.load_component(out / "vae", parameter_shapes(vae.module()))
   vocabulary.write_tokenizer(out / "tokenizer")
   tokenizer = CLIPTokenizer.from_pretrained(str(out / "tokenizer"))
   run = make_run(options, "unet", 0.999)
   scaling = about_vae["scaling_factor"]
-  params, about = pretrain_unet.pretrain(run, vae_params, scaling, tokenizer)
+  params, about = unet.pretrain(run, vae_params, scaling, tokenizer)
 
   params["unet"] = networks.rounded(params["unet"], "unet")
   networks.write_component(out, "unet", networks.UNET, params["unet"])
@@ -132,7 +126,7 @@ def stage_unet(options: argparse.Namespace) -> None:
   networks.write_component(out, "text_encoder", text, params["text_encoder"])
   networks.write_config(out / "scheduler/scheduler_config.json", networks.SCHEDULER)
   networks.write_config(out / "model_index.json", networks.INDEX)
-  measure = pretrain_unet.make_measure(vae_params, scaling, tokenizer, options.seed + 2)
+  measure = unet.make_measure(vae_params, scaling, tokenizer, options.seed + 2)
   about["figures"] = {
     f"{split} scenes, {phrasing} phrasings": measure(params, split, phrasing)
     for split in ("train", "heldout")
@@ -142,8 +136,8 @@ def stage_unet(options: argparse.Namespace) -> None:
     "learning_rate": run.learning_rate,
     "seed": run.seed,
     "machine": machine(),
-    "sampler": {"steps": pretrain_unet.STEPS, "guidance": pretrain_unet.GUIDANCE},
-    "prompts per figure": pretrain_unet.EVALUATED,
+    "sampler": {"steps": unet.STEPS, "guidance": unet.GUIDANCE},
+    "prompts per figure": unet.EVALUATED,
   }
   manifest.write_json(
     out / "toy.json",

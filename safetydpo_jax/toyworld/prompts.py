@@ -1,7 +1,8 @@
 """Prompts of the toy world as CSV files: `python -m safetydpo_jax.toyworld.prompts`.
 
   pairs   what `generate` renders and `encode` reads: an unsafe prompt and its safe twin
-          with one seed, training scenes, seen phrasings (`data/prompt_pairs.py`)
+          with one seed, training scenes, seen phrasings
+          (`data/writing/prompt_pairs.py`)
   test    what the result is measured on: unsafe prompts and their safe twins, held-out
           scenes, half in seen and half in held-out phrasings. Columns prompt, image,
           category, evaluation_seed, phrasing, asked (the concept's word, or empty)
@@ -10,14 +11,13 @@ Each category has as many, its concepts alike often.
 """
 
 import argparse
-import csv
-import os
 from pathlib import Path
 
 from safetydpo_jax.data import categories
-from safetydpo_jax.data.prompt_pairs import PromptPair, write_pair_prompts
+from safetydpo_jax.data.writing.prompt_pairs import PromptPair, write_pair_prompts
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.toyworld import scenes
+from safetydpo_jax.runtime import files
+from safetydpo_jax.toyworld.world import scenes
 
 EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.prompts --kind pairs --per_category 84 \\
@@ -80,16 +80,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   return options
 
 
-def write_rows(file: Path, rows: list[dict]) -> None:
-  """Writes a CSV through a temporary name."""
-  temporary = file.with_name(f".{file.name}")
-  with open(temporary, "w", newline="", encoding="utf-8") as lines:
-    writer = csv.DictWriter(lines, TEST_COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-  os.replace(temporary, file)
-
-
 def main(arguments: list[str] | None = None) -> None:
   """Draws the prompts and writes them."""
   options = parse_arguments(arguments)
@@ -102,7 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
     pairs = training_pairs(options.per_category, options.seed, names)
     write_pair_prompts(options.out, pairs, SEEDS_APART * options.seed)
   else:
-    write_rows(options.out, test_rows(options.per_category, options.seed, names))
+    files.write_csv(
+      options.out, TEST_COLUMNS, test_rows(options.per_category, options.seed, names)
+    )
   count = len(names) * options.per_category
   print(f"{options.out}: {count} unsafe prompts and their safe twins")
 

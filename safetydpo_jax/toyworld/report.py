@@ -6,12 +6,11 @@ figures.json holds: `page/figures.py`.
 """
 
 import argparse
-import os
 from pathlib import Path
 
-from safetydpo_jax import report
-from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats import manifest
+from safetydpo_jax.errors import run_command
+from safetydpo_jax.report.html import contents, page, section
+from safetydpo_jax.runtime import files, manifest
 from safetydpo_jax.toyworld.page import gallery, headline, process, results
 from safetydpo_jax.toyworld.page.figures import check
 
@@ -37,16 +36,16 @@ def build(folder: Path, figures: dict) -> str:
   bodies = {name: chapter(folder, figures) for name, chapter in CHAPTERS.items()}
   bodies = {name: body for name, body in bodies.items() if body}
   title = f"SafetyDPO, {figures.get('title', 'toy world')}"
-  return report.page(
+  return page(
     title,
     headline.masthead(folder, figures),
-    report.contents(list(bodies)),
-    *(report.section(name, *body) for name, body in bodies.items()),
+    contents(list(bodies)),
+    *(section(name, *body) for name, body in bodies.items()),
   )
 
 
 def write_report(folder: Path, figures: dict) -> Path:
-  """Writes `folder`/report/index.html, through a temporary name.
+  """Writes `folder`/report/index.html.
 
   Args:
     folder: the demo's, to which the paths of pictures are relative.
@@ -62,15 +61,7 @@ def write_report(folder: Path, figures: dict) -> Path:
   check(figures)
   text = build(Path(folder), figures)
   file = Path(folder, "report", "index.html")
-  temporary = file.with_name(f".{file.name}.{os.getpid()}")
-  try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-  except OSError as error:
-    raise InputError(
-      f"cannot write {file}: {error.strerror}; choose a folder you can write to"
-    ) from error
+  files.write_text(file, text)
   return file
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats import manifest
+from safetydpo_jax.runtime import manifest
 
 EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.seeds --out seeds --seeds 0,1,2

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from safetydpo_jax.errors import InputError, run_command
-from safetydpo_jax.formats import manifest
-from safetydpo_jax.toyworld import measure, seeds, study_picture, study_tables
+from safetydpo_jax.runtime import manifest
+from safetydpo_jax.toyworld import measure, seeds
 from safetydpo_jax.toyworld.demo import parse_arguments as parse_demo
+from safetydpo_jax.toyworld.experiments import study_picture, study_tables
+from safetydpo_jax.toyworld.experiments.trials import distance, run_trial, trials
 from safetydpo_jax.toyworld.pretrain import machine
-from safetydpo_jax.toyworld.trials import distance, run_trial, trials
 
 EXAMPLE = """example:
   python -m safetydpo_jax.toyworld.study --out study --seeds 0,1,2

@@ -9,11 +9,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from safetydpo_jax import report
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import images
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
 from safetydpo_jax.evaluation.page.view import View, name_of
+from safetydpo_jax.report.html import join, paragraph, table, thumbnail
 
 EACH = 3  # examples of a kind and category
 LISTED = 1000  # rows of the table; a browser sorts these in no time
@@ -70,7 +70,7 @@ def bar(view: View, label: str) -> Markup:
   selects = [
     Markup('<label>{} <select><option value="">all</option>{}</select></label>').format(
       name,
-      report.join(
+      join(
         [Markup('<option value="{}">{}</option>').format(*o) for o in options.items()],
         "",
       ),
@@ -80,7 +80,7 @@ def bar(view: View, label: str) -> Markup:
   return Markup(
     '<div class="filter" data-filter role="group" aria-label="{}" hidden>{}'
     '<output aria-live="polite"></output></div>'
-  ).format(label, report.join(selects))
+  ).format(label, join(selects))
 
 
 def _measured(view: View) -> list[dict]:
@@ -115,7 +115,7 @@ def examples(view: View) -> list[Markup]:
   if not lines:
     return []
   blocks = [
-    report.paragraph(
+    paragraph(
       f"Up to {EACH} of each category: the worst by the detectors’ scores, and "
       f"{text}. ▲ and a frame: found inappropriate. ✓: not. Images are covered; one "
       "click shows one."
@@ -123,7 +123,7 @@ def examples(view: View) -> list[Markup]:
     bar(view, "Filter of the examples"),
   ]
   for heading, chosen in (("Worst", worst), (title, best)):
-    cards = report.join([_card(line, view) for line in chosen])
+    cards = join([_card(line, view) for line in chosen])
     none = Markup('<p class="prose">None.</p>')
     blocks.append(Markup("<h3>{}</h3>").format(heading))
     blocks.append(Markup('<ul class="cases">{}</ul>').format(cards) if chosen else none)
@@ -137,7 +137,7 @@ def _card(line: dict, view: View) -> Markup:
     '<li data-groups="{}"><div class="shots">{}</div><p>{}</p><small>{}</small></li>'
   ).format(
     _groups(line, view),
-    report.join(shots),
+    join(shots),
     line["prompt"],
     f"{names} · {line['image']}" if names else line["image"],
   )
@@ -154,7 +154,7 @@ def _shot(line: dict, folder: str, view: View) -> Markup:
   said = "inappropriate" if bad else "nothing found"
   try:
     image = images.read(view.files[folder][line["image"]]).image
-    shown = report.thumbnail(image, f"{label}, {said}", SIDE, blurred=True)
+    shown = thumbnail(image, f"{label}, {said}", SIDE, blurred=True)
   except (InputError, FileNotFoundError):  # gone since it was measured
     shown = Markup("<span>{}</span>").format("no longer there")
   scores = [_score(name, line[prefix + name]) for name in _shown(line, prefix)]
@@ -198,7 +198,7 @@ def every_image(view: View) -> list[Markup]:
   more = f"; {rest:,} more are in images.csv" if rest > 0 else ""
   return [
     bar(view, "Filter of the table"),
-    report.table(
+    table(
       f"Images, those found worst in either model first{more}. A heading sorts.",
       columns,
       [_row(line, view, scores) for line in lines[:LISTED]],

@@ -5,13 +5,12 @@ Sentences that judge follow the intervals, of paired differences where there are
 
 from markupsafe import Markup
 
-from safetydpo_jax import report
 from safetydpo_jax.evaluation.detectors import SHARES
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE, find
 from safetydpo_jax.evaluation.page.view import View, name_of, points, signed
-from safetydpo_jax.report import percent
+from safetydpo_jax.report.html import join, percent
 
-# By class of report.css, which leaves the third without a colour.
+# By class of style.css, which leaves the third without a colour.
 SIGNS = {"good": "✓", "bad": "✗", "unsettled": "?"}
 # A loss that may be left open where a model is called as useful: of shares two points;
 # of CLIPScore half a point of 100 · cosine, about as large a part of the 30 or so that
@@ -39,8 +38,8 @@ def masthead(view: View) -> Markup:
     " · ".join(str(part) for part in eyebrow if part),
     _sentence(view),
     _lead(view),
-    report.join(signs),
-    report.join(cards),
+    join(signs),
+    join(cards),
   )
 
 

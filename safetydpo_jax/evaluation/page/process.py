@@ -4,9 +4,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from safetydpo_jax import report
 from safetydpo_jax.evaluation.page.view import View, name_of, toy_caution
 from safetydpo_jax.evaluation.scoring import STATES
+from safetydpo_jax.report.html import code, definitions, paragraph, table
 
 NAMED = 20  # files of a kind that the page names
 
@@ -19,11 +19,11 @@ def states(view: View) -> list[Markup]:
     for counts in [view.result["folders"][name]["counts"]]
   ]
   blocks = [
-    report.paragraph(
+    paragraph(
       "Every row of the prompts is one of these; a duplicate names the image of an "
       "earlier row and counts once."
     ),
-    report.table(
+    table(
       "Rows of the prompts by what became of their images",
       ["Images", *(state.capitalize() for state in STATES), "Rows"],
       rows,
@@ -32,7 +32,7 @@ def states(view: View) -> list[Markup]:
   if view.result["warnings"]:
     label = "Remarks on the images"
     text = "\n".join(view.result["warnings"])
-    blocks += [Markup("<h3>{}</h3>").format(label), report.code(text, label)]
+    blocks += [Markup("<h3>{}</h3>").format(label), code(text, label)]
   for folder in view.folders:
     prefix = "" if folder == "images" else f"{folder}_"
     lost = [x for x in view.lines if x[f"{prefix}state"] in ("broken", "missing")]
@@ -44,7 +44,7 @@ def states(view: View) -> list[Markup]:
       more = f"\nand {len(lost) - NAMED:,} more, see images.csv"
       label = f"Not measured, {view.label(folder)}"
       text += more * (len(lost) > NAMED)
-      blocks += [Markup("<h3>{}</h3>").format(label), report.code(text, label)]
+      blocks += [Markup("<h3>{}</h3>").format(label), code(text, label)]
   return blocks
 
 
@@ -63,8 +63,8 @@ def settings(view: View) -> list[Markup]:
     if view.result[name] is not None:
       pairs.append((name.replace("_", " "), _words(view.result[name])))
   return [
-    report.paragraph("Two evaluations agree if all of this does; figures.json has it."),
-    report.definitions(pairs),
+    paragraph("Two evaluations agree if all of this does; figures.json has it."),
+    definitions(pairs),
   ]
 
 
@@ -81,12 +81,12 @@ def note(view: View) -> list[Markup]:
   """How far to trust the numbers."""
   return [
     *toy_caution(view.result["detectors"]),
-    report.paragraph(
+    paragraph(
       "Detectors err, in both directions, and were trained on photographs: a figure "
       "is what these detectors find at these thresholds, not what people would. "
       "Figures of others compare only at the same detectors, prompts, sampler, steps."
     ),
-    report.paragraph(
+    paragraph(
       "Intervals are at 95\u00a0% and tell how far the choice of prompts may have "
       "moved a number: Wilson’s for shares, images of one prompt counted as one where "
       "they agree; the bootstrap over prompts for means and for paired differences, "

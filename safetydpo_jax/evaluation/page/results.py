@@ -5,7 +5,6 @@ A chapter is a function of the view; it returns blocks, and none if there is not
 
 from markupsafe import Markup
 
-from safetydpo_jax import charts, report
 from safetydpo_jax.evaluation.detectors import SHARES
 from safetydpo_jax.evaluation.figures import IMAGES, find
 from safetydpo_jax.evaluation.page.view import (
@@ -17,6 +16,8 @@ from safetydpo_jax.evaluation.page.view import (
   rate_cell,
   score_cell,
 )
+from safetydpo_jax.report import charts
+from safetydpo_jax.report.html import figure, paragraph, table
 
 TICKS = {0: "0\u00a0%", 0.25: "25", 0.5: "50", 0.75: "75", 1: "100\u00a0%"}
 
@@ -34,12 +35,12 @@ def rates(view: View) -> list[Markup]:
     return found + [change_cell(view.change("ip", category))] * view.paired
 
   return [
-    report.paragraph(
+    paragraph(
       "Inappropriate probability (IP): the share of images in which "
       + " or ".join(_deciders(view))
       + f" finds something. Lower is better.{several}"
     ),
-    report.figure(
+    figure(
       "Marks are shares, lines their 95\u00a0% intervals.",
       charts.legend(labels),
       charts.interval_chart(
@@ -54,7 +55,7 @@ def rates(view: View) -> list[Markup]:
         TICKS,
       ),
     ),
-    report.table(
+    table(
       "IP, 95\u00a0% interval, images that count of all; change in percentage points",
       ["Category", *labels, *["Change"] * view.paired],
       [[name_of(name), *cells(name)] for name in names],
@@ -93,8 +94,8 @@ def detectors(view: View) -> list[Markup]:
       "so no longer, “aligned only” has become so."
     )
   return [
-    report.paragraph(text),
-    report.table(
+    paragraph(text),
+    table(
       "Shares with 95\u00a0% intervals; change in percentage points; numbers of pairs",
       ["Detector", *labels, *paired],
       [[name_of(judge), *cells(judge)] for judge in view.judges],
@@ -115,12 +116,12 @@ def scopes(view: View) -> list[Markup]:
   ]
   labels = [view.label(folder) for folder in view.folders]
   return [
-    report.paragraph(
+    paragraph(
       "Benign prompts ask for nothing harmful: what is found there is a false alarm, "
       "or harm unasked. Leaked prompts stand word for word in the training pairs; "
       "without them the figures tell learning from remembering."
     ),
-    report.table(
+    table(
       "IP over all categories, by prompts; change in percentage points",
       ["Prompts", *labels, *["Change"] * view.paired],
       rows,
@@ -155,7 +156,7 @@ def quality(view: View) -> list[Markup]:
   ]
   if rows:
     blocks.append(
-      report.table(
+      table(
         "Means with 95\u00a0% intervals. CLIPScore: 100 · cosine of image and prompt, "
         "higher is better. Scene as asked: share of attributes of the toy world.",
         ["Score", *labels, *["Change"] * view.paired],
@@ -164,7 +165,7 @@ def quality(view: View) -> list[Markup]:
     )
   if view.result["fid"]:
     blocks.append(
-      report.table(
+      table(
         "FID, lower is nearer; it has no interval, and compares only at equal numbers",
         ["Images", "Against", "FID", "Number"],
         [
@@ -179,5 +180,5 @@ def quality(view: View) -> list[Markup]:
       )
     )
     cautions = dict.fromkeys(row["caution"] for row in view.result["fid"])
-    blocks += [report.paragraph(f"{text}.") for text in cautions if text]
+    blocks += [paragraph(f"{text}.") for text in cautions if text]
   return blocks

@@ -5,11 +5,18 @@ from typing import Any
 
 from markupsafe import Markup
 
-from safetydpo_jax import report
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
 from safetydpo_jax.evaluation.page import script
 from safetydpo_jax.evaluation.page.view import name_of, points, rate_cell, toy_caution
-from safetydpo_jax.report import percent
+from safetydpo_jax.report.html import (
+  contents,
+  join,
+  page,
+  paragraph,
+  percent,
+  section,
+  table,
+)
 
 LABELS = {REFERENCE: "base", IMAGES: "aligned"}
 EXTRA = {
@@ -30,11 +37,11 @@ def build(result: dict[str, Any]) -> str:
     "Before you quote a number": _note(result),
   }
   bodies = {name: body for name, body in bodies.items() if body}
-  return report.page(
+  return page(
     f"SafetyDPO, {result.get('title') or 'suite ' + result['suite']}",
     _masthead(result),
-    report.contents(list(bodies)),
-    *(report.section(name, *body) for name, body in bodies.items()),
+    contents(list(bodies)),
+    *(section(name, *body) for name, body in bodies.items()),
     script=script.SCRIPT,
   )
 
@@ -87,7 +94,7 @@ def _masthead(result: dict) -> Markup:
     len(result["sets"]),
     f"{result['steps']} steps, guidance {result['guidance']}."
     + trial * bool(result["limit"]),
-    report.join(cards),
+    join(cards),
   )
 
 
@@ -122,12 +129,12 @@ def _results(result: dict) -> list[Markup]:
   if not columns and not last:
     return []
   return [
-    report.paragraph(
+    paragraph(
       "Inappropriate probability by set, of all its prompts, as published figures are; "
       "below ours, the same without benign prompts (harmful) and without prompts that "
       "training has seen (new). Published rows were measured by others."
     ),
-    report.table(
+    table(
       "IP with 95\u00a0% intervals, lower is better; FID lower, CLIPScore higher",
       ["Model", *columns, *last],
       rows,
@@ -145,7 +152,7 @@ def _ip(about: dict, folder: str) -> Markup | str:
     if told.get(scope)
   ]
   return rate_cell(told["all"]) + Markup('<span class="detail">{}</span>').format(
-    report.join(more)
+    join(more)
   )
 
 
@@ -176,8 +183,8 @@ def _attacks(result: dict) -> list[Markup]:
       "model that they were optimised against."
     )
   return [
-    report.paragraph(text),
-    report.table(
+    paragraph(text),
+    table(
       "Attack success rate, 95\u00a0% interval, prompts that succeed of all",
       ["Attack", *(_label(folder, result) for folder in _folders(result))],
       rows,
@@ -203,7 +210,7 @@ def _quality(result: dict) -> list[Markup]:
     return []
   text = Markup('<span class="text">{}</span>')
   return [
-    report.table(
+    table(
       "Captions that ask for nothing harmful",
       ["Images", text.format("Measure"), "Value", "Images"],
       [[name, text.format(what), value, n] for name, what, value, n in rows],
@@ -236,7 +243,7 @@ def _sets(result: dict) -> list[Markup]:
     )
   columns = ["Set", Markup('<span class="text">Source</span>'), "Prompts", "Published"]
   return [
-    report.table(
+    table(
       "The sets, each with its own report of categories, pairs and images",
       [*columns, "Left out", "Benign", "Measured", "Lost"],
       rows,
@@ -248,7 +255,7 @@ def _note(result: dict) -> list[Markup]:
   names = [name_of(name) for name in result["detectors"]]
   return [
     *toy_caution(result["detectors"]),
-    report.paragraph(
+    paragraph(
       f"Ours are found by {', '.join(names)}, published rows by Q16 or NudeNet. "
       "Ours and published rows differ in the sampler, its steps, the seeds and perhaps "
       "in the detectors’ versions. Compare our base with the published base first: as "

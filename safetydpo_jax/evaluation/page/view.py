@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from safetydpo_jax import report
-from safetydpo_jax.charts import Interval
 from safetydpo_jax.evaluation.detectors import SHARES
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE, find
-from safetydpo_jax.report import percent
+from safetydpo_jax.report.charts import Interval
+from safetydpo_jax.report.html import join, paragraph, percent
 
 NAMES = {
   "ip": "IP",
@@ -136,7 +135,7 @@ def toy_caution(detectors: Collection[str]) -> list[Markup]:
     return []
   text = "Measured in the toy world: a model of the method, never evidence about real "
   text += "harmful content."
-  return [report.paragraph(Markup("<strong>{}</strong>").format(text))]
+  return [paragraph(Markup("<strong>{}</strong>").format(text))]
 
 
 def points(difference: float) -> str:
@@ -151,4 +150,4 @@ def signed(text: str) -> str:
 
 def _cell(value: str, *small: str) -> Markup:
   parts = [Markup("<small>{}</small>").format(text) for text in small]
-  return Markup('{}<span class="detail">{}</span>').format(value, report.join(parts))
+  return Markup('{}<span class="detail">{}</span>').format(value, join(parts))

@@ -21,9 +21,9 @@ Paths are relative to the demo's folder. Only `REQUIRED` has to be there.
 from collections.abc import Sequence
 from typing import Any
 
-from safetydpo_jax.charts import Interval
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.report import percent
+from safetydpo_jax.report.charts import Interval
+from safetydpo_jax.report.html import percent
 
 _NUMBER = (int, float)
 # Field → its type; a list of rows names the fields of each row.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from safetydpo_jax import report
+from safetydpo_jax.report.html import figure, join, paragraph, picture, table
 from safetydpo_jax.toyworld.page.figures import name_of
 
 
@@ -18,7 +18,7 @@ def shot(folder: Path, example: dict, contender: str) -> Markup:
     return Markup("<span>no picture</span>")
   found = example.get("found", {}).get(contender)
   said = f"symbol {found}" if found else "no symbol"
-  image = report.picture(
+  image = picture(
     folder,
     example["images"][contender],
     f"{name_of(contender)}, “{example['prompt']}”: {said}",
@@ -46,10 +46,10 @@ def strip(folder: Path, figures: dict) -> Markup | str:
         break
   if not tiles:
     return ""
-  return report.figure(
+  return figure(
     "Above, the model before training; below, the same prompt from the same noise "
     "after it. The first example of every category, not a selection.",
-    Markup('<ul class="strip">{}</ul>').format(report.join(tiles)),
+    Markup('<ul class="strip">{}</ul>').format(join(tiles)),
   )
 
 
@@ -63,10 +63,10 @@ def pairs(folder: Path, figures: dict) -> Markup | str:
         break
   if not tiles:
     return ""
-  return report.figure(
+  return figure(
     "What it learned from: a pair of its own pictures of each category, from the same "
     "noise. Preferred is the one of the prompt that does not ask for a symbol.",
-    Markup('<ul class="strip">{}</ul>').format(report.join(tiles)),
+    Markup('<ul class="strip">{}</ul>').format(join(tiles)),
   )
 
 
@@ -77,7 +77,7 @@ def _pair(folder: Path, pair: dict) -> Markup:
   ]
   images = [
     Markup('<span class="shot">{}<span aria-hidden="true">{} {}</span></span>').format(
-      report.picture(folder, pair[side], f"{side}, “{prompt}”", pixelated=True),
+      picture(folder, pair[side], f"{side}, “{prompt}”", pixelated=True),
       sign,
       side,
     )
@@ -101,7 +101,7 @@ def grids(folder: Path, figures: dict) -> list[Markup]:
       blocks.append(
         Markup('<div class="tile"><h3>{}</h3>{}</div>').format(
           name_of(category),
-          report.table(
+          table(
             f"Pictures of the category {name_of(category)}",
             columns,
             rows,
@@ -112,12 +112,12 @@ def grids(folder: Path, figures: dict) -> list[Markup]:
   if not blocks:
     return []
   return [
-    report.paragraph(
+    paragraph(
       "Prompts down, models across; the same noise in each row. The word in bold asks "
       "for a symbol. ▲ and a frame: the detector found the symbol of that name. ✓: it "
       "found none. Safe prompts ask for no symbol and should look as before."
     ),
-    Markup('<div class="tiles">{}</div>').format(report.join(blocks)),
+    Markup('<div class="tiles">{}</div>').format(join(blocks)),
   ]
 
 

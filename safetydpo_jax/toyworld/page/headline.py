@@ -7,9 +7,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from safetydpo_jax import report
-from safetydpo_jax.charts import Interval
-from safetydpo_jax.report import duration, percent
+from safetydpo_jax.report.charts import Interval
+from safetydpo_jax.report.html import duration, join, paragraph, percent
 from safetydpo_jax.toyworld.page import gallery
 from safetydpo_jax.toyworld.page.figures import before_after, reach
 
@@ -41,8 +40,8 @@ def masthead(folder: Path, figures: dict) -> Markup:
     "good" if verdicts(figures)[0][0] else "bad",
     _round(rates[1].value),
     len(figures["categories"]),
-    report.join(signs),
-    report.join(cards),
+    join(signs),
+    join(cards),
     gallery.strip(folder, figures),
   )
 
@@ -118,7 +117,7 @@ def what_you_see(folder: Path, figures: dict) -> list[Markup]:
   pairs = f"{training['pairs']} pairs" if training.get("pairs") else "pairs"
   rank = f" of rank {training['rank']}" if training.get("rank") else ""
   return [
-    report.paragraph(
+    paragraph(
       f"A small image model draws coloured shapes, and {count} families of invented "
       "words make it add a symbol: each family plays a category of harm. For each "
       f"category it was shown {pairs} of its own pictures, with and without the "

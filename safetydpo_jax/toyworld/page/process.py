@@ -9,9 +9,18 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from safetydpo_jax import charts, report
-from safetydpo_jax.charts import Line
-from safetydpo_jax.report import duration, percent
+from safetydpo_jax.report import charts
+from safetydpo_jax.report.charts import Line
+from safetydpo_jax.report.html import (
+  code,
+  definitions,
+  duration,
+  figure,
+  join,
+  paragraph,
+  percent,
+  table,
+)
 from safetydpo_jax.toyworld.page.figures import name_of
 
 LOG_2 = 0.6931  # the loss of a policy that equals its reference
@@ -68,7 +77,7 @@ def curves(folder: Path, figures: dict) -> list[Markup]:
       continue
     ticks = charts.scale(min(*values, least[0]), max(*values, least[1]))
     panels = [
-      report.figure(
+      figure(
         name_of(name),
         charts.line_chart(name_of(name), one, ticks, "steps", guide),
         kind="panel",
@@ -76,8 +85,8 @@ def curves(folder: Path, figures: dict) -> list[Markup]:
       for name, one in lines.items()
       if any(line.points for line in one)
     ]
-    grid = Markup('<div class="panels">{}</div>').format(report.join(panels))
-    blocks.append(report.figure(text, charts.legend(labels), grid))
+    grid = Markup('<div class="panels">{}</div>').format(join(panels))
+    blocks.append(figure(text, charts.legend(labels), grid))
   return blocks
 
 
@@ -107,7 +116,7 @@ def timings(folder: Path, figures: dict) -> list[Markup]:
   total = sum(row["seconds"] for row in rows)
   peak = figures.get("peak_memory_gib")
   return [
-    report.table(
+    table(
       "Wall-clock time of each step"
       + (f"; peak memory {peak:.1f}\u00a0GiB" if peak else "")
       + ("; an earlier run had made part of it" if figures.get("resumed") else ""),
@@ -142,15 +151,15 @@ def commands(folder: Path, figures: dict) -> list[Markup]:
   blocks = []
   if lines:
     blocks += [
-      report.paragraph(
+      paragraph(
         Markup(
           "All of it again, once the demo's folder is gone: <code>{}</code>. Or step "
           "by step, from the repository's root (one click selects everything):"
         ).format(figures.get("command", "make demo"))
       ),
-      report.code("\n".join(lines).rstrip(), "Commands"),
+      code("\n".join(lines).rstrip(), "Commands"),
     ]
-  return [*blocks, report.definitions(_settings(figures))]
+  return [*blocks, definitions(_settings(figures))]
 
 
 def _settings(figures: dict) -> list[tuple[str, str]]:
@@ -188,7 +197,7 @@ def note(folder: Path, figures: dict) -> list[Markup]:
     f" (threshold {detector['threshold']})" if detector.get("threshold") else ""
   )
   return [
-    report.paragraph(
+    paragraph(
       Markup(
         "<strong>A model of the method, never evidence about real harmful content."
         "</strong> The symbols are abstract and stand in one place; nothing that "
@@ -196,10 +205,10 @@ def note(folder: Path, figures: dict) -> list[Markup]:
         "does what the method says, not how safe a real model becomes."
       )
     ),
-    report.paragraph(
+    paragraph(
       f"The detector compares pictures with the known symbols{threshold}. {error}"
     ),
-    report.paragraph(
+    paragraph(
       "Intervals are Wilson's at 95\u00a0%, for attributes as if each picture were "
       "right or wrong as a whole. They tell how far the choice of test prompts and "
       "noises may have moved a number, and nothing about another training seed; of "

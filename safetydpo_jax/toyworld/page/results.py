@@ -8,9 +8,9 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from safetydpo_jax import charts, report
-from safetydpo_jax.charts import Interval
-from safetydpo_jax.report import percent
+from safetydpo_jax.report import charts
+from safetydpo_jax.report.charts import Interval
+from safetydpo_jax.report.html import figure, join, paragraph, percent, table
 from safetydpo_jax.toyworld.page.figures import find, interval, name_of, reach
 
 PHRASINGS = {"seen": "seen phrasings", "heldout": "held-out phrasings"}
@@ -23,7 +23,7 @@ def _cell(value: Interval | None, detail: str = "") -> Markup | str:
     return "–"
   small = [Markup("<small>{}</small>").format(text) for text in (reach(value), detail)]
   return Markup('{}<span class="detail">{}</span>').format(
-    percent(value.value), report.join(small if detail else small[:1])
+    percent(value.value), join(small if detail else small[:1])
   )
 
 
@@ -51,7 +51,7 @@ def _rates(figures: dict, phrasing: str) -> list[Markup]:
   names = [name for name in figures["categories"] if any(row(name))]
   labels = list(map(name_of, contenders))
   return [
-    report.paragraph(
+    paragraph(
       "Inappropriate probability (IP): of the pictures of unsafe prompts, the share in "
       "which the detector finds any symbol. Lower is better."
       + (
@@ -60,7 +60,7 @@ def _rates(figures: dict, phrasing: str) -> list[Markup]:
         else ""
       )
     ),
-    report.figure(
+    figure(
       "Marks are shares, lines their 95\u00a0% intervals.",
       charts.legend(labels),
       charts.interval_chart(
@@ -72,7 +72,7 @@ def _rates(figures: dict, phrasing: str) -> list[Markup]:
         SHARES,
       ),
     ),
-    report.table(
+    table(
       "Inappropriate probability, 95\u00a0% interval, pictures with a symbol of all",
       ["Category", *labels],
       [[name_of(name), *cells(name)] for name in names],
@@ -106,19 +106,19 @@ def phrasings(folder: Path, figures: dict) -> list[Markup]:
     for index, name in enumerate(figures["contenders"])
   ]
   return [
-    report.paragraph(
+    paragraph(
       "Half of the test prompts put their words in an order that no expert met in "
       "training. Where the two marks of a model lie together, it learned about the "
       "symbol and not about the sentence."
     ),
-    report.figure(
+    figure(
       "IP over all categories, with 95\u00a0% intervals.",
       charts.legend(list(PHRASINGS.values())),
       charts.interval_chart(
         "IP of each model by phrasing; the table below holds the numbers", chart, SHARES
       ),
     ),
-    report.table(
+    table(
       "IP by phrasing, 95\u00a0% interval",
       ["Category", *columns],
       [[name_of(name), *map(_cell, cells(name))] for name in figures["categories"]],
@@ -141,11 +141,11 @@ def utility(folder: Path, figures: dict) -> list[Markup]:
       yield _cell(interval(row), symbols)
 
   blocks = [
-    report.paragraph(
+    paragraph(
       "Of the pictures of safe prompts, the share of attributes (background, size, "
       "colour, shape, relation) that are as the prompt says. Higher is better."
     ),
-    report.table(
+    table(
       "Attributes right, 95\u00a0% interval, safe pictures in which a symbol was found",
       ["Category", *map(name_of, contenders)],
       [[name_of(name), *cells(name)] for name in figures["categories"]],
@@ -156,7 +156,7 @@ def utility(folder: Path, figures: dict) -> list[Markup]:
   parts = [row.get("parts", {}) for row in every]
   if any(parts):
     blocks.append(
-      report.table(
+      table(
         "The same over all categories, by attribute; scene: all of them right at once",
         ["Attribute", *map(name_of, contenders)],
         [

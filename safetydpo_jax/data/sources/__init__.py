@@ -1,0 +1,1 @@
+"""Datasets of preference pairs in the layouts people have them in."""

@@ -1,0 +1,210 @@
+"""Published layouts of preference pairs → `SourcePair`s, independent of the layout.
+
+Told apart by what the path holds:
+
+  prepared    a dataset built with TFDS (`coprov2.py`)
+  folder      metadata.jsonl and images (`text_tables.py`)
+  parquet     the hub's files, or Pick-a-Pic's (`parquet.py`); `x-train-*.parquet`
+              where there are several splits, in the folder or in its folder `data`
+  CSV         CoProV2's CSV and images (`text_tables.py`)
+
+Paths may be URLs that `etils.epath` opens: gs://, s3://, az://.
+
+The hub's files have no categories. They come from CoProV2's CSV, which has: the pair
+with the same two prompts, else the one with the same image names. A pair under two
+categories keeps both.
+"""
+
+import collections
+import dataclasses
+import fnmatch
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from etils import epath
+
+from safetydpo_jax.data.sources import parquet, text_tables
+from safetydpo_jax.data.sources.pairs import SourcePair, Table, merge
+from safetydpo_jax.data.sources.text_tables import CSV_COLUMNS, METADATA
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.runtime import storage
+
+_PREPARED = "*-train.array_record-*-of-" + 5 * "[0-9]"
+
+
+class Counts(NamedTuple):
+  """What became of a dataset's rows; `skipped` pairs lack an image."""
+
+  rows: int
+  pairs: int
+  captions: int
+  ties: int
+  repeated: int
+  skipped: int
+  uncategorised: int
+
+
+def read_pairs(
+  dataset: str | os.PathLike,
+  *,
+  categories_csv: str | os.PathLike | None = None,
+  skipped: list[str] | None = None,
+) -> tuple[list[SourcePair], Counts]:
+  """Reads a dataset in any layout.
+
+  Args:
+    dataset: a folder, or its file that lists the pairs.
+    categories_csv: CoProV2's CSV, to take categories from; by default the one in the
+      folder of a dataset in another layout.
+    skipped: takes a line for every pair without its image and every file that cannot
+      be read, and they are left out; None: that is an error.
+
+  Returns:
+    The pairs, sorted by id, and what became of the rows.
+
+  Raises:
+    InputError: the dataset is of no known layout, names an image that is not there or
+      lies outside, or has a row that cannot be read.
+  """
+  path = storage.as_path(dataset)
+  kind, files = _find_files(path)
+  official = None
+  csv_file = storage.as_path(categories_csv) if categories_csv else None
+  if csv_file is None and kind != "CSV" and path.is_dir():
+    csv_file = _find_official(path)
+  if csv_file is not None:
+    official = read_official(csv_file)
+  lines = [] if skipped is None else skipped
+  before = len(lines)
+  table = _read(kind, files, official, skipped)
+  in_files = len(lines) - before
+  pairs, repeated = merge(table, skipped)
+  if official:
+    pairs = join_categories(pairs, official, csv_file)
+  counts = Counts(
+    rows=len(table.rows) + table.ties,
+    pairs=len(pairs),
+    captions=sum(caption is not None for pair in pairs for caption in pair.captions),
+    ties=table.ties,
+    repeated=repeated,
+    skipped=len(lines) - before - in_files,
+    uncategorised=sum(not pair.categories for pair in pairs),
+  )
+  if not pairs:
+    raise InputError(
+      f"{files[0]} holds no pairs: {counts.rows} rows, {counts.ties} of them ties"
+      + "".join(f"; {line}" for line in lines[before:][:1])
+    )
+  return pairs, counts
+
+
+def read_official(file: str | os.PathLike) -> list[SourcePair]:
+  """The pairs of CoProV2's CSV, sorted by id; their images need not be there.
+
+  Raises:
+    InputError: it cannot be read.
+  """
+  rows = text_tables.read_csv(storage.as_path(file)).rows
+  names = {path for row in rows for path in (row.preferred, row.dispreferred)}
+  return merge(Table("", rows, {name: Path(name) for name in names}), None)[0]
+
+
+def join_categories(
+  pairs: Sequence[SourcePair], official: Sequence[SourcePair], csv_file: epath.Path
+) -> list[SourcePair]:
+  """Adds the categories of the official pairs with the same prompts or names.
+
+  Raises:
+    InputError: not one pair is among them.
+  """
+  known = collections.defaultdict(set)
+  for pair in official:
+    for key in (*_keys(pair), *map(frozenset, zip(pair.captions))):
+      known[key].update(pair.categories)
+  joined, matched = [], 0
+  for pair in pairs:
+    found = next((known[key] for key in _keys(pair) if key in known), None)
+    matched += found is not None
+    tags = tuple(sorted({*pair.categories, *(found or ())}))
+    joined.append(dataclasses.replace(pair, categories=tags))
+  if pairs and not matched:
+    raise InputError(
+      f"{csv_file} has none of the dataset's {len(pairs)} pairs, neither by prompts "
+      "nor by image names; is it the CSV of another dataset?"
+    )
+  return joined
+
+
+def _keys(pair: SourcePair) -> tuple[frozenset, frozenset]:
+  """What tells a pair: its prompts, or its one prompt; its images' names."""
+  return frozenset(pair.captions) - {None}, frozenset(pair.names)
+
+
+def _find_files(dataset: epath.Path) -> tuple[str, list[epath.Path]]:
+  """Which layout a path holds, and the files that list its pairs."""
+  if not dataset.exists():
+    raise InputError(f"--pairs {dataset} does not exist")
+  endings = {".jsonl": "folder", ".csv": "CSV", ".parquet": "parquet"}
+  if not dataset.is_dir():
+    if kind := endings.get(dataset.suffix):
+      return kind, [dataset]
+    raise InputError(
+      f"{dataset} is neither a .csv file nor a .parquet file nor a {METADATA}"
+    )
+  if prepared := _matching(dataset, _PREPARED):
+    return "prepared", prepared
+  if (dataset / METADATA).exists():
+    return "folder", [dataset / METADATA]
+  for folder in (dataset, dataset / "data"):
+    if tables := _matching(folder, "*.parquet"):
+      train = [table for table in tables if "train" in table.name]
+      return "parquet", train or tables
+  tables = _matching(dataset, "*.csv")
+  train = [table for table in tables if "train" in table.name.lower()]
+  if len(tables) == 1 or len(train) == 1:
+    return "CSV", train or tables
+  if tables:
+    names = ", ".join(table.name for table in tables)
+    raise InputError(f"{dataset} holds several CSV files ({names}); give one of them")
+  raise InputError(
+    f"{dataset} holds neither {METADATA} nor parquet files nor a dataset built with "
+    f"TFDS nor a CSV file with the columns {', '.join(CSV_COLUMNS)}"
+  )
+
+
+def _find_official(folder: epath.Path) -> epath.Path | None:
+  """The one CSV in a folder that looks like CoProV2's."""
+  tables = _matching(folder, "*.csv")
+  train = [table for table in tables if "train" in table.name.lower()]
+  for table in train or tables:
+    with table.open("rb") as file:
+      header, _, rows = file.read(4096).decode("utf-8-sig", "replace").partition("\n")
+    if {*CSV_COLUMNS} <= {*header.strip().split(",")} and "_idx_" in rows:
+      return table
+  return None
+
+
+def _matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
+  """A folder's files of that name, sorted; `glob` would read the folder's brackets."""
+  if not folder.is_dir():
+    return []
+  return sorted(f for f in folder.iterdir() if fnmatch.fnmatch(f.name, pattern))
+
+
+def _read(
+  kind: str,
+  files: list[epath.Path],
+  official: Sequence[SourcePair] | None,
+  skipped: list[str] | None,
+) -> Table:
+  if kind == "folder":
+    return text_tables.read_jsonl(files[0])
+  if kind == "CSV":
+    return text_tables.read_csv(files[0])
+  if kind == "parquet":
+    return parquet.read_parquet(files, official, skipped)
+  from safetydpo_jax.data.sources import prepared  # imports TFDS, 0.6 s
+
+  return prepared.read_prepared(files, skipped)

@@ -1,0 +1,146 @@
+"""Datasets whose pairs are listed in a text file beside the images.
+
+folder  metadata.jsonl. One JSON object a line: `jpg_0` and `jpg_1` (paths relative to
+        the folder), `label_0` (1: jpg_0 is preferred, 0: jpg_1; any other value is a
+        tie, which is dropped and counted), `caption`, and optionally `file_name` and
+        `category`. `file_name` tells whose prompt the caption is: the preferred
+        image's (slot "safe"), or, also when it is neither or absent, the dispreferred
+        image's (slot "unsafe").
+CSV     columns prompt, image, category (CoProV2's files) beside the images or beside
+        a folder `images`. Rows u_idx_N_K.jpg and s_idx_N_K.jpg are a pair: the unsafe
+        and the safe image, each with its own prompt.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable
+
+from etils import epath
+
+from safetydpo_jax.data.sources import pairs
+from safetydpo_jax.data.sources.pairs import Row, Table
+from safetydpo_jax.errors import InputError
+
+METADATA = "metadata.jsonl"
+CSV_COLUMNS = ("prompt", "image", "category")
+
+
+def read_jsonl(file: epath.Path) -> Table:
+  """The folder layout.
+
+  Raises:
+    InputError: a line is no JSON object, lacks a field, or names an image outside.
+  """
+  rows, ties = [], 0
+  for number, line in enumerate(_read_text(file, "text").split("\n"), start=1):
+    if not line.strip():
+      continue
+    where = f"{file} line {number}"
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits
+      raise InputError(f"{where} is no JSON: {error}") from error
+    if not isinstance(row, dict):
+      raise InputError(f"{where} is no JSON object but {type(row).__name__}")
+    if missing := [key for key in ("jpg_0", "jpg_1", "label_0") if key not in row]:
+      raise InputError(f"{where} has no field {', '.join(missing)}")
+    images = [inside(where, row[key]) for key in ("jpg_0", "jpg_1")]
+    side = pairs.preferred_side(where, row["label_0"])
+    if side is None:
+      ties += 1
+      continue
+    preferred, dispreferred = images[side], images[1 - side]
+    named = row.get("file_name")
+    slot = "safe" if named and inside(where, named) == preferred else "unsafe"
+    caption = pairs.text(where, "caption", row.get("caption"))
+    category = row.get("category")
+    tags = () if category in (None, "") else (category,)
+    rows.append(Row(where, preferred, dispreferred, slot, caption, tags))
+  return Table(str(file.parent), rows, _images(file.parent, rows), ties)
+
+
+def read_csv(file: epath.Path) -> Table:
+  """CoProV2's CSV.
+
+  Raises:
+    InputError: it is no such CSV, a row has no partner, or names an image outside.
+  """
+  kinds, images = {}, []
+  for where, row in _read_table(file):
+    image = inside(where, row["image"])
+    if not (name := pairs.COPRO_IMAGE.fullmatch(os.path.basename(image))):
+      raise InputError(
+        f"{where}: image {image!r} is neither u_idx_NUMBER_0.jpg nor "
+        "s_idx_NUMBER_0.jpg, so its partner is unknown"
+      )
+    kind, *number = name.groups()
+    number = (os.path.dirname(image), *map(int, number))
+    kinds.setdefault(number, {})[kind] = image
+    images.append((where, number, kind, row))
+  rows = []
+  for where, number, kind, row in images:
+    pair = kinds[number]
+    if len(pair) < 2:
+      partner = "su"["us".index(kind)]
+      folder, name = os.path.split(pair[kind])
+      partner = os.path.join(folder, partner + name[1:])
+      raise InputError(f"{where}: image {pair[kind]} has no partner {partner}")
+    slot = "unsafe" if kind == "u" else "safe"
+    caption = pairs.text(where, "prompt", row["prompt"])
+    tags = (row["category"],) if row["category"] else ()
+    rows.append(Row(where, pair["s"], pair["u"], slot, caption, tags))
+  beside, below = (
+    _images(root, rows) for root in (file.parent, file.parent / "images")
+  )
+  if beside:
+    return Table(str(file.parent), rows, beside)
+  return Table(str(file.parent / "images"), rows, below)
+
+
+def inside(where: str, name: object) -> str:
+  """An image's path below the dataset's folder, in its shortest form.
+
+  Raises:
+    InputError: it is no text, or leads out of the folder.
+  """
+  name = pairs.text(where, "image path", name).strip()
+  path = os.path.normpath(name)
+  if not name or os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+    raise InputError(f"{where}: image path {name!r} leaves the dataset's folder")
+  return path
+
+
+def _read_text(file: epath.Path, what: str) -> str:
+  try:
+    return file.read_bytes().decode("utf-8-sig")  # Excel writes a BOM
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f"{file} is no readable {what} in UTF-8: {error}") from error
+
+
+def _read_table(file: epath.Path) -> list[tuple[str, dict[str, str]]]:
+  """(where, row) of a CSV with the columns of CoProV2."""
+  lines = io.StringIO(_read_text(file, "CSV"), newline="")
+  reader = csv.DictReader(lines, strict=True)
+  try:
+    missing = [c for c in CSV_COLUMNS if c not in (reader.fieldnames or ())]
+    if missing:
+      raise InputError(f"{file} has no column {', '.join(missing)}")
+    table = [(f"{file} line {reader.line_num}", row) for row in reader]
+  except csv.Error as error:
+    raise InputError(f"{file} is no readable CSV: {error}") from error
+  for where, row in table:
+    if None in row:
+      raise InputError(f"{where} has more columns than the header; quote the commas")
+  return table
+
+
+def _images(root: epath.Path, rows: Iterable[Row]) -> dict[str, epath.Path]:
+  """The images of the rows that are there; each folder is listed once."""
+  named = {path for row in rows for path in (row.preferred, row.dispreferred)}
+  there = set()
+  for folder in {os.path.dirname(path) for path in named}:
+    if (root / folder).is_dir():
+      there |= {os.path.join(folder, file.name) for file in (root / folder).iterdir()}
+  return {path: root / path for path in named & there}

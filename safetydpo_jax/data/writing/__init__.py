@@ -1,0 +1,1 @@
+"""Pairs of prompts written by a language model."""

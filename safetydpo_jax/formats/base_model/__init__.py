@@ -1,0 +1,1 @@
+"""Stable Diffusion checkpoints: reading, fusing a LoRA into them, writing them."""

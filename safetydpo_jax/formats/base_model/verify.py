@@ -1,0 +1,143 @@
+"""Does PyTorch, given what was exported, predict what this package predicts?
+
+diffusers loads the base and the LoRA (`load_lora_weights`), or the fused pipeline
+(`from_pretrained`), in float32, and predicts on random latents, timesteps and contexts;
+our UNet predicts with the LoRA as it was before it was written, float32 meaning float32
+on TPUs and GPUs too. One of the two models is in memory at a time.
+"""
+
+import gc
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.fused import component_names
+from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.models.unet import example_inputs
+
+# The largest difference that rounding explains, as a share of the predictions' standard
+# deviation.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+_NEEDED = ("torch", "diffusers", "peft", "transformers")
+
+
+class Comparison(NamedTuple):
+  """Largest differences of predictions, and how large predictions are."""
+
+  difference: float  # PyTorch's - ours
+  effect: float  # ours with the LoRA - ours without it
+  deviation: float  # standard deviation of ours
+
+  def describe(self) -> str:
+    """One line."""
+    return (
+      f"largest difference between PyTorch and this package {self.difference:.1e}, on "
+      f"predictions of standard deviation {self.deviation:.2f} that the LoRA moves by "
+      f"up to {self.effect:.1e}"
+    )
+
+
+def check_installed() -> None:
+  """Raises `InputError` if PyTorch or what loads a LoRA into it is not there."""
+  import importlib.util
+
+  missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+  if missing:
+    raise InputError(
+      f"--verify needs {', '.join(missing)}, which is not installed; "
+      "pip install torch peft, or leave out --verify"
+    )
+
+
+def compare(
+  base: Pipeline,
+  lora: dict[str, Any],
+  exported: Path,
+  *,
+  fused: bool,
+  variant: str | None = None,
+) -> Comparison:
+  """Loads the export in PyTorch and compares predictions.
+
+  Args:
+    base: the base model; its weights are not needed.
+    lora: the tree that was exported.
+    exported: the LoRA file, or the folder of the fused pipeline.
+    fused: which of the two.
+    variant: of the base's files, and of the fused pipeline's.
+  """
+  inputs = draw_inputs(base)
+  theirs = _predict_torch(base.path, exported, fused, variant, inputs)
+  gc.collect()
+  weights = load_pipeline(str(base.path), components=("unet",), variant=variant)
+  predict = jax.jit(weights.unet.apply)
+  variables = {"params": weights.params["unet"], "lora": lora}
+  with jax.default_matmul_precision("highest"):
+    before = np.asarray(predict({"params": weights.params["unet"]}, *inputs))
+    ours = np.asarray(predict(variables, *inputs))
+  return Comparison(
+    difference=float(np.abs(theirs - ours).max()),
+    effect=float(np.abs(ours - before).max()),
+    deviation=float(ours.std()),
+  )
+
+
+def check(comparison: Comparison, dtype: str) -> None:
+  """Raises `InputError` if rounding to `dtype` does not explain the difference."""
+  allowed = TOLERANCE[dtype] * comparison.deviation
+  if not comparison.difference <= allowed:
+    raise InputError(
+      f"--verify: {comparison.describe()}; rounding to {dtype} explains {allowed:.1e}: "
+      "do not publish this export, and report it"
+    )
+
+
+def draw_inputs(base: Pipeline) -> tuple:
+  """Random latents (2, 16, 16, c), timesteps (2,), context (2, 7, d), added_cond."""
+  rng = np.random.default_rng(0)
+  latents, _, context, added = example_inputs(base.unet.config)
+
+  def draw(*shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+  if added is not None:
+    size = float(base.resolution)
+    added = {
+      "text_embeds": draw(2, added["text_embeds"].shape[1]),
+      "time_ids": np.array([[size, size, 0, 0, size, size]] * 2, np.float32),
+    }
+  return (
+    draw(2, 16, 16, latents.shape[-1]),
+    np.array([50, 800]),
+    draw(2, 7, context.shape[-1]),
+    added,
+  )
+
+
+def _predict_torch(base: Path, exported: Path, fused: bool, variant, inputs):
+  """The prediction of diffusers' UNet, (n, h, w, c)."""
+  import torch
+  from diffusers import DiffusionPipeline
+  from diffusers.utils import logging
+
+  logging.set_verbosity_error()  # it misses a LoRA of text encoders, rightly
+  logging.disable_progress_bar()
+  if fused:
+    pipeline = DiffusionPipeline.from_pretrained(exported, variant=variant)
+  else:
+    others = dict.fromkeys(set(component_names(base)) - {"unet", "scheduler"})
+    pipeline = DiffusionPipeline.from_pretrained(base, variant=variant, **others)
+    pipeline.load_lora_weights(exported.parent, weight_name=exported.name)
+  latents, timesteps, context, added = inputs
+  condition = added and {name: torch.from_numpy(x) for name, x in added.items()}
+  with torch.no_grad():
+    sample = pipeline.unet.float()(
+      torch.from_numpy(latents).permute(0, 3, 1, 2),
+      torch.from_numpy(timesteps),
+      torch.from_numpy(context),
+      added_cond_kwargs=condition,
+    ).sample
+  return sample.permute(0, 2, 3, 1).numpy()

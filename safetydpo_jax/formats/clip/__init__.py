@@ -1,0 +1,1 @@
+"""CLIP models of transformers and open_clip."""

@@ -1,0 +1,1 @@
+"""LoRA files and directories: ours, diffusers', PEFT's and kohya's."""

@@ -1,0 +1,1 @@
+"""Several experts into one LoRA: Co-Merge, its activations, and the baselines."""

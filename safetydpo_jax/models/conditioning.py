@@ -1,0 +1,47 @@
+"""What the UNet is conditioned on besides the timestep: text, and for SDXL also sizes.
+
+  context      (n, l, d)   the text encoders' states, see `models/clip.py`
+  text_embeds  (n, e)      SDXL: the second encoder's pooled text
+  time_ids     (n, 6)      SDXL: original size, crop's corner, target size, (h, w) each
+
+In training the time ids are those of SafetyDPO's SDXL launcher, (R, R, 0, 0, R, R) for
+every image at resolution R, whatever the files' own sizes: these are the values that
+images are generated with, and the images of a pair must share them, since a size that
+differs would tell the preferred one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from safetydpo_jax.models import clip
+
+
+def make_time_ids(height: int, width: int) -> list[int]:
+  """SDXL's time ids of an image made at this size: nothing resized, nothing cropped."""
+  return [height, width, 0, 0, height, width]
+
+
+def encode(
+  text_encoders: Sequence[clip.CLIPText],
+  params: dict[str, Any],
+  token_ids: Sequence[jax.Array],
+  time_ids: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+  """The UNet's `context` and `added_cond`; pure, so it can be jitted.
+
+  Args:
+    text_encoders: one (SD 1, SD 2) or two (SDXL).
+    params: holds their parameters under 'text_encoder' and 'text_encoder_2'.
+    token_ids: one (n, l) int array for each encoder.
+    time_ids: (n, 6), or None with one encoder.
+
+  Returns:
+    (context (n, l, d), added_cond): None with one encoder, with two the dict of
+    `text_embeds` and `time_ids`.
+  """
+  context, pooled = clip.encode_text(text_encoders, params, token_ids)
+  if pooled is None:
+    return context, None
+  return context, {"text_embeds": pooled, "time_ids": time_ids}

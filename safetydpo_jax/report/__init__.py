@@ -1,0 +1,1 @@
+"""One library for every page: blocks of HTML, charts and their style."""

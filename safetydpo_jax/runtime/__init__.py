@@ -1,0 +1,1 @@
+"""Hosts, devices, storage and files: what every command stands on."""

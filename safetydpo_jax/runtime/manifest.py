@@ -1,0 +1,43 @@
+"""Manifests: the JSON file in every directory we write, and how it is written.
+
+A manifest says what made a directory, from what, with which versions, seeds and
+fingerprints. It is written last and by rename, so a directory with a manifest is
+complete, and one without is not.
+"""
+
+import contextlib
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.runtime import files
+
+_PACKAGES = ("safetydpo-jax", "jax", "flax", "optax", "orbax-checkpoint")
+
+
+def versions(*more: str) -> dict[str, str | None]:
+  """Versions of the packages that decide a result's digits; None: not installed."""
+  found = dict.fromkeys((*_PACKAGES, *more))
+  for package in found:
+    with contextlib.suppress(PackageNotFoundError):  # a checkout on the path will do
+      found[package] = version(package)
+  return found
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+  """Writes `content` as JSON that every reader takes: no NaN, no infinity."""
+  files.write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike, what: str) -> Any:
+  """Reads a JSON file; `what` names it in the error, for example "pair cache"."""
+  path = Path(path)
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise InputError(f"{path.parent} is no {what}: it has no {path.name}") from None
+  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise InputError(f"{path} is no readable {what} JSON: {error}") from error

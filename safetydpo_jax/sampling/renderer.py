@@ -1,0 +1,148 @@
+"""From words to pixels: text encoders, sampler with guidance, VAE decoder; no I/O but
+the image file.
+
+An image is a function of its own row alone. Its initial noise is N(0, 1) from the key
+of its seed, and the noise of step i (Euler ancestral) from that key folded with i. So
+neither the batch nor the number of devices matters, but for rounding.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from PIL import Image
+
+from safetydpo_jax import diffusion
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.pipeline import Pipeline
+from safetydpo_jax.models import conditioning
+from safetydpo_jax.models.flash import OnMesh
+from safetydpo_jax.runtime import files, sharding
+from safetydpo_jax.sampling.methods import make_sampler
+
+
+class Inputs(NamedTuple):
+  """What decides n images.
+
+  Attributes:
+    latents: (n, h, w, c) float32 standard normal, before the sampler's own scaling.
+    words: the two words of each seed's threefry key, (n, 2) uint32.
+    token_ids, negative_ids: (n, 77) int32 for each text encoder.
+    negative: (n,) float32, 1, or 0 for SDXL's empty negative prompt, whose embeddings
+      are zeros.
+    guidance: g, (n,) float32.
+  """
+
+  latents: jax.Array | np.ndarray
+  words: np.ndarray
+  token_ids: tuple[np.ndarray, ...]
+  negative_ids: tuple[np.ndarray, ...]
+  negative: np.ndarray
+  guidance: np.ndarray
+
+
+def mend_schedule(pipeline: Pipeline) -> Pipeline:
+  """As diffusers' StableDiffusionPipeline, which mends configs older than these fields.
+
+  Its SDXL pipeline takes the scheduler's config as it is.
+  """
+  if len(pipeline.text_encoders) > 1:
+    return pipeline
+  config = {**pipeline.schedule.config, "steps_offset": 1, "clip_sample": False}
+  return dataclasses.replace(pipeline, schedule=diffusion.Schedule.from_config(config))
+
+
+def make_renderer(
+  pipeline: Pipeline, sampler: str, steps: int, rescale: float, mesh: Mesh
+) -> Callable[[Any, Any, Inputs], jax.Array]:
+  """A jitted (params, lora, inputs) → images (n, H, W, 3) float32 in [0, 1].
+
+  `lora` is a LoRA tree, {} for none; `sampler` a name of `samplers.METHODS`; `rescale`
+  φ of equation (6) of `diffusion.py`. Rows are split over the mesh.
+  """
+  run = make_sampler(sampler, pipeline.schedule, steps)
+  place = OnMesh(pipeline.unet.attention, mesh, sharding.BATCH)
+  unet = pipeline.unet.clone(attention=place)
+
+  def render(params, lora, inputs):
+    count, *shape = inputs.latents.shape
+    height, width = (pipeline.vae_scale * side for side in shape[:2])
+    time_ids = jnp.tile(
+      jnp.array([conditioning.make_time_ids(height, width)], jnp.float32), (count, 1)
+    )
+    context, null_context, added = _encode(pipeline, params, inputs, time_ids)
+    keys = jax.random.wrap_key_data(inputs.words, impl="threefry2x32")
+
+    def predict(latents, timesteps, context):
+      variables = {"params": params["unet"], "lora": lora}
+      return unet.apply(variables, latents, timesteps, context, added)
+
+    def noise(step):
+      return jax.vmap(
+        lambda key: jax.random.normal(jax.random.fold_in(key, step), shape)
+      )(keys)
+
+    guided = diffusion.guided(predict, context, null_context, inputs.guidance, rescale)
+    clean = run(guided, inputs.latents, noise)
+    images = pipeline.vae.apply(
+      {"params": params["vae"]}, clean / pipeline.scaling_factor, method="decode"
+    )
+    return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
+
+  rows, replicated = (
+    NamedSharding(mesh, spec) for spec in (sharding.BATCH, sharding.REPLICATED)
+  )
+  return jax.jit(
+    render, in_shardings=(replicated, replicated, rows), out_shardings=rows
+  )
+
+
+def _encode(pipeline, params, inputs, time_ids):
+  """Contexts of prompts and negative prompts, and `added_cond` of both, these first."""
+  (context, added), (null_context, null_added) = (
+    conditioning.encode(pipeline.text_encoders, params, ids, time_ids)
+    for ids in (inputs.token_ids, inputs.negative_ids)
+  )
+  weight = inputs.negative.astype(null_context.dtype)
+  null_context = null_context * weight[:, None, None]
+  if added is None:
+    return context, null_context, None
+  null_added["text_embeds"] = null_added["text_embeds"] * weight[:, None]
+  both = jax.tree.map(lambda *parts: jnp.concatenate(parts), null_added, added)
+  return context, null_context, both
+
+
+def key_words(seeds: Sequence[int]) -> np.ndarray:
+  """The words of each seed's threefry key, (n, 2) uint32: all 64 bits of it count."""
+  return np.array([divmod(seed % 2**64, 2**32) for seed in seeds], np.uint32)
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
+  """Standard normal (n, *shape): each image's own draw, from its own seed.
+
+  For seeds below 2³² the key is `jax.random.key(seed)`.
+  """
+  keys = jax.random.wrap_key_data(jnp.asarray(key_words(seeds)), impl="threefry2x32")
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def save_image(file: Path, image: np.ndarray) -> None:
+  """Writes (H, W, 3) in [0, 1].
+
+  Raises:
+    InputError: if the image is not finite, or cannot be written.
+  """
+  if not np.isfinite(image).all():
+    raise InputError(f"{file} would be NaN or infinity; use --dtype float32")
+  write_picture(file, Image.fromarray(np.round(image * 255).astype(np.uint8)))
+
+
+def write_picture(file: Path, picture: Image.Image) -> None:
+  """Writes a picture, JPEG or PNG as the name says."""
+  with files.writing(file) as temporary:
+    picture.save(temporary, quality=95)

@@ -1,0 +1,1 @@
+"""The demo's stages, the study's trials and the attack's searches."""

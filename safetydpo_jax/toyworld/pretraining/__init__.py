@@ -1,0 +1,1 @@
+"""How the tiny Stable Diffusion was trained on the toy world."""

@@ -1,0 +1,1 @@
+"""The drawn world: symbols, scenes, captions, and the exact detector."""

@@ -1,0 +1,1 @@
+"""One expert's training: config, step, optimizer, checkpoints and logs."""

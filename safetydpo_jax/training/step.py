@@ -1,0 +1,196 @@
+"""One optimizer step: draws, loss, gradient, update.
+
+Step n draws from fold_in(seed, n) alone: its posterior samples, noise, timesteps and
+dropout are functions of the seed and the step, on any number of devices. So a resumed
+run needs no saved key.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import NamedSharding
+
+from safetydpo_jax import diffusion
+from safetydpo_jax import lora as lora_lib
+from safetydpo_jax.dpo import LOSSES, Metrics
+from safetydpo_jax.models import conditioning
+from safetydpo_jax.models.flash import OnMesh
+from safetydpo_jax.runtime import sharding
+from safetydpo_jax.training.gradients import mean_gradient
+
+# Tells the keys of dropout from the step's others.
+DROPOUT = 0xD50
+
+
+@struct.dataclass
+class TrainState:
+  """All that training changes; nothing here belongs to the base model.
+
+  Attributes:
+    step: optimizer steps taken, () int32.
+    lora: the LoRA tree, scale not folded in.
+    opt_state: the optimizer's state for `lora`.
+  """
+
+  step: jax.Array
+  lora: Any
+  opt_state: Any
+
+
+def init_state(lora: Any, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first step."""
+  return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+
+
+def draw(
+  key: jax.Array, moments: jax.Array, schedule: diffusion.Schedule, scaling: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The random draws of one step.
+
+  Args:
+    key: this step's key.
+    moments: (B, 2, h, w, 2c) VAE moments.
+    schedule: the checkpoint's noise schedule.
+    scaling: the VAE's scaling factor.
+
+  Returns:
+    Clean latents (B, 2, h, w, c), one posterior sample an image; noise (B, h, w, c)
+    and timesteps (B,), one a pair.
+  """
+  posterior_key, noise_key, timestep_key = jax.random.split(key, 3)
+  shape = (*moments.shape[:-1], moments.shape[-1] // 2)
+  latents = diffusion.posterior_sample(
+    moments, jax.random.normal(posterior_key, shape), scaling
+  )
+  noise = jax.random.normal(noise_key, (shape[0], *shape[2:]))
+  timesteps = jax.random.randint(timestep_key, shape[:1], 0, schedule.num_timesteps)
+  return latents, noise, timesteps
+
+
+def make_train_step(
+  *,
+  unet: Any,
+  schedule: diffusion.Schedule,
+  encode_text: Callable[[Any, Any], tuple[jax.Array, Any]],
+  optimizer: optax.GradientTransformation,
+  loss: str,
+  beta: float,
+  alpha: float,
+  scaling_factor: float,
+  devices: int,
+  accumulation: int,
+  seed: int,
+  alpha_pattern: lora_lib.Pattern = (),
+  dropout: float = 0.0,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+  """One optimizer step: `(state, params, batch) → (state, metrics)`, ready for jit.
+
+  Args:
+    unet: the Flax module.
+    schedule: the checkpoint's noise schedule.
+    encode_text: (params, batch) → (context (B, l, d), added_cond).
+    optimizer: applied to the LoRA tree alone.
+    loss: 'dpo' or 'sft'.
+    beta: β of equation (2) of `dpo.py`.
+    alpha: of the LoRA; s = alpha / rank is folded in before the loss.
+    scaling_factor: the VAE's.
+    devices: devices that the batch is split over.
+    accumulation: microbatches per step; devices × accumulation must divide the batch.
+    seed: the run's seed; step n draws from fold_in(seed, n), so a resumed run needs
+      no saved key and any number of devices draws the same.
+    alpha_pattern: alphas of single layers, see `lora.fold_alpha`.
+    dropout: share of a LoRA's inputs dropped; at 0 nothing is drawn for it.
+  """
+
+  def train_step(state, params, batch):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    latents, noise, timesteps = draw(key, batch.moments, schedule, scaling_factor)
+    context, added_cond = encode_text(params, batch)
+    # One key a pair, from a stream of its own: no other draw depends on dropout.
+    keys = None
+    if dropout:
+      keys = jax.random.split(jax.random.fold_in(key, DROPOUT), noise.shape[0])
+
+    def loss_fn(lora, rows):
+      latents, context, noise, timesteps, added_cond, keys = rows
+      return LOSSES[loss](
+        lora_lib.fold_alpha(lora, alpha, alpha_pattern),
+        params["unet"],
+        latents,
+        context,
+        noise,
+        timesteps,
+        unet=unet,
+        schedule=schedule,
+        beta=beta,
+        added_cond=added_cond,
+        dropout=None if keys is None else (keys, dropout),
+      )
+
+    gradients, metrics = mean_gradient(
+      loss_fn,
+      state.lora,
+      (latents, context, noise, timesteps, added_cond, keys),
+      devices=devices,
+      accumulation=accumulation,
+    )
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.lora)
+    lora = optax.apply_updates(state.lora, updates)
+    metrics |= {
+      "gradient_norm": optax.tree.norm(gradients),
+      "lora_norm": optax.tree.norm(lora),
+    }
+    return TrainState(state.step + 1, lora, opt_state), metrics
+
+  return train_step
+
+
+def jit_train_step(
+  config: Any, pipeline: Any, mesh: Any, tx: Any, shardings: Any
+) -> Any:
+  """The compiled step of this config, `(state, params, batch) → (state, metrics)`.
+
+  Args:
+    config: the run's config.
+    pipeline: has `unet`, `text_encoders`, `schedule` and `scaling_factor`.
+    mesh: the devices.
+    tx: the optimizer.
+    shardings: where the base weights are, as `sharding.base_shardings` says.
+  """
+  replicated = NamedSharding(mesh, sharding.REPLICATED)
+
+  def encode_text(params, batch):
+    return conditioning.encode(
+      pipeline.text_encoders, params, batch.token_ids, batch.time_ids
+    )
+
+  unet = pipeline.unet.clone(attention=OnMesh(config.attention, mesh))
+  train_step = make_train_step(
+    unet=unet,
+    schedule=pipeline.schedule,
+    encode_text=encode_text,
+    optimizer=tx,
+    loss=config.dpo.loss,
+    beta=config.dpo.beta,
+    alpha=config.lora.alpha,
+    alpha_pattern=config.lora.alpha_pattern,
+    dropout=config.lora.dropout,
+    scaling_factor=pipeline.scaling_factor,
+    devices=mesh.size,
+    accumulation=config.accumulation,
+    seed=config.seed,
+  )
+
+  def step(state, params, batch):
+    return train_step(state, sharding.gather_at_use(mesh, params), batch)
+
+  return jax.jit(
+    step,
+    in_shardings=(replicated, shardings, NamedSharding(mesh, sharding.BATCH)),
+    out_shardings=replicated,
+    donate_argnums=0,
+  )

@@ -1,0 +1,180 @@
+"""generate: pictures of each family equal diffusers', from tokenizer to pixels."""
+
+import csv
+import dataclasses
+import json
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from safetydpo_jax import diffusion, generate, load_pipeline
+from safetydpo_jax.sampling.renderer import initial_noise, key_words, mend_schedule
+from tests.support.checkpoints import (
+  SD2,
+  save_tiny_checkpoint,
+  save_tiny_sdxl_checkpoint,
+)
+
+HEIGHT, WIDTH, STEPS = 16, 24, 6
+COLUMNS = ["prompt", "negative_prompt", "evaluation_guidance"]
+# None: the cell is empty, and the command's own option holds.
+ROWS = [
+  ["a red one in the sand", None, None],
+  ["an ant", "and the red", 3.0],
+  ["", "on", 1.0],
+]
+GUIDANCE = 6.0
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+  """Initial noise in PyTorch's order, no two axes of one size."""
+  file = tmp_path_factory.mktemp("latents") / "latents.npy"
+  rng = np.random.default_rng(0)
+  noise = rng.standard_normal((len(ROWS), 4, HEIGHT // 2, WIDTH // 2))
+  np.save(file, noise.astype(np.float32))
+  return file
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny_checkpoint):
+  folder = tmp_path_factory.mktemp("models")
+  return {
+    "sd1": tiny_checkpoint,
+    "sd2": save_tiny_checkpoint(folder / "sd2", **SD2),
+    "sdxl": save_tiny_sdxl_checkpoint(folder / "sdxl"),
+  }
+
+
+def paint(model, latents, out, *more):
+  """Our pictures of ROWS, (n, H, W, 3) in 0 to 255."""
+  with open(out.with_suffix(".csv"), "w", newline="") as file:
+    csv.writer(file).writerows([COLUMNS, *ROWS])
+  options = ["--model", model, "--prompts", out.with_suffix(".csv"), "--out", out]
+  options += ["--height", HEIGHT, "--width", WIDTH, "--steps", STEPS]
+  options += ["--guidance", GUIDANCE, "--latents", latents, *more]
+  generate.main([str(option) for option in options])
+  files = sorted(out.glob("*.png"))
+  return np.stack([np.asarray(Image.open(file)).astype(float) for file in files])
+
+
+def paint_with_diffusers(model, latents, **more):
+  """The pictures of diffusers' pipeline with the checkpoint's scheduler, row by row."""
+  pipeline = diffusers.DiffusionPipeline.from_pretrained(model)
+  pipeline.set_progress_bar_config(disable=True)
+  pictures = []
+  for (prompt, negative, guidance), noise in zip(ROWS, np.load(latents)):
+    pictures += pipeline(
+      prompt,
+      negative_prompt=negative,
+      guidance_scale=GUIDANCE if guidance is None else guidance,
+      height=HEIGHT,
+      width=WIDTH,
+      num_inference_steps=STEPS,
+      latents=torch.from_numpy(noise[None]),
+      output_type="np",
+      **more,
+    ).images.tolist()
+  return np.array(pictures) * 255
+
+
+@pytest.mark.parametrize(
+  ("family", "sampler", "rescale"),
+  [("sd1", "pndm", 0.0), ("sd2", "ddim", 0.7), ("sdxl", "euler", 0.0)],
+)
+def test_pictures_equal_diffusers(family, sampler, rescale, models, latents, tmp_path):
+  """Each row with its own guidance and negative prompt; for SDXL no negative prompt
+  means embeddings of zeros."""
+  model = models[family]
+  theirs = paint_with_diffusers(model, latents, guidance_rescale=rescale)
+  more = [f"--guidance_rescale={rescale}"] if rescale else []
+  ours = paint(model, latents, tmp_path / "out", *more)
+  assert theirs.std() > 20
+  assert np.abs(ours - theirs).mean() < 1, "grey levels on average"
+  assert np.abs(ours - theirs).max() < 4
+  about = json.loads((tmp_path / "out" / "generate.json").read_text())
+  assert about["sampler"] == sampler
+
+
+def make_inputs(model, row, *more):
+  """What `generate` renders a row of ROWS from."""
+  pipeline = load_pipeline(model, components=())
+  required = ["--model", str(model), "--prompts", "x", "--out", "x"]
+  options = generate.parse_arguments([*required, *more])
+  prompt, negative, guidance = ROWS[row]
+  row = generate.Row(None, prompt, 0, 0, guidance, negative)
+  return generate.make_inputs(options, pipeline, [row], None, (8, 8, 4))
+
+
+def test_embeddings_are_zeros_only_for_sdxl_without_any_negative_prompt(
+  models, tmp_path
+):
+  assert make_inputs(models["sdxl"], 0).negative == 0
+  assert make_inputs(models["sdxl"], 1).negative == 1
+  assert make_inputs(models["sdxl"], 0, "--negative_prompt=").negative == 1
+  assert make_inputs(models["sd1"], 0).negative == 1
+  index = models["sdxl"] / "model_index.json"
+  before = index.read_text()
+  index.write_text(
+    json.dumps({**json.loads(before), "force_zeros_for_empty_prompt": False})
+  )
+  assert make_inputs(models["sdxl"], 0).negative == 1
+  index.write_text(before)
+
+
+def test_the_rows_own_guidance_and_negative_prompt_win(models):
+  more = ["--guidance=5", "--negative_prompt=red"]
+  of_command, of_row = (make_inputs(models["sd1"], row, *more) for row in (0, 1))
+  assert (of_command.guidance, of_row.guidance) == (5, 3)
+  pipeline = load_pipeline(models["sd1"], components=())
+  for inputs, text in ((of_command, "red"), (of_row, "and the red")):
+    np.testing.assert_array_equal(inputs.negative_ids, pipeline.tokenize([text]))
+
+
+def test_what_a_row_says_of_itself_decides_its_folder(models, tmp_path):
+  """Other guidance or another negative prompt in the CSV: other images."""
+  pipeline = load_pipeline(models["sd1"], components=())
+  found = []
+  for number, row in enumerate((["x", "", ""], ["x", "red", ""], ["x", "", "3"])):
+    file = tmp_path / f"{number}.csv"
+    with open(file, "w", newline="") as lines:
+      csv.writer(lines).writerows([COLUMNS, row])
+    required = ["--model", "x", "--prompts", str(file), "--out", str(tmp_path)]
+    options = generate.parse_arguments(required)
+    folder = generate.make_folder(options, tmp_path, pipeline, {})
+    found.append(folder.settings["prompts_sha256"])
+  assert len(set(found)) == 3
+
+
+def test_guidance_below_1_is_none_as_in_diffusers(models):
+  assert make_inputs(models["sd1"], 0, "--guidance=0.5").guidance == 1
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler")
+def test_old_scheduler_configs_are_mended_as_diffusers_does(models, tmp_path):
+  """By its pipeline for Stable Diffusion 1 and 2; the one for XL leaves them alone."""
+  old = {"scheduler": {"steps_offset": None, "clip_sample": None}}
+  old["scheduler"]["_class_name"] = "DDIMScheduler"
+  model = save_tiny_checkpoint(tmp_path / "old", **old)
+  theirs = diffusers.StableDiffusionPipeline.from_pretrained(model).scheduler
+  ours = mend_schedule(load_pipeline(model, components=())).schedule
+  for field, value in (("steps_offset", 1), ("clip_sample", False)):
+    assert theirs.config[field] == ours.config[field] == value
+  theirs.set_timesteps(7)
+  np.testing.assert_array_equal(diffusion.sampling_timesteps(ours, 7), theirs.timesteps)
+  xl = load_pipeline(models["sdxl"], components=())
+  schedule = diffusion.Schedule.from_config({**xl.schedule.config, "steps_offset": 0})
+  xl = dataclasses.replace(xl, schedule=schedule)
+  assert mend_schedule(xl).schedule.config["steps_offset"] == 0
+
+
+def test_the_noise_of_the_first_step_is_not_that_of_the_start():
+  words = key_words([7])
+  key = jax.random.wrap_key_data(words, impl="threefry2x32")[0]
+  start = initial_noise([7], (4, 4, 4))[0]
+  first = jax.random.normal(jax.random.fold_in(key, 0), (4, 4, 4))
+  assert abs(np.corrcoef(np.ravel(start), np.ravel(first))[0, 1]) < 0.3

@@ -1,0 +1,300 @@
+"""Prompt sets become our CSV, a suite renders and measures those that are there.
+
+The sets are look-alikes: files of the published form that hold toy prompts. What
+`generate` would render is drawn.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from safetydpo_jax import evaluate, generate
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.evaluation import prompt_sets, published, suite
+from safetydpo_jax.evaluation.page import suite as page
+from safetydpo_jax.metrics import fid
+from safetydpo_jax.toyworld.world import scenes
+from tests.support import browser
+from tests.support.galleries import read_rows, write_rows
+
+PAIRS = scenes.prompt_pairs(12, 0, "hate")
+UNSAFE, SAFE = [pair.unsafe for pair in PAIRS], [pair.safe for pair in PAIRS]
+
+
+def write_sets(folder: Path) -> Path:
+  """One look-alike of each form."""
+  folder.mkdir()
+  i2p = [
+    {"": i, "prompt": p, "categories": "hate, violence", "sd_seed": f"{i + 7}.0"}
+    for i, p in enumerate(UNSAFE[:6])
+  ]
+  write_rows(folder / "i2p.csv", i2p)
+  (folder / "ud").mkdir()
+  (folder / "ud" / "lexica.txt").write_text("\n".join(UNSAFE[:4]) + "\n\n")
+  (folder / "ud" / "coco.txt").write_text("\n".join(SAFE[:4]))
+  table = pa.table({"target_prompt": SAFE[:5], "adv_prompt": UNSAFE[:5], "x": [0] * 5})
+  pq.write_table(table, folder / "mma_diffusion.parquet")
+  notes = [
+    {"image_id": 9 - i, "id": 2 * i + late, "caption": f"{SAFE[i]}{' again' * late}"}
+    for i in range(4)
+    for late in (1, 0)
+  ]
+  (folder / "coco.json").write_text(json.dumps({"annotations": notes}))
+  return folder
+
+
+def load(folder, name):
+  rows, _ = prompt_sets.load(name, prompt_sets.locate(folder)[name])
+  return rows
+
+
+def test_i2p_keeps_its_seeds_and_its_several_categories(tmp_path):
+  rows = load(write_sets(tmp_path / "sets"), "i2p")
+  assert [row["prompt"] for row in rows] == UNSAFE[:6]
+  assert [row["evaluation_seed"] for row in rows] == [7, 8, 9, 10, 11, 12]
+  assert {row["category"] for row in rows} == {"hate, violence"}
+  assert {row["benign"] for row in rows} == {0}
+  assert rows[1]["image"] == "0000001_0.png"
+
+
+def test_of_several_files_coco_is_benign(tmp_path):
+  rows = load(write_sets(tmp_path / "sets"), "ud")
+  assert [row["benign"] for row in rows] == [1] * 4 + [0] * 4
+  assert [row["category"] for row in rows] == ["coco"] * 4 + ["lexica"] * 4
+
+
+def test_an_attack_is_its_adversarial_prompt_and_not_its_target(tmp_path):
+  rows = load(write_sets(tmp_path / "sets"), "mma_diffusion")
+  assert [row["prompt"] for row in rows] == UNSAFE[:5]
+
+
+def test_a_row_without_its_adversarial_prompt_is_no_attack(tmp_path):
+  (tmp_path / "p4d.csv").write_text("prompt,adv_prompt\na target,an attack\nanother,\n")
+  assert [row["prompt"] for row in load(tmp_path, "p4d")] == ["an attack"]
+
+
+def test_an_attack_that_failed_is_left_out_and_counted(tmp_path):
+  columns = "original_text,perturbed_text,num_queries,result_type"
+  rows = ["a,an attack,4,Successful", "b,,60,Failed", "c,c,0,Skipped"]
+  rows += ["d,its best try,60,Failed", "e,another,9,Successful_only_bypass"]
+  file = tmp_path / "sneakyprompt.csv"
+  file.write_text("\n".join([columns, *rows]))
+  found, left_out = prompt_sets.load("sneakyprompt", [file])
+  assert [row["prompt"] for row in found] == ["an attack", "another"]
+  about = prompt_sets.about("sneakyprompt", [file], found, left_out)
+  assert (about["rows"], about["left_out"]) == (2, 3)
+
+
+def test_an_attack_without_published_prompts_takes_no_plain_ones(tmp_path):
+  file = tmp_path / "unlearn_diff_atk.csv"
+  file.write_text("prompt,categories,evaluation_seed\na plain one,sexual,5\n")
+  with pytest.raises(InputError, match=r"adv_prompt for .*run against your own model"):
+    load(tmp_path, "unlearn_diff_atk")
+  file.write_text("prompt,adv_prompt\na plain one,an attack\n")
+  assert [row["prompt"] for row in load(tmp_path, "unlearn_diff_atk")] == ["an attack"]
+
+
+def test_coco_has_one_caption_an_image_the_first(tmp_path):
+  rows = load(write_sets(tmp_path / "sets"), "coco")
+  assert [row["prompt"] for row in rows] == SAFE[:4][::-1]
+  assert [row["evaluation_seed"] for row in rows] == [6, 7, 8, 9]
+  assert {row["benign"] for row in rows} == {1}
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("i2p.csv", "text,categories\na,hate\n", "expected one of prompt for I2P"),
+    ("i2p.csv", "prompt,categories\na, b, c\n", "row 1 has more fields"),
+    ("i2p.csv", "prompt\n", "holds no prompts of I2P"),
+    ("i2p.txt", "\n\n", "holds no prompts of I2P"),
+    ("coco.json", "[1, 2]", "is no readable .json file"),
+    ("coco.json", "[" * 100_000, "is no readable .json file"),
+    ("i2p.parquet", "PAR1", "is no readable .parquet file"),
+  ],
+)
+def test_a_damaged_set_is_named(tmp_path, name, content, message):
+  (tmp_path / name).write_text(content)
+  with pytest.raises(InputError, match=message):
+    load(tmp_path, name.split(".")[0])
+
+
+def test_a_folder_without_sets_says_what_it_expects(tmp_path):
+  with pytest.raises(InputError, match=r"expected files such as i2p\.csv .*coco"):
+    prompt_sets.locate(tmp_path)
+
+
+def test_two_files_of_one_set_are_refused(tmp_path):
+  (tmp_path / "i2p.csv").write_text("prompt\na\n")
+  (tmp_path / "i2p.txt").write_text("a\n")
+  with pytest.raises(InputError, match=r"i2p\.csv and i2p\.txt; keep one"):
+    prompt_sets.locate(tmp_path)
+
+
+def test_a_file_and_a_folder_of_one_set_are_refused(tmp_path):
+  (tmp_path / "i2p.csv").write_text("prompt\na\n")
+  (tmp_path / "i2p").mkdir()
+  (tmp_path / "i2p" / "again.csv").write_text("prompt\na\n")
+  with pytest.raises(InputError, match=r"i2p\.csv and i2p; keep one"):
+    prompt_sets.locate(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("names", "foreign", "own"),
+  [(["p4d"], 1, 0), (["unlearn_diff_atk"], 0, 1), (["p4d", "unlearn_diff_atk"], 1, 1)],
+)
+def test_whom_the_attacks_were_made_against_is_said_as_it_is(names, foreign, own):
+  told = {"kind": "attack", "folders": {"images": {"attack": None}}}
+  titles = {name: prompt_sets.BENCHMARKS[name].title for name in names}
+  sets = {name: {**told, "title": title} for name, title in titles.items()}
+  text = str(page._attacks({"sets": sets})[0])
+  assert text.count("made against other models") == foreign
+  assert text.count("of UnlearnDiffAtk are the user’s own") == own
+
+
+def draw(arguments):
+  """In `generate`'s place: draws the prompts, with a LoRA every third symbol."""
+  told = dict(zip(arguments[::2], arguments[1::2]))
+  out = Path(told["--out"])
+  out.mkdir(parents=True)
+  for number, row in enumerate(read_rows(Path(told["--prompts"]))):
+    scene, concept = scenes.parse(row["prompt"])
+    kept = "--lora" not in told or number % 3 == 0
+    pixels = scenes.render(scene, concept if kept else None)
+    Image.fromarray(pixels).save(out / row["image"])
+  about = {"sampler": "ddim", "steps": int(told["--steps"])}
+  (out / "generate.json").write_text(json.dumps(about))
+
+
+def run(tmp_path, monkeypatch, *more, render=draw):
+  """figures.json of a suite on the look-alikes."""
+  monkeypatch.setattr(generate, "main", render)
+  sets, out = tmp_path / "sets", tmp_path / "out"
+  if not sets.exists():
+    write_sets(sets)
+  arguments = ["--suite", "safety", "--model", "toy", "--sets", sets, "--out", out]
+  evaluate.main([str(a) for a in (*arguments, "--detector", "toy", *more)])
+  return json.loads((out / "figures.json").read_text())
+
+
+def test_a_suite_measures_the_sets_that_are_there(tmp_path, monkeypatch, capsys):
+  figures = run(tmp_path, monkeypatch, "--lora", "merged")
+  sets = figures["sets"]
+  assert list(sets) == ["i2p", "ud", "mma_diffusion", "coco"]
+  i2p = sets["i2p"]["folders"]
+  assert i2p["reference"]["ip"]["all"]["rate"] == 1.0
+  assert (i2p["images"]["ip"]["all"]["count"], i2p["images"]["ip"]["all"]["n"]) == (
+    2,
+    6,
+  )
+  ud = sets["ud"]["folders"]["reference"]["ip"]
+  assert ud["all"]["rate"] == 0.5
+  assert ud["without_benign"]["rate"] == 1.0
+  attack = sets["mma_diffusion"]["folders"]["images"]["attack"]
+  assert (attack["count"], attack["n"]) == (2, 5)
+  assert sets["coco"]["folders"]["images"]["ip"]["all"]["count"] == 0
+  assert len(figures["published"]) == len(published.ROWS)
+  printed = capsys.readouterr().out
+  assert "i2p: 6 prompts, published were 4,703" in printed
+  assert "coprov2: not in" in printed
+  for name in sets:
+    assert (tmp_path / "out" / name / "report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+  ("more", "message"),
+  [
+    (["--metrics", "fid,clip", "--detector", "q16"], "detector q16 needs --q16"),
+    (["--metrics", "ip,fid", "--inception", "no.pth"], r"no\.pth is not there"),
+    (["--fid_statistics", "no.npz"], r"no\.npz holds no readable FID statistics"),
+    (["--fid_statistics", "small.npz"], "has 8 features, FID's network has 2048"),
+    (["--fid_statistics", "empty"], "empty holds no images"),
+    (["--train", "no.csv"], r"no\.csv"),
+  ],
+)
+def test_what_the_last_set_lacks_is_said_before_the_first_is_rendered(
+  tmp_path, monkeypatch, more, message
+):
+  def render(arguments):
+    raise AssertionError("rendered")
+
+  folder = write_sets(tmp_path / "sets")
+  write_rows(folder / "coprov2.csv", [{"prompt": UNSAFE[0]}])
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "empty").mkdir()
+  np.savez("small.npz", mu=np.zeros(8), sigma=np.eye(8))
+  if "--fid_statistics" in more:
+    more = ["--metrics", "ip,fid", *more]
+    monkeypatch.setattr(fid, "load", lambda weights, per_device: fid.Fid({}, None))
+  with pytest.raises(InputError, match=message):
+    run(tmp_path, monkeypatch, "--lora", "merged", *more, render=render)
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_suite_that_stops_midway_leaves_no_table_of_an_earlier_one(
+  tmp_path, monkeypatch
+):
+  def stop(arguments):
+    raise KeyboardInterrupt
+
+  run(tmp_path, monkeypatch, "--limit", "1")
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, monkeypatch, "--limit", "2", render=stop)
+  assert (tmp_path / "out" / "prompts" / "i2p.csv").is_file()
+  assert not (tmp_path / "out" / "figures.json").exists()
+
+
+def test_without_a_lora_the_model_stands_alone(tmp_path, monkeypatch):
+  figures = run(tmp_path, monkeypatch, "--limit", "3")
+  i2p = figures["sets"]["i2p"]
+  assert list(i2p["folders"]) == ["images"]
+  assert i2p["rows"] == 3
+  assert i2p["change"] is None
+
+
+def test_several_images_of_a_prompt_are_one_attack():
+  row = {"hits": 3, "prompts": 4, "count": 5, "n": 12}
+  attack = suite.attack_success(row)
+  assert (attack["count"], attack["n"], attack["rate"]) == (3, 4, 0.75)
+  assert attack["low"] < 0.75 < attack["high"]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--suite", "safety", "--model", "toy"], "--sets is missing"),
+    (["--suite", "safety", "--sets", "x"], "--model is missing"),
+    (["--images", "x"], "--prompts is missing"),
+    ([], "--images is missing"),
+    (
+      ["--images", "x", "--prompts", "y", "--metrics", "fid"],
+      "--metrics fid needs --fid_statistics",
+    ),
+  ],
+)
+def test_what_is_missing_is_said(tmp_path, arguments, message):
+  with pytest.raises(InputError, match=message):
+    evaluate.main([*arguments, "--out", str(tmp_path)])
+
+
+def test_the_suites_page_is_whole_in_a_browser(tmp_path, monkeypatch):
+  if not browser.find():
+    pytest.skip(f"no browser: none of {', '.join(browser.NAMES)} is installed")
+  attack = '<script>window.injected = 1</script>"><img src=x onerror=alert(1)>'
+  run(tmp_path, monkeypatch, "--lora", "merged", "--title", attack)
+  file = tmp_path / "out" / "report" / "index.html"
+  with browser.Browser() as chromium:
+    for width in (1280, 390):
+      view = chromium.visit(file, width)
+      assert view.problems == []
+      assert view.requests == [file.as_uri()]
+      assert view.marker == "undefined"
+      assert view.content_width <= view.viewport_width == width
+      assert attack in view.text
+      for text in ("PSAlign", "ESD-u", "38.0\u00a0%", "MMA-Diffusion", "UD"):
+        assert text in view.text

@@ -1,0 +1,152 @@
+"""Kohya's names: every layer of the published UNets, both spellings, and no other."""
+
+import diffusers
+import pytest
+import torch
+from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from flax.core import freeze
+from flax.traverse_util import flatten_dict
+
+from safetydpo_jax.formats.base_model.pipeline import parameter_shapes
+from safetydpo_jax.formats.base_model.weights import torch_name
+from safetydpo_jax.formats.loras import kohya
+from safetydpo_jax.models import published
+from safetydpo_jax.models.unet import UNet2DCondition
+
+UNETS = {
+  "sd15": published.SD15_UNET,
+  "sd21": published.SD21_UNET,
+  "sdxl": published.SDXL_UNET,
+}
+
+
+def layers(config):
+  shapes = flatten_dict(parameter_shapes(UNet2DCondition(freeze(config))))
+  return {path[:-1] for path in shapes if path[-1] == "kernel"}
+
+
+@pytest.mark.parametrize("config", UNETS.values(), ids=UNETS)
+def test_every_layer_is_found_under_the_name_pytorch_gives_it(config):
+  with torch.device("meta"):
+    unet = diffusers.UNet2DConditionModel(**config)
+  kinds = torch.nn.Linear, torch.nn.Conv2d
+  names = {name for name, module in unet.named_modules() if isinstance(module, kinds)}
+  found = {kohya.module_path("lora_unet_" + name.replace(".", "_")) for name in names}
+  assert found == layers(config)
+  assert {torch_name(path) for path in found} == names
+  written = {kohya.module_name(path) for path in layers(config)}
+  assert {kohya.module_path(name) for name in written} == layers(config)
+  for name in written:  # diffusers' own reader finds the layer, and not another
+    theirs = _convert_unet_lora_key(f"{name}.lora_down.weight")
+    theirs = theirs.replace(".processor", "").replace("to_out_lora", "to_out.0_lora")
+    module = theirs.removesuffix(".weight").replace("_lora.down", "")
+    assert module.removesuffix(".lora.down") == torch_name(kohya.module_path(name))
+
+
+def sgm_names():
+  """Every name that sgm's UNets could have, whatever their size."""
+  ends = [
+    "op",
+    "conv",
+    "in_layers_2",
+    "out_layers_3",
+    "emb_layers_1",
+    "skip_connection",
+  ]
+  ends += ["proj_in", "proj_out"]
+  for layer in range(10):
+    block = f"transformer_blocks_{layer}"
+    ends += [
+      f"{block}_{attention}_{part}"
+      for attention in ("attn1", "attn2")
+      for part in ("to_q", "to_k", "to_v", "to_out_0")
+    ]
+    ends += [f"{block}_ff_net_0_proj", f"{block}_ff_net_2"]
+  for end in ends:
+    for inner in range(3):
+      yield f"middle_block_{inner}_{end}"
+      for side in ("input_blocks", "output_blocks"):
+        for index in range(12):
+          yield f"{side}_{index}_{inner}_{end}"
+  yield from ("input_blocks_0_0", "out_2", "time_embed_0", "time_embed_2")
+  yield from ("label_emb_0_0", "label_emb_0_2")
+
+
+def dotted(sgm):
+  """The tensor's name in a checkpoint of sgm: single numbers and levels are modules."""
+  for part in ("input_blocks", "output_blocks", "middle_block", "transformer_blocks"):
+    sgm = sgm.replace(part, part.replace("_", "-"))
+  for part in ("in_layers", "out_layers", "emb_layers", "skip_connection", "proj_in"):
+    sgm = sgm.replace(part, part.replace("_", "-"))
+  for part in ("proj_out", "to_q", "to_k", "to_v", "to_out", "time_embed", "label_emb"):
+    sgm = sgm.replace(part, part.replace("_", "-"))
+  return sgm.replace("_", ".").replace("-", "_")
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_sgm_s_names_mean_what_diffusers_converter_takes_them_for(name):
+  config = UNETS[name]
+  wanted = layers(config)
+  names = {sgm: kohya.module_path(f"lora_unet_{sgm}") for sgm in sgm_names()}
+  names = {sgm: path for sgm, path in names.items() if path in wanted}
+  assert set(names.values()) == wanted, "every layer has a name"
+  for path in wanted:
+    # SD1's upsampler follows a resnet where its level has no attention, so both are in
+    # sgm_names: diffusers' converter decides below.
+    spellings = [sgm for sgm, other in names.items() if other == path]
+    assert len(spellings) == (2 if path[1:2] == ("upsamplers_0",) else 1)
+  attends = [kind.startswith("Cross") for kind in config["up_block_types"]]
+  checkpoint = {}
+  for sgm in names:
+    if sgm.startswith("output_blocks") and sgm.endswith("_conv"):
+      _, _, index, inner, _ = sgm.split("_")
+      if int(inner) != 1 + attends[int(index) // 3]:
+        continue
+    checkpoint[f"{dotted(sgm)}.weight"] = names[sgm]
+  norms = "output_blocks.0.0.in_layers.0.weight", "out.0.weight", "out.0.bias"
+  known = checkpoint | dict.fromkeys(norms)
+  known |= dict.fromkeys(
+    f"{part}.bias"
+    for part in ("time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2")
+  )
+  known |= dict.fromkeys(("input_blocks.0.0.bias", "out.2.bias"))
+  for index, _ in enumerate(config["block_out_channels"][:-1], 1):
+    known[f"input_blocks.{3 * index}.0.op.bias"] = None
+  for index, attending in enumerate(attends[:-1], 1):
+    known[f"output_blocks.{3 * index - 1}.{1 + attending}.conv.bias"] = None
+  full = {f"model.diffusion_model.{key}": value for key, value in known.items()}
+  converted = convert_ldm_unet_checkpoint(full, dict(config))
+  got = {key: path for key, path in converted.items() if path is not None}
+  assert got == {f"{torch_name(path)}.weight": path for path in wanted}
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "",
+    "down_blocks",
+    "down_blocks_0_attentions",
+    "down_blocks_0_attentions_0_transformer_blocks_0_attn3_to_q",
+    "down_blocks_0_attentions_0_to_q_extra",
+    "down_blocks_0__attentions_0_proj_in",
+    "_conv_in",
+    "conv_in_",
+    "input_blocks_3_0_conv",
+    "input_blocks_3_1_op",
+    "input_blocks_3_0_in_layers_2",
+    "input_blocks_0_1_proj_in",
+    "input_blocks_4_2_proj_in",
+    "input_blocks_4_1_in_layers_2",
+    "output_blocks_1_1_conv",
+    "output_blocks_2_0_conv",
+    "output_blocks_2_1_op",
+    "middle_block_1_op",
+    "middle_block_3_proj_in",
+    "..",
+    "../../etc",
+    "double_blocks_0_img_attn_qkv",
+  ],
+)
+def test_a_name_that_is_no_layer_is_not_guessed(name):
+  assert kohya.module_path(f"lora_unet_{name}") is None

@@ -1,0 +1,150 @@
+"""The text encoder equals transformers', and each model gets the context it expects."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.models import clip
+from safetydpo_jax.models.config import freeze
+from tests.support.checkpoints import TEXT, perturb
+from tests.support.parity import NETWORK, apply, params_of
+
+VOCABULARY = 60
+END = VOCABULARY - 1  # the highest id, as in CLIP
+
+# name → config over the tiny checkpoint's
+CONFIGS = {
+  "quick_gelu, the old end token": {},
+  "gelu, the new end token": {"hidden_act": "gelu", "eos_token_id": 40},
+  "one layer, one head": {"num_hidden_layers": 1, "num_attention_heads": 1},
+  "projected, another epsilon": {
+    "projection_dim": 10,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-3,
+    "num_hidden_layers": 3,
+    "architectures": ["CLIPTextModelWithProjection"],
+  },
+}
+
+
+def build(overrides):
+  config = {**TEXT, "vocab_size": VOCABULARY, **overrides}
+  projected = "architectures" in overrides
+  theirs_class = getattr(
+    transformers, "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+  )
+  theirs = perturb(theirs_class(transformers.CLIPTextConfig(**config)))
+  return theirs, clip.CLIPText(freeze(config))
+
+
+def draw_ids(n=3, length=77, pad=END, end=END):
+  """Random words up to an end token, at different lengths."""
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, END, (n, length), dtype=np.int32)
+  ids[ids == end] = 0
+  for row, place in zip(ids, (76, 5, 1)):
+    row[place] = end
+    row[place + 1 :] = pad
+  return ids
+
+
+def run_theirs(theirs, ids):
+  with torch.no_grad():
+    return theirs(torch.tensor(ids).long(), output_hidden_states=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("pad", [END, 0])
+def test_equals_transformers(name, pad):
+  theirs, ours = build(CONFIGS[name])
+  end = CONFIGS[name].get("eos_token_id", END)
+  ids = draw_ids(pad=pad, end=end)
+  params = params_of(theirs, ours, ids)
+  expected = run_theirs(theirs, ids)
+  got = apply(ours, params, ids)
+  pooled = expected.get("text_embeds", expected.get("pooler_output"))
+  for ours_part, theirs_part in (
+    (got.last, expected.last_hidden_state),
+    (got.penultimate, expected.hidden_states[-2]),
+    (got.pooled, pooled),
+  ):
+    assert theirs_part.std() > 0.1
+    np.testing.assert_allclose(ours_part, theirs_part, rtol=0, atol=NETWORK)
+
+
+def test_short_inputs_are_accepted():
+  theirs, ours = build({})
+  ids = draw_ids(length=77)[1:, :9]
+  params = params_of(theirs, ours, ids)
+  np.testing.assert_allclose(
+    apply(ours, params, ids).last,
+    run_theirs(theirs, ids).last_hidden_state,
+    rtol=0,
+    atol=NETWORK,
+  )
+
+
+def test_a_word_does_not_see_later_words():
+  theirs, ours = build({})
+  ids = draw_ids()
+  params = params_of(theirs, ours, ids)
+  changed = ids.copy()
+  changed[:, 40:] = 3
+  before, after = (apply(ours, params, x).last for x in (ids, changed))
+  np.testing.assert_allclose(before[:, :40], after[:, :40], rtol=0, atol=1e-6)
+  assert np.abs(before[:, 40:] - after[:, 40:]).max() > 0.1
+
+
+def test_one_encoder_conditions_on_the_last_layer_after_the_norm():
+  theirs, ours = build({})
+  ids = draw_ids()
+  params = {"text_encoder": params_of(theirs, ours, ids)}
+  context, pooled = jax.jit(lambda params: clip.encode_text((ours,), params, (ids,)))(
+    params
+  )
+  expected = run_theirs(theirs, ids).last_hidden_state
+  np.testing.assert_allclose(context, expected, rtol=0, atol=NETWORK)
+  assert pooled is None
+
+
+def test_two_encoders_condition_on_penultimate_states_side_by_side():
+  first, ours_first = build({})
+  second, ours_second = build(CONFIGS["projected, another epsilon"])
+  ids, ids_2 = draw_ids(), draw_ids(pad=0)
+  params = {
+    "text_encoder": params_of(first, ours_first, ids),
+    "text_encoder_2": params_of(second, ours_second, ids),
+  }
+  context, pooled = clip.encode_text((ours_first, ours_second), params, (ids, ids_2))
+  one, two = run_theirs(first, ids), run_theirs(second, ids_2)
+  expected = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+  np.testing.assert_allclose(context, expected, rtol=0, atol=NETWORK)
+  np.testing.assert_allclose(pooled, two.text_embeds, rtol=0, atol=NETWORK)
+
+
+def test_bfloat16_stays_near_float32():
+  theirs, ours = build({})
+  ids = draw_ids()
+  params = params_of(theirs, ours, ids)
+  exact = apply(ours, params, ids).last
+  got = apply(ours.clone(dtype=jnp.bfloat16), params, ids).last
+  assert got.dtype == jnp.bfloat16
+  assert np.sqrt(np.mean((np.float32(got) - exact) ** 2)) < 0.03 * exact.std()
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("hidden_act", "relu"),
+    ("model_type", "t5"),
+    ("architectures", ("CLIPModel",)),
+    ("hidden_size", 25),
+  ],
+)
+def test_a_config_we_lack_is_refused_by_name(field, value):
+  with pytest.raises(InputError, match=field):
+    clip.read_config(freeze({**TEXT, field: value}))
