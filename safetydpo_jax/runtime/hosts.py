@@ -5,7 +5,7 @@ command. They find each other through JAX's coordination service, which ends all
 them when one is gone: after HEARTBEAT_SECONDS at the latest.
 """
 
-import argparse
+import dataclasses
 import itertools
 import os
 import re
@@ -24,50 +24,53 @@ HEARTBEAT_SECONDS = 100  # a host that was silent for so long is gone
 # gone ends the wait by its heartbeat.
 BARRIER_SECONDS = 24 * 3600
 
-# What says by hand who the hosts are, each a flag of every command and a variable.
-HOST_VARIABLES = {
-  "--coordinator_address": ("JAX_COORDINATOR_ADDRESS", "HOST:PORT", "of process 0"),
-  "--num_processes": ("JAX_NUM_PROCESSES", "N", "how many there are"),
-  "--process_id": ("JAX_PROCESS_ID", "I", "which this is, from 0"),
-}
 _BARRIERS = itertools.count()  # the service takes a barrier's name once
 
 
-class _SetVariable(argparse.Action):
-  """A flag that stands for an environment variable."""
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+  """Who a job's processes are; found by themselves on TPU pods and under srun.
 
-  def __call__(self, parser, namespace, value, option_string=None):
-    os.environ[HOST_VARIABLES[option_string][0]] = value
+  Elsewhere all three are needed, here or in the environment.
+  """
+
+  coordinator_address: str | None = None
+  """HOST:PORT of process 0 of several (or JAX_COORDINATOR_ADDRESS)"""
+  num_processes: int | None = None
+  """how many processes there are (or JAX_NUM_PROCESSES)"""
+  process_id: int | None = None
+  """which of them this is, from 0 (or JAX_PROCESS_ID)"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The flags of `HOST_VARIABLES`; they are read by `initialize`."""
-  group = parser.add_argument_group(
-    "several processes", "found by themselves on TPU pods and under srun; else all of"
-  )
-  for flag, (variable, metavar, what) in HOST_VARIABLES.items():
-    group.add_argument(
-      flag,
-      action=_SetVariable,
-      default=argparse.SUPPRESS,
-      metavar=metavar,
-      help=f"{what} (or {variable})",
+def add_arguments(parser: Any) -> None:
+  """For commands whose line is not derived from options yet."""
+  for field in dataclasses.fields(Hosts):
+    variable = f"JAX_{field.name.upper()}"
+    parser.add_argument(
+      f"--{field.name}",
+      default=None,
+      help=f"several processes (or {variable})",
+      type=lambda value, variable=variable: os.environ.__setitem__(variable, value),
     )
 
 
-def _given_hosts() -> dict[str, Any] | None:
+def _given_hosts(given: Hosts) -> dict[str, Any] | None:
   """What flags and variables say; None: nothing."""
-  names = [variable for variable, _, _ in HOST_VARIABLES.values()]
-  values = dict(zip(names, map(os.environ.get, names)))
-  address, count, index = values.values()
+  values = {
+    f"JAX_{name.upper()}": os.environ.get(f"JAX_{name.upper()}", "")
+    if value is None
+    else str(value)
+    for name, value in dataclasses.asdict(given).items()
+  }
   if not any(values.values()):
     return None
   if not all(values.values()):
     missing = ", ".join(name for name, value in values.items() if not value)
     raise InputError(
-      f"{', '.join(name for name in values if values[name])} is set, {missing} not; "
+      f"{', '.join(name for name in values if values[name])} is set, {missing} is not; "
       "several processes need all three, one process none"
     )
+  names, (address, count, index) = list(values), values.values()
   if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
     raise InputError(
       f"{names[1]} and {names[2]} must be whole numbers, the second smaller; they are "
@@ -107,14 +110,15 @@ def _slurm_hosts() -> dict[str, Any] | None:
   return {}
 
 
-def initialize(*, preemption: bool = False) -> None:
+def initialize(given: Hosts | None = None, *, preemption: bool = False) -> None:
   """Joins the other processes of the job, if there are any.
 
-  Who they are is said by the flags or variables of `HOST_VARIABLES`, by Slurm for the
-  tasks of one srun, or by the TPU VM's metadata (GCE and GKE, also several slices).
-  Anything else is a single process, which waits for nobody.
+  Who they are is said by `given` or the environment, by Slurm for the tasks of one
+  srun, or by the TPU VM's metadata (GCE and GKE, also several slices). Anything else is
+  a single process, which waits for no other.
 
   Args:
+    given: what the command line says.
     preemption: keep SIGTERM from ending the process; `checkpoint.watch_preemption`
       passes it on to all hosts. Else it ends this process, and so the job.
 
@@ -123,7 +127,7 @@ def initialize(*, preemption: bool = False) -> None:
   """
   if jax.distributed.is_initialized():
     return
-  told = _given_hosts()
+  told = _given_hosts(given or Hosts())
   if told is None:
     told = _slurm_hosts()
   if told is None and "tpu" not in (jax.config.jax_platforms or "").split(","):

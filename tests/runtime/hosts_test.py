@@ -3,7 +3,6 @@
 What they do together is in `multihost_test`.
 """
 
-import argparse
 import os
 
 import jax
@@ -93,21 +92,24 @@ def test_a_tpu_asks_its_metadata_and_may_be_a_single_one(pod, joined, monkeypatc
   assert "coordinator_address" not in asked
 
 
-def test_flags_say_what_the_variables_say(joined, monkeypatch):
-  for name in JAX:
-    monkeypatch.setenv(name, "")  # so that what the flags set is undone
-  parser = argparse.ArgumentParser()
-  hosts.add_arguments(parser)
-  flags = ["--coordinator_address=host:1234", "--num_processes=2", "--process_id=1"]
-  assert not vars(parser.parse_args(flags))
-  hosts.initialize()
+def test_a_command_line_says_what_the_variables_say(joined):
+  given = hosts.Hosts(coordinator_address="host:1234", num_processes=2, process_id=1)
+  hosts.initialize(given)
+  assert GIVEN.items() <= joined[0].items()
+
+
+def test_a_command_line_completes_the_variables_and_wins(joined, monkeypatch):
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+  monkeypatch.setenv("JAX_PROCESS_ID", "0")
+  hosts.initialize(hosts.Hosts(process_id=1))
   assert GIVEN.items() <= joined[0].items()
 
 
 WRONG_HOSTS = {
   "address alone": (
     {"JAX_COORDINATOR_ADDRESS": "h:1"},
-    "is set, JAX_NUM_PROCESSES, JAX_PROCESS_ID not",
+    "is set, JAX_NUM_PROCESSES, JAX_PROCESS_ID is not",
   ),
   "no address": ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
   "not numbers": ({**JAX, "JAX_PROCESS_ID": "one"}, "whole numbers.* 2 and one"),

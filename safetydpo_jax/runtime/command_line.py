@@ -1,0 +1,107 @@
+"""A command's line, derived from its typed options, and the line that gives them.
+
+Options are a frozen dataclass: a field is a flag of the same name, its docstring the
+help, its type what is accepted. A value that is out of range is refused in the
+dataclass's `__post_init__`, so a function that takes options can trust them, whether
+they come from a command line or from Python.
+"""
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from safetydpo_jax.runtime.hosts import Hosts
+
+Options = TypeVar("Options")
+PACKAGE = __package__.partition(".")[0]
+# A flag that may be repeated, or take several values: `--lora A --lora B`.
+Repeated = tyro.conf.UseAppendAction
+
+
+def parse(
+  options: type[Options],
+  arguments: Sequence[str] | None,
+  *,
+  command: str,
+  example: str,
+) -> tuple[Options, Hosts]:
+  """Reads a command line; `--help` and lines that make no options end the process.
+
+  Args:
+    options: the dataclass; its docstring is the command's description.
+    arguments: the words after the command's name; None: the process's own.
+    command: the module's name below the package, "generate" or "toyworld.demo".
+    example: a command line that works as written, shown by `--help`.
+
+  Returns:
+    The options, and who the job's processes are.
+
+  Raises:
+    InputError: a value is out of range.
+  """
+  parsed, _ = _read(options, arguments, command, example, overrides=False)
+  return parsed.options, parsed.hosts
+
+
+def parse_with_overrides(
+  options: type[Options],
+  arguments: Sequence[str] | None,
+  *,
+  command: str,
+  example: str,
+) -> tuple[Options, Hosts, list[str]]:
+  """As `parse`, and the words `--config.NAME=VALUE` as they stand."""
+  parsed, rest = _read(options, arguments, command, example, overrides=True)
+  return parsed.options, parsed.hosts, rest
+
+
+def _read(options, arguments, command, example, *, overrides):
+  line = dataclasses.make_dataclass(
+    "Line",
+    [
+      ("options", Annotated[options, tyro.conf.arg(name="")]),
+      ("hosts", Annotated[Hosts, tyro.conf.arg(name="")]),
+    ],
+  )
+  words = sys.argv[1:] if arguments is None else list(map(str, arguments))
+  rest = [word for word in words if overrides and word.startswith("--config.")]
+  words = [word for word in words if word not in rest]
+  parsed = tyro.cli(
+    line,
+    args=words,
+    prog=f"python -m {PACKAGE}.{command}",
+    description=f"{(options.__doc__ or '').strip()}\n\n{example.strip()}",
+    use_underscores=True,
+    config=(tyro.conf.FlagCreatePairsOff,),
+  )
+  return parsed, rest
+
+
+def written(command: str, options: Any, *more: str) -> str:
+  """The line a user would type for these options: those that are not the default.
+
+  Args:
+    command: the module's name below the package.
+    options: an instance of a dataclass of options.
+    more: words that follow, such as `--config.steps=90`.
+  """
+  words = []
+  for field in dataclasses.fields(options):
+    value = getattr(options, field.name)
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+      default = field.default_factory()
+    if value == default or value is None:
+      continue
+    flag = f"--{field.name}"
+    if value is True:
+      words.append(flag)
+    elif isinstance(value, (tuple, list)):
+      words += [word for item in value for word in (flag, str(item))]
+    else:
+      words += [flag, str(value)]
+  return shlex.join(["python", "-m", f"{PACKAGE}.{command}", *words, *more])
