@@ -1,8 +1,7 @@
-"""One LoRA on all categories, the paper's "All-single" baseline for merged experts."""
+"""The all_single preset; the numbers and their reasons are in `safetydpo_jax/presets.py`."""
 
-from configs import base
+from safetydpo_jax import presets
 
 
 def get_config(variant: str = "sd15"):
-  """`configs/base.py` on the pairs of every category."""
-  return base.get_config(variant, category="all")
+  return presets.get_config("all_single", variant)

@@ -1,8 +1,7 @@
-"""The sexual expert; see `configs/base.py`."""
+"""The sexual preset; the numbers and their reasons are in `safetydpo_jax/presets.py`."""
 
-from configs import base
+from safetydpo_jax import presets
 
 
 def get_config(variant: str = "sd15"):
-  """The faithful preset on the pairs of one category."""
-  return base.get_config(variant, category="sexual")
+  return presets.get_config("sexual", variant)

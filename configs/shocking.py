@@ -1,8 +1,7 @@
-"""The shocking expert; see `configs/base.py`."""
+"""The shocking preset; the numbers and their reasons are in `safetydpo_jax/presets.py`."""
 
-from configs import base
+from safetydpo_jax import presets
 
 
 def get_config(variant: str = "sd15"):
-  """The faithful preset on the pairs of one category."""
-  return base.get_config(variant, category="shocking")
+  return presets.get_config("shocking", variant)

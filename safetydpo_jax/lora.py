@@ -9,18 +9,25 @@ out) larger than 1×1 has a (kh, kw, in, r), of the same stride and padding, and
 out); a 1×1 convolution is treated as the dense layer it is.
 
 A LoRA tree mirrors the UNet's parameter tree and holds {'a', 'b'}, float32, at each
-adapted layer; the UNet reads it from its 'lora' collection (`models/layers.py`) with s
-folded into b. The DPO reference is the same UNet without that collection.
+adapted layer. There are two kinds, told apart by their type:
+
+  FactorTree  the factors of (1) as they are trained, s not applied
+  LoraTree    s folded into b: what is saved, merged, exported, and what the UNet reads
+              from its 'lora' collection (`models/layers.py`)
+
+`fold_alpha` and `unfold_alpha` go from one to the other. The DPO reference is the same
+UNet without that collection.
 
 Source: Hu et al. 2021; initialisation as PEFT's "gaussian": a ~ N(0, (1/r)²), b = 0;
 targets and patterns as PEFT's `target_modules`, `rank_pattern` and `alpha_pattern`.
 """
 
 import hashlib
+import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NewType, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +40,10 @@ from safetydpo_jax.errors import InputError
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 Tree = Mapping[str, Any]
+# Both are plain nested dicts, to Orbax, to jit and on disk.
+FactorTree = NewType("FactorTree", Tree)
+LoraTree = NewType("LoraTree", Tree)
+EitherTree = TypeVar("EitherTree", FactorTree, LoraTree)
 Path = tuple[str, ...]
 # ((ending of a PyTorch name, its number), …); the first that matches a layer counts.
 Pattern = Sequence[tuple[str, float]]
@@ -57,7 +68,7 @@ def target_paths(params: Tree, targets: Sequence[str]) -> list[Path]:
       `target_modules`: "to_q", "attn2.to_out.0", "ff.net.0.proj", "conv1".
 
   Raises:
-    InputError: if a target matches no dense layer and no convolution.
+    InputError: a target matches no dense layer and no convolution.
   """
   layers = [path[:-1] for path in flatten_dict(params) if path[-1] == "kernel"]
   found = {t: [path for path in layers if _matches(path, t)] for t in targets}
@@ -74,18 +85,12 @@ def target_paths(params: Tree, targets: Sequence[str]) -> list[Path]:
   return sorted({path for paths in found.values() for path in paths})
 
 
-def by_layer(paths: Sequence[Path], value: float, pattern: Pattern, name: str) -> dict:
-  """{path: `value`, or the number of the first entry of `pattern` that fits it}.
+def check_pattern(pattern: Pattern, name: str) -> None:
+  """Raises `InputError` unless every entry is (layer, number above 0).
 
   Args:
-    paths: the adapted layers.
-    value: for layers that no entry fits.
     pattern: ((ending of a PyTorch name, number), …).
-    name: of the config's value, for errors.
-
-  Raises:
-    InputError: if an entry is no such pair, fits no adapted layer, or its number is
-      not above 0.
+    name: what to call it in errors.
   """
   for entry in pattern:
     if not (
@@ -93,14 +98,33 @@ def by_layer(paths: Sequence[Path], value: float, pattern: Pattern, name: str) -
       and len(entry) == 2
       and isinstance(entry[0], str)
       and isinstance(entry[1], (int, float))
+      and not isinstance(entry[1], bool)
     ):
       raise InputError(
         f"{name} has {entry!r}; expected (layer, number), as in (('conv1', 8),)"
       )
-    if not any(_matches(path, entry[0]) for path in paths):
-      raise InputError(f"{name}: {entry[0]!r} matches no layer of lora.targets")
-    if not entry[1] > 0:
+    if not 0 < entry[1] < math.inf:
       raise InputError(f"{name}: {entry[0]!r} has {entry[1]}; expected above 0")
+
+
+def by_layer(
+  paths: Sequence[Path], value: float, pattern: Pattern, name: str
+) -> dict[Path, float]:
+  """{path: `value`, or the number of the first entry of `pattern` that matches it}.
+
+  Args:
+    paths: the adapted layers.
+    value: for layers that no entry matches.
+    pattern: ((ending of a PyTorch name, number), …).
+    name: what to call the pattern in errors.
+
+  Raises:
+    InputError: an entry is malformed or matches no adapted layer.
+  """
+  check_pattern(pattern, name)
+  for layer, _ in pattern:
+    if not any(_matches(path, layer) for path in paths):
+      raise InputError(f"{name}: {layer!r} matches no layer of lora.targets")
   return {
     path: next((number for t, number in pattern if _matches(path, t)), value)
     for path in paths
@@ -113,8 +137,8 @@ def init_lora(
   rank: int,
   targets: Sequence[str] = ATTENTION_TARGETS,
   rank_pattern: Pattern = (),
-) -> dict:
-  """A fresh LoRA tree: a ~ N(0, (1/r)²), b = 0, so that policy equals reference.
+) -> FactorTree:
+  """A fresh LoRA: a ~ N(0, (1/r)²), b = 0, so that policy equals reference.
 
   A layer's draw depends on the key and the layer's name alone: experts that share a
   seed share every `a`, whatever else they adapt.
@@ -127,7 +151,7 @@ def init_lora(
     rank_pattern: ((target, r), …) for single layers.
 
   Raises:
-    InputError: for a rank below 1, or a target or entry that matches nothing.
+    InputError: the rank is below 1, or a target or an entry matches no layer.
   """
   if rank < 1:
     raise InputError(f"lora.rank is {rank}; expected 1 or more")
@@ -136,45 +160,51 @@ def init_lora(
   lora = {}
   for path, r in by_layer(paths, rank, rank_pattern, "lora.rank_pattern").items():
     if r != int(r):
-      raise InputError(f"lora.rank_pattern has rank {r}; expected whole numbers")
+      raise InputError(f"lora.rank_pattern has rank {r}; expected a whole number")
     shape_a, shape_b = factor_shapes(kernels[(*path, "kernel")].shape, int(r))
     layer_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
     lora[(*path, "a")] = jax.random.normal(layer_key, shape_a) / r
     lora[(*path, "b")] = jnp.zeros(shape_b)
-  return unflatten_dict(lora)
+  return FactorTree(unflatten_dict(lora))
 
 
-def factor_shapes(kernel: tuple[int, ...], rank: int) -> tuple[tuple, tuple]:
+def factor_shapes(
+  kernel: tuple[int, ...], rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Shapes of a and b for a kernel (in, out) or (kh, kw, in, out)."""
   *size, inputs, outputs = kernel
   size = () if tuple(size) == (1, 1) else tuple(size)
   return (*size, inputs, rank), (rank, outputs)
 
 
-def scale(lora: Tree, factor: float) -> dict:
+def scale(lora: EitherTree, factor: float) -> EitherTree:
   """The tree whose product a b is `factor` times that of `lora` (b is scaled)."""
   return _scale_layers(lora, lambda path, rank: factor)
 
 
-def fold_alpha(lora: Tree, alpha: float, alpha_pattern: Pattern = ()) -> dict:
-  """The tree with s = alpha / r of equation (1) folded into b, layer by layer.
+def fold_alpha(
+  factors: FactorTree, alpha: float, alpha_pattern: Pattern = ()
+) -> LoraTree:
+  """The factors with s = alpha / r of equation (1) folded into b, layer by layer.
 
   Args:
-    lora: the LoRA tree as it is trained.
+    factors: what training holds.
     alpha: of every layer that `alpha_pattern` does not name.
     alpha_pattern: ((target, alpha), …) for single layers.
 
   Raises:
-    InputError: for an alpha that is not above 0, or an entry that matches nothing.
+    InputError: an alpha is not above 0, or an entry matches no layer.
   """
-  values = alphas(lora, alpha, alpha_pattern)
-  return _scale_layers(lora, lambda path, rank: values[path] / rank)
+  values = alphas(factors, alpha, alpha_pattern)
+  return LoraTree(_scale_layers(factors, lambda path, rank: values[path] / rank))
 
 
-def unfold_alpha(lora: Tree, alpha: float, alpha_pattern: Pattern = ()) -> dict:
+def unfold_alpha(
+  lora: LoraTree, alpha: float, alpha_pattern: Pattern = ()
+) -> FactorTree:
   """The inverse of `fold_alpha`: a finished LoRA as training would hold it."""
   values = alphas(lora, alpha, alpha_pattern)
-  return _scale_layers(lora, lambda path, rank: rank / values[path])
+  return FactorTree(_scale_layers(lora, lambda path, rank: rank / values[path]))
 
 
 def alphas(lora: Tree, alpha: float, alpha_pattern: Pattern = ()) -> dict[Path, float]:
@@ -185,7 +215,9 @@ def alphas(lora: Tree, alpha: float, alpha_pattern: Pattern = ()) -> dict[Path, 
   return by_layer(paths, alpha, alpha_pattern, "lora.alpha_pattern")
 
 
-def _scale_layers(lora: Tree, factor_of) -> dict:
+def _scale_layers(
+  lora: EitherTree, factor_of: Callable[[Path, int], float]
+) -> Any:
   """b of each layer times factor_of(path, rank)."""
   return unflatten_dict(
     {
@@ -195,11 +227,11 @@ def _scale_layers(lora: Tree, factor_of) -> dict:
   )
 
 
-def dropout_draws(lora: Tree, keys: jax.Array, rate: float) -> dict:
+def dropout_draws(lora: Tree, keys: jax.Array, rate: float) -> dict[str, Any]:
   """The UNet's 'lora_dropout' collection: for each layer a key for each row.
 
   Args:
-    lora: the LoRA tree.
+    lora: says which layers are adapted.
     keys: (n,) typed keys, one for each image the UNet is called with.
     rate: share of a layer's inputs that its low-rank path does not see.
   """
@@ -211,21 +243,20 @@ def dropout_draws(lora: Tree, keys: jax.Array, rate: float) -> dict:
   return unflatten_dict(draws)
 
 
-def add(loras: Sequence[Tree]) -> dict:
+def add(loras: Sequence[LoraTree]) -> LoraTree:
   """One LoRA whose product in each layer is the sum of the products of `loras`.
 
   Exact: [a_1 a_2] [b_1; b_2] = a_1 b_1 + a_2 b_2. Ranks add up; layers may differ.
   """
-  factors: dict[Path, list] = {}
+  factors: dict[Path, list[jax.Array]] = {}
   for lora in loras:
     for path, leaf in flatten_dict(lora).items():
       factors.setdefault(path, []).append(jnp.asarray(leaf))
-  return unflatten_dict(
-    {
-      path: jnp.concatenate(leaves, axis=-1 if path[-1] == "a" else 0)
-      for path, leaves in factors.items()
-    }
-  )
+  joined = {
+    path: jnp.concatenate(leaves, axis=-1 if path[-1] == "a" else 0)
+    for path, leaves in factors.items()
+  }
+  return LoraTree(unflatten_dict(joined))
 
 
 def check_shapes(params: Tree, lora: Tree) -> None:
@@ -243,13 +274,13 @@ def check_shapes(params: Tree, lora: Tree) -> None:
       )
 
 
-def fuse(params: Tree, lora: Tree) -> dict:
+def fuse(params: Tree, lora: LoraTree) -> dict[str, Any]:
   """Base weights with the LoRA added in, W + a b, each in the dtype it had.
 
   The sum is taken in float32: bf16(0.5 + 0.001) is 0.5.
 
   Raises:
-    InputError: if `lora` adapts a layer that `params` does not have, or another shape.
+    InputError: `lora` adapts a layer that `params` lacks, or one of another shape.
   """
   check_shapes(params, lora)
   weights, factors = flatten_dict(params), flatten_dict(lora)
@@ -276,7 +307,7 @@ def num_parameters(lora: Tree) -> int:
 
 
 def factors_sha256(lora: Tree) -> str:
-  """Tells a LoRA's factors from any others; layers are hashed in sorted order."""
+  """Identifies a LoRA by its factors; layers are hashed in sorted order."""
   digest = hashlib.sha256()
   for path, leaf in sorted(flatten_dict(lora).items()):
     leaf = np.asarray(leaf, np.float32)
