@@ -1,4 +1,4 @@
-"""The all_single preset; the numbers and their reasons are in `safetydpo_jax/presets.py`."""
+"""The all_single preset of `safetydpo_jax/presets.py`."""
 
 from safetydpo_jax import presets
 

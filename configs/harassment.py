@@ -1,4 +1,4 @@
-"""The harassment preset; the numbers and their reasons are in `safetydpo_jax/presets.py`."""
+"""The harassment preset of `safetydpo_jax/presets.py`."""
 
 from safetydpo_jax import presets
 

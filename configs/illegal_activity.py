@@ -1,4 +1,4 @@
-"""The illegal_activity preset; the numbers and their reasons are in `safetydpo_jax/presets.py`."""
+"""The illegal_activity preset of `safetydpo_jax/presets.py`."""
 
 from safetydpo_jax import presets
 

@@ -1,4 +1,4 @@
-"""The self_harm preset; the numbers and their reasons are in `safetydpo_jax/presets.py`."""
+"""The self_harm preset of `safetydpo_jax/presets.py`."""
 
 from safetydpo_jax import presets
 

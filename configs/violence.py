@@ -1,4 +1,4 @@
-"""The violence preset; the numbers and their reasons are in `safetydpo_jax/presets.py`."""
+"""The violence preset of `safetydpo_jax/presets.py`."""
 
 from safetydpo_jax import presets
 

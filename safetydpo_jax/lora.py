@@ -215,9 +215,7 @@ def alphas(lora: Tree, alpha: float, alpha_pattern: Pattern = ()) -> dict[Path, 
   return by_layer(paths, alpha, alpha_pattern, "lora.alpha_pattern")
 
 
-def _scale_layers(
-  lora: EitherTree, factor_of: Callable[[Path, int], float]
-) -> Any:
+def _scale_layers(lora: EitherTree, factor_of: Callable[[Path, int], float]) -> Any:
   """b of each layer times factor_of(path, rank)."""
   return unflatten_dict(
     {

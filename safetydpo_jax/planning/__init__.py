@@ -1,1 +1,1 @@
-"""What a train step needs of a chip, found without one."""
+"""What a train step needs from a chip, found without having one."""

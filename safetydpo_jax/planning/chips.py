@@ -1,8 +1,8 @@
 """Accelerators by name: published figures, and TPU devices to compile for without one.
 
 A topology is `GENERATION:SHAPE`, in Cloud TPU's words (v5e:4x4, v4:2x2x2), or
-`gpu:NAMExCOUNT` (gpu:h100x8). libtpu holds XLA's TPU compiler; it needs no TPU and
-takes a lock that one process of a machine can hold.
+`gpu:NAMExCOUNT` (gpu:h100x8). libtpu contains XLA's TPU compiler; it needs no TPU, but
+takes a lock that only one process on a machine can hold.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ class Chip:
 
   Attributes:
     name: as its maker calls it.
-    flops: peak of bfloat16 products, dense, a second.
-    float32: the same of float32 ones; a TPU takes six passes in bfloat16.
+    flops: peak of dense bfloat16 products per second.
+    float32: the same for float32; a TPU takes six passes in bfloat16.
     memory: bytes.
-    bandwidth: of the memory, bytes a second.
-    links: bytes a second to other chips, both directions together.
+    bandwidth: of the memory, bytes per second.
+    links: bytes per second to other chips, both directions together.
     shape: axes of a topology; 0 for GPUs.
-    options: what the compiler wants to be told besides the topology.
+    options: what the compiler needs to know besides the topology.
   """
 
   name: str
@@ -49,9 +49,9 @@ class Chip:
 
 # Cloud TPU's pages "TPU v4", "v5e", "v5p", "v6e" (docs.cloud.google.com/tpu/docs), and
 # NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, without sparsity. Cloud
-# TPU's gigabytes of memory are 2³⁰ bytes, NVIDIA's 10⁹. v4's page has no figure of one
-# chip's links: 24 TB/s of bisection over 512 links are 50 GB/s a link and direction,
-# and a chip has six.
+# TPU's gigabytes of memory are 2³⁰ bytes, NVIDIA's 10⁹. v4's page gives no figure for
+# the links of one chip: 24 TB/s of bisection over 512 links are 50 GB/s per link and
+# direction, and a chip has six.
 CHIPS = {
   "v4": Chip(
     "TPU v4", 275e12, 32 * GIB, 1200e9, 600e9, 3, (("chip_config_name", "megacore"),)
@@ -79,7 +79,7 @@ def read_topology(text: str) -> Topology:
   """Reads "v5e:4x4" or "gpu:h100x8".
 
   Raises:
-    InputError: no such chip, or a shape that it does not come in.
+    InputError: there is no such chip, or it does not come in that shape.
   """
   kind, _, rest = text.lower().partition(":")
   if kind == "gpu":
@@ -106,9 +106,9 @@ def read_topology(text: str) -> Topology:
 
 
 def keep_to_the_compiler() -> None:
-  """Leaves the machine's accelerators alone; to be called before JAX looks for them."""
+  """Leaves the machine's accelerators alone; call it before JAX looks for them."""
   jax.config.update("jax_platforms", "cpu")
-  # libtpu would ask a TPU machine's metadata for these, and complain for minutes.
+  # Otherwise libtpu asks a TPU machine's metadata server for these, for minutes.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_WORKER_ID", "0")
@@ -116,11 +116,11 @@ def keep_to_the_compiler() -> None:
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
 
-def tpu_devices(topology: Topology) -> list[Any]:
-  """Devices that can be compiled for, and nothing else.
+def tpu_devices(topology: Topology) -> list[jax.Device]:
+  """Devices that programs can be compiled for, and not run on.
 
   Raises:
-    InputError: libtpu is absent or in use, or does not know the topology.
+    InputError: libtpu is not installed or in use, or does not know the topology.
   """
   from jax.experimental import topologies
 
@@ -139,7 +139,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
     if re.search("lockfile|in use|already", reason):
       raise InputError(
         "another process on this machine uses libtpu, which admits one at a time; run "
-        f"plan again when it is done ({reason[:160]})"
+        f"plan again when it has finished ({reason[:160]})"
       ) from error
     raise InputError(
       f"--topology {topology.name}: libtpu refuses it ({reason[:160]})"
@@ -147,7 +147,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
   if len(found.devices) != topology.count:
     raise InputError(
       f"--topology {topology.name}: libtpu makes {len(found.devices)} devices of "
-      f"{topology.count} chips; plan counts on one device a chip"
+      f"{topology.count} chips; plan needs one device per chip"
     )
   return list(found.devices)
 

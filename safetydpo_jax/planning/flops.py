@@ -3,21 +3,23 @@
     dot          2 · |out| · contracted
     convolution  2 · |out| · kernel positions · input channels / input dilation
 
-Loops are multiplied out, rematerialised parts counted as often as they run, and Pallas
-kernels by their grid, on which XLA's own count has nothing. Elementwise work is left
-out: the matrix units do not do it.
+Loops are multiplied out, rematerialised parts are counted as often as they run, and
+Pallas kernels, which XLA's own count leaves out, by their grid. Elementwise work is not
+counted: the matrix units do not do it.
 """
 
 import math
-from typing import Any
+from collections.abc import Iterator
+
+from jax.extend.core import Jaxpr, JaxprEqn
 
 
-def count_flops(jaxpr: Any) -> float:
+def count_flops(jaxpr: Jaxpr) -> float:
   """Operations of a jaxpr, on all devices together."""
   return sum(_equation(equation) for equation in jaxpr.eqns)
 
 
-def _equation(equation: Any) -> float:
+def _equation(equation: JaxprEqn) -> float:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
@@ -40,7 +42,7 @@ def _equation(equation: Any) -> float:
   return sum(inner)
 
 
-def _jaxprs(equation: Any):
+def _jaxprs(equation: JaxprEqn) -> Iterator[Jaxpr]:
   for value in equation.params.values():
     for item in value if isinstance(value, (tuple, list)) else (value,):
       item = getattr(item, "jaxpr", item)  # a ClosedJaxpr's

@@ -1,8 +1,8 @@
-"""What a compiled program's text says: collectives, and how often loops run.
+"""What the text of a compiled program tells: collectives, and how often loops run.
 
-A computation runs as often as what calls it; a `while` runs its body as often as
+A computation runs as often as it is called; a `while` runs its body as often as
 `known_trip_count` says. XLA's own cost analysis counts every body once, so its bytes
-are multiplied by the share of them that stands in loops.
+are scaled up by how often the code in loops runs.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _CALLED = re.compile(
   r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":\s*"?(\d+)')
-# These move nothing themselves.
+# Instructions that move no data themselves.
 _FREE = {
   "parameter",
   "constant",
@@ -166,6 +166,6 @@ def count_kernels(text: str) -> int:
 
 
 def used_and_limit(message: str) -> str:
-  """The sentence on memory of the compiler's refusal; "" if it has none."""
+  """What the compiler's refusal says about memory; "" if nothing."""
   match = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ \w+", message)
   return match[0] if match else ""

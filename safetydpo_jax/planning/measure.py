@@ -1,30 +1,36 @@
-"""One train step, compiled ahead of time for a topology, or counted where it cannot be.
+"""One train step, compiled ahead of time for a topology, or counted by arithmetic.
 
 The step is `training.step.jit_train_step`, given shapes in place of arrays.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from safetydpo_jax.planning import hlo, shapes
 from safetydpo_jax.planning.chips import Topology
 from safetydpo_jax.planning.flops import count_flops
 from safetydpo_jax.runtime import sharding
 from safetydpo_jax.training import initial_lora, optimizer
+from safetydpo_jax.training.config import RunConfig
 from safetydpo_jax.training.step import init_state, jit_train_step
 
 
-def trace_step(config: Any, mesh: Any, batch_size: int) -> tuple[Any, dict[str, int]]:
-  """The traced step of a mesh, and bytes on one device of what lives between steps.
+def trace_step(
+  config: RunConfig, mesh: Mesh, batch_size: int
+) -> tuple[jax.stages.Traced, dict[str, int]]:
+  """The traced step on a mesh, and bytes on one device of what lives between steps.
 
   Returns:
-    `jax.stages.Traced`, and {"weights", "state", "lora"}: the LoRA is in the state.
+    The step, and {"weights", "state", "lora"}: the LoRA is part of the state.
   """
   pipeline = shapes.make_pipeline(config)
   tx = optimizer.make_optimizer(config)
-  make_lora, _ = initial_lora.first_lora(config.lora, pipeline)
-  state = jax.eval_shape(lambda: init_state(make_lora(), tx))
+  first = initial_lora.first_lora(config.lora, pipeline)
+  state = jax.eval_shape(lambda: init_state(first.make(), tx))
   base = sharding.base_shardings(mesh, pipeline.params)
   step = jit_train_step(config, pipeline, mesh, tx, base)
   traced = step.trace(state, pipeline.params, shapes.batch_shapes(pipeline, batch_size))
@@ -35,13 +41,16 @@ def trace_step(config: Any, mesh: Any, batch_size: int) -> tuple[Any, dict[str, 
   }
 
 
-def compile_step(config: Any, topology: Topology, devices: list[Any]) -> dict[str, Any]:
-  """What the compiler says of the step, for each chip.
+def compile_step(
+  config: RunConfig, topology: Topology, devices: Sequence[jax.Device]
+) -> dict[str, Any]:
+  """What the compiler reports for the step, on each chip.
 
   Returns:
     `memory` in bytes (weights, state, the LoRA in it, and what the compiler found:
-    arguments, temporaries, total), `fits`, `flops`, `bytes`, `collectives`, `kernels`
-    (Pallas kernels); if it does not fit, the compiler's `refusal` in place of these.
+    arguments, temporaries, total), `fits`, `flops`, `bytes`, `collectives` and
+    `kernels` (Pallas kernels). If the compiler refuses, `refusal` says why, and what
+    only it knows is missing.
   """
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   traced, memory = trace_step(config, mesh, config.batch_size)
@@ -75,7 +84,7 @@ def compile_step(config: Any, topology: Topology, devices: list[Any]) -> dict[st
   }
 
 
-def count_step(config: Any, topology: Topology) -> dict[str, Any]:
+def count_step(config: RunConfig, topology: Topology) -> dict[str, Any]:
   """The same by arithmetic, without temporaries, bytes moved and exact collectives.
 
   One all-reduce of the LoRA's gradients and the step's metrics is what the CPU's
@@ -104,26 +113,25 @@ def count_step(config: Any, topology: Topology) -> dict[str, Any]:
 
 
 def largest_batch(
-  config: Any, topology: Topology, devices: list[Any]
+  config: RunConfig, topology: Topology, devices: Sequence[jax.Device]
 ) -> tuple[int, dict[int, int]]:
   """The most pairs that a chip holds at once, with accumulation 1.
 
-  Memory is nearly affine in the pairs: two compilations say where to look, at most
-  eight times as far as what fits. The answer is compiled for, and so is one more, which
-  does not fit.
+  Memory is nearly affine in the number of pairs, so two compilations tell where to look
+  next, at most eight times beyond what fits. The answer has been compiled, and so has
+  one pair more, which does not fit.
 
   Returns:
     The number, 0 if none fit, and {pairs: bytes} of all that were compiled and fit.
   """
-  config = config.copy_and_resolve_references()
-  config.accumulation = 1
   used: dict[int, int] = {}
   tried: dict[int, bool] = {}
 
   def fits(pairs: int) -> bool:
     if pairs not in tried:
-      config.batch_size = pairs * topology.count
-      found = compile_step(config, topology, devices)
+      batch = {"batch_size": pairs * topology.count, "accumulation": 1}
+      larger = dataclasses.replace(config, **batch)
+      found = compile_step(larger, topology, devices)
       tried[pairs] = found["fits"]
       print(f"  {pairs} pairs: {_summary(found)}", flush=True)
       if found["fits"]:
@@ -145,7 +153,7 @@ def largest_batch(
       pairs = expected(low)
       near = low < pairs <= 8 * low
       pairs = min(max(pairs, low + step), 8 * low)
-    else:  # close to where it was expected, else halfway
+    else:  # close to the expected limit, else halfway
       pairs = max(high - step, (low + high) // 2) if near else (low + high) // 2
     if fits(pairs):
       step = 1 if near and high is None else 2 * step

@@ -1,13 +1,13 @@
-"""The least time a step can take on a chip, and what a run then costs.
+"""The least time a step can take on a chip, and what a run costs at that speed.
 
     compute = operations / peak,  memory = bytes / bandwidth,
     links   = Σ factor · (n − 1) / n · bytes of the result / (links / 2)       (1)
     step    = max(compute, memory) + links                                     (2)
 
-on n chips, those of `mesh.fsdp` for a gather and all of them for the rest. The factor
-is 2 for an all-reduce, which is a reduce-scatter and an all-gather, else 1. There is no
-reduce-scatter alone: base weights get no gradient. No step is as fast as (2): half of
-peak is a good one.
+on n chips: those of `mesh.fsdp` for a gather, all of them otherwise. The factor is 2
+for an all-reduce, which is a reduce-scatter and an all-gather, else 1. There is no
+reduce-scatter by itself, since base weights get no gradient. No step is as fast as (2);
+half of the peak is good.
 """
 
 from collections.abc import Mapping
@@ -57,10 +57,10 @@ def estimate(
     fsdp: chips that share one copy of the base weights.
 
   Returns:
-    Seconds `compute`, `memory` (None if not known) and `links`, which of them is the
-    most (`bound`), and under
-    `roofline` and `reached` `pairs_per_second`, hours of the run, chip-hours of the run
-    and of one epoch of the published dataset.
+    Seconds `compute`, `memory` (None if not known) and `links`; the largest of them,
+    `bound`; and under `roofline` and `reached` the seconds of a step,
+    `pairs_per_second`, hours of the run, and chip-hours of the run and of one epoch of
+    the published dataset.
   """
   chip = topology.chip
   peak = chip.flops if dtype == "bfloat16" else chip.float32

@@ -1,7 +1,7 @@
-"""A model as its shapes: a directory's config.json files, or a published model's.
+"""A model as shapes, from a directory's config.json files or a published model's.
 
-Weights are never read. For a preset of the hub that is no directory here, the
-published config.json files are in `models/published.py`.
+Weights are never read. For a model of the hub that is not on this disk, the published
+config.json files are in `models/published.py`.
 """
 
 from pathlib import Path
@@ -25,6 +25,7 @@ from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.unet import UNet2DCondition
 from safetydpo_jax.models.vae import AutoencoderKL
 from safetydpo_jax.runtime.manifest import read_json
+from safetydpo_jax.training.config import RunConfig
 
 
 def read_configs(model: str) -> tuple[dict, dict, tuple[dict, ...], dict]:
@@ -60,7 +61,7 @@ def read_configs(model: str) -> tuple[dict, dict, tuple[dict, ...], dict]:
   return configs
 
 
-def make_pipeline(config: Any) -> Pipeline:
+def make_pipeline(config: RunConfig) -> Pipeline:
   """The networks of `config.model` without weights; `params` holds their shapes."""
   unet_config, vae_config, encoder_configs, schedule = map(
     freeze, read_configs(config.model)

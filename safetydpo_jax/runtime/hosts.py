@@ -119,7 +119,7 @@ def initialize(given: Hosts | None = None, *, preemption: bool = False) -> None:
 
   Args:
     given: what the command line says.
-    preemption: keep SIGTERM from ending the process; `checkpoint.watch_preemption`
+    preemption: keep SIGTERM from ending the process; `checkpoint.on_preemption`
       passes it on to all hosts. Else it ends this process, and so the job.
 
   Raises:

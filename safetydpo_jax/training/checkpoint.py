@@ -1,13 +1,13 @@
 """Orbax checkpoints of a run, and resuming from them.
 
 RUN/checkpoints/<step>/ holds the `TrainState` (LoRA, optimizer state, step) and the
-data position. The position is the step: batches are a pure function of it
-(`data/cache/batches.py`), so it is stored to be checked and not to be replayed. Base
-weights are never written. Orbax writes to a temporary name and renames, so a kill
-leaves the last complete checkpoint.
+settings that a resumed run must share. The position in the data is the step: batches
+are a pure function of it (`data/cache/batches.py`). Base weights are never written.
+Orbax writes to a temporary name and renames, so a kill leaves the last complete
+checkpoint.
 
-A host that is taken away gets SIGTERM some seconds before. Then all hosts save at one
-step and leave; see `watch_preemption`.
+A host that is about to be preempted gets SIGTERM some seconds before. Then all hosts
+save at the same step and exit; see `on_preemption`.
 """
 
 import contextlib
@@ -18,21 +18,69 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
+from safetydpo_jax.data.cache.records import PairCache
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.pipeline import Pipeline
+from safetydpo_jax.training.config import RunConfig
+from safetydpo_jax.training.step import TrainState
 
-# The exit code of a run that was told to stop, as shells have it for SIGTERM: what is
-# not 0 makes JobSet, Slurm and `&&` see that the run is not done.
+# The exit code of a run that was asked to stop, as shells report SIGTERM: anything but
+# 0 shows JobSet, Slurm and `&&` that the run is not finished.
 PREEMPTED = 128 + signal.SIGTERM
-SAVE_SECONDS = 3600  # hosts wait so long for each other's part of a checkpoint
+SAVE_SECONDS = 3600  # how long hosts wait for each other's part of a checkpoint
+
+# Values of the config that may change when a run is resumed. The model and the cache
+# are compared by their content.
+_FREE = {
+  "model",
+  "cache",
+  "variant",
+  "steps",
+  "resume",
+  "log_every",
+  "checkpoint_every",
+  "mesh",
+  "accumulation",
+  "remat",
+  "attention",
+}
+# Options that are younger than the first checkpoints: left out of the settings where
+# they are off, so that those runs can still be resumed.
+LATER: dict[str, Any] = {
+  "schedule": "constant",
+  "lora.dropout": 0.0,
+  "lora.rank_pattern": (),
+  "lora.alpha_pattern": (),
+  "lora.init": "",
+}
+
+
+def run_settings(
+  config: RunConfig, pipeline: Pipeline, cache: PairCache
+) -> dict[str, Any]:
+  """What must be the same when a run is resumed, by dotted name, as JSON gives it."""
+
+  def plain(value):
+    return [plain(x) for x in value] if isinstance(value, tuple) else value
+
+  # A rate that falls depends on where it ends.
+  free = _FREE if config.schedule == "constant" else _FREE - {"steps"}
+  values = {
+    name: plain(value)
+    for name, value in flatten_dict(config.to_dict(), sep=".").items()
+    if name.split(".")[0] not in free and not (name in LATER and value == LATER[name])
+  }
+  return {**values, "dataset": cache.fingerprint, "base": pipeline.fingerprint}
 
 
 def open_checkpoints(workdir: Path, keep: int = 2) -> ocp.CheckpointManager:
   """The run's checkpoint manager; the newest `keep` checkpoints stay on disk.
 
   Raises:
-    InputError: if the folder cannot be written.
+    InputError: the folder cannot be written.
   """
   folder = Path(workdir).absolute() / "checkpoints"
   try:
@@ -56,39 +104,45 @@ def open_checkpoints(workdir: Path, keep: int = 2) -> ocp.CheckpointManager:
 
 
 @contextlib.contextmanager
-def watch_preemption() -> Iterator[Callable[[int], bool]]:
+def on_preemption() -> Iterator[Callable[[int], bool]]:
   """Catches SIGTERM while the block runs.
 
   Yields:
-    asked(step): whether to save after this step and leave. True on every host at the
-    same step, a step or more after any of them was told; call it on every host at
-    every step. One process is told by the signal; several by the coordination service,
-    if `hosts.initialize` was called with preemption=True.
+    stop(step): whether to save after this step and exit; to be called on every host at
+    every step. It becomes True on all hosts at the same step, a step or more after one
+    of them got the signal. A single process sees the signal itself; several hear of it
+    through the coordination service, if `hosts.initialize` was called with
+    preemption=True.
   """
   if jax.distributed.is_initialized():
     yield multihost_utils.reached_preemption_sync_point
     return
-  told = []
-  before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+  received: list[int] = []
+  before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
   try:
-    yield lambda step: bool(told)
+    yield lambda step: bool(received)
   finally:
     signal.signal(signal.SIGTERM, before)
 
 
 def save(
-  manager: ocp.CheckpointManager, step: int, state: Any, data: dict[str, Any]
+  manager: ocp.CheckpointManager,
+  step: int,
+  state: TrainState,
+  settings: dict[str, Any],
 ) -> None:
-  """Saves in the background; a step that is there already is left alone."""
+  """Saves in the background; a step that was already saved is left alone."""
   manager.save(
     step,
     args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
+      state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(settings)
     ),
   )
 
 
-def restore(manager: ocp.CheckpointManager, like: Any, data: dict[str, Any]) -> Any:
+def restore(
+  manager: ocp.CheckpointManager, like: TrainState, settings: dict[str, Any]
+) -> TrainState:
   """The newest checkpoint's state, on the devices and in the shapes of `like`.
 
   The number of devices and hosts may differ from the run that saved it.
@@ -96,11 +150,11 @@ def restore(manager: ocp.CheckpointManager, like: Any, data: dict[str, Any]) -> 
   Args:
     manager: the run's checkpoint manager, with at least one checkpoint.
     like: a state of the same structure, on this run's devices.
-    data: this run's data settings; they must be those the checkpoint was made with.
+    settings: this run's `run_settings`.
 
   Raises:
-    InputError: if the checkpoint belongs to a run with other settings, or another LoRA
-      or optimizer, or is damaged.
+    InputError: the checkpoint is damaged, or was made with other settings, another
+      LoRA or another optimizer.
   """
   step = manager.latest_step()
   folder = manager.directory / str(step)
@@ -109,7 +163,7 @@ def restore(manager: ocp.CheckpointManager, like: Any, data: dict[str, Any]) -> 
   )
   try:
     saved = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
-    _check_same(folder, saved.data, data)
+    _check_same(folder, saved.data, settings)
     shapes = _shapes(manager.item_metadata(step).state.tree)
     _check_same(folder, shapes, _shapes(abstract))
     return manager.restore(
@@ -117,16 +171,16 @@ def restore(manager: ocp.CheckpointManager, like: Any, data: dict[str, Any]) -> 
     ).state
   except (OSError, ValueError, KeyError, AttributeError) as error:
     raise InputError(
-      f"{folder} is damaged ({str(error)[:200]}); delete it to go on from the "
+      f"{folder} is damaged ({str(error)[:200]}); delete it to resume from the "
       "checkpoint before it"
     ) from error
 
 
-def _check_same(folder: Any, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+def _check_same(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
   for name in sorted({*saved, *ours}):
     if saved.get(name) != ours.get(name):
       raise InputError(
-        f"{folder} was trained with {name}={saved.get(name)}, this run says "
+        f"{folder} was trained with {name}={saved.get(name)}, this run has "
         f"{ours.get(name)}; use the old value or another --workdir"
       )
 

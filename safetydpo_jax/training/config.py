@@ -27,12 +27,12 @@ OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("bfloat16", "float32")
 
-# Also numpy's numbers are numbers.
-_TYPES: dict[type, tuple[type, str]] = {
-  int: (numbers.Integral, "a whole number"),
-  float: (numbers.Real, "a finite number"),
-  bool: (bool, "True or False"),
-  str: (str, "text"),
+TYPE_NAMES: dict[type, str] = {
+  int: "a whole number",
+  float: "a finite number",
+  bool: "True or False",
+  str: "text",
+  tuple: "a tuple, as in ('to_q', 'to_k') or (('conv1', 8),)",
 }
 
 
@@ -74,7 +74,9 @@ class DpoConfig:
   def __post_init__(self):
     _check_fields(self, "dpo.")
     if self.loss == "dpo" and not self.beta:
-      raise InputError("config.dpo.beta is 0; expected above 0: at 0 nothing is learned")
+      raise InputError(
+        "config.dpo.beta is 0; expected above 0: at 0 nothing is learned"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +229,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
   if kind == tuple[str, ...]:
     if isinstance(value, (tuple, list)) and all(isinstance(x, str) for x in value):
       return tuple(value)
-    raise _wrong(name, value, "a tuple of names, as in ('to_q', 'to_k')")
+    raise _wrong(name, value, "a tuple of layers, as in ('to_q', 'to_k')")
   if kind == Pattern:
     if isinstance(value, (tuple, list)):
       lora.check_pattern(value, f"config.{name}")
@@ -235,15 +237,12 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     raise _wrong(name, value, "pairs (layer, number), as in (('conv1', 8),)")
   if dataclasses.is_dataclass(kind):
     return value
-  accepted, expected = _TYPES[kind]
-  # True is an int to Python, and 'inf' a number to the command line.
-  if (
-    isinstance(value, accepted)
-    and isinstance(value, bool) == (kind is bool)
-    and (kind is not float or math.isfinite(value))
-  ):
-    return kind(value)
-  raise _wrong(name, value, expected)
+  # numpy's numbers are numbers too; True is an int to Python.
+  accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+  fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+  if not fits or (kind is float and not math.isfinite(value)):
+    raise _wrong(name, value, TYPE_NAMES[kind])
+  return kind(value)
 
 
 def unknown(prefix: str, name: str, known: Collection[str]) -> InputError:

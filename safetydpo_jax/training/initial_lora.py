@@ -1,12 +1,12 @@
 """The LoRA that training starts from: a fresh one, or with `lora.init` a finished one.
 
-A finished LoRA has its scale s = alpha / r folded into b; training holds b without it,
-so b is divided by this run's s. Then step 0 is the finished LoRA exactly, whatever
+A finished LoRA has its scale s = alpha / r folded into b, training holds b without it:
+so b is divided by this run's s. Step 0 is then exactly the finished LoRA, whatever
 alpha it was trained with.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +16,31 @@ from safetydpo_jax import lora
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.formats.loras import load as loras
+from safetydpo_jax.lora import FactorTree, LoraTree, Tree
+from safetydpo_jax.training.config import LoraConfig
 
 
-def first_lora(
-  settings: Any, pipeline: Pipeline
-) -> tuple[Callable[[], dict], dict[str, str] | None]:
-  """What a run's state is made with, and where it comes from.
+class InitialLora(NamedTuple):
+  """How to make the LoRA of step 0, and where it comes from.
+
+  Attributes:
+    make: gives the factors; to be called under jit.
+    origin: with `lora.init` the file's path and the hash of its factors, else None.
+  """
+
+  make: Callable[[], FactorTree]
+  origin: dict[str, str] | None
+
+
+def first_lora(settings: LoraConfig, pipeline: Pipeline) -> InitialLora:
+  """The LoRA that a run starts from.
 
   Args:
     settings: `config.lora`.
     pipeline: the base model.
 
-  Returns:
-    A function that gives the LoRA tree, scale not folded in, to be called under jit;
-    and with `lora.init` the file's path and the hash of its factors, else None.
-
   Raises:
-    InputError: a target, rank or alpha that cannot be, or `lora.init` does not fit.
+    InputError: a target or a pattern matches no layer, or `lora.init` does not fit.
   """
   shapes = pipeline.unet_shapes()
 
@@ -48,16 +56,17 @@ def first_lora(
   wanted = jax.eval_shape(fresh)
   lora.alphas(wanted, settings.alpha, settings.alpha_pattern)
   if not settings.init:
-    return fresh, None
+    return InitialLora(fresh, None)
   tree, about = loras.load_lora(settings.init)
+  tree = LoraTree(tree)
   loras.check_fits(settings.init, about, pipeline.fingerprint)
   check_fits(tree, wanted, settings.init)
   origin = {"path": settings.init, "sha256": lora.factors_sha256(tree)}
-  tree = lora.unfold_alpha(tree, settings.alpha, settings.alpha_pattern)
-  return lambda: jax.tree.map(jnp.asarray, tree), origin
+  factors = lora.unfold_alpha(tree, settings.alpha, settings.alpha_pattern)
+  return InitialLora(lambda: jax.tree.map(jnp.asarray, factors), origin)
 
 
-def check_fits(tree: Any, wanted: Any, name: str) -> None:
+def check_fits(tree: LoraTree, wanted: Tree, name: str) -> None:
   """Raises `InputError` unless training can go on from `tree` in place of `wanted`.
 
   Args:
@@ -68,9 +77,9 @@ def check_fits(tree: Any, wanted: Any, name: str) -> None:
   there, here = flatten_dict(tree), flatten_dict(wanted)
   for path in sorted(there.keys() ^ here.keys()):
     layer = "/".join(path[:-1])
-    differs = f"{layer} is adapted there and no layer of lora.targets"
+    differs = f"it adapts {layer}, which is not a layer of lora.targets"
     if path in here:
-      differs = f"{layer} is a layer of lora.targets and not adapted there"
+      differs = f"it does not adapt {layer}, which is a layer of lora.targets"
     raise InputError(f"lora.init {name}: {differs}; set lora.targets to the file's")
   for path, leaf in sorted(there.items()):
     if leaf.shape == here[path].shape:
@@ -83,6 +92,6 @@ def check_fits(tree: Any, wanted: Any, name: str) -> None:
         f"{here[path].shape}; give a LoRA of this model"
       )
     raise InputError(
-      f"lora.init {name}: {layer} has rank {ranks[0]}, the config says {ranks[1]}; set "
+      f"lora.init {name}: {layer} has rank {ranks[0]}, the config has {ranks[1]}; set "
       "lora.rank and lora.rank_pattern to the file's"
     )

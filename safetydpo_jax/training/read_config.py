@@ -7,15 +7,16 @@ returns a ConfigDict: one of the repository's `configs/`, or the user's own.
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from safetydpo_jax import presets
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.training.config import RunConfig, make_config, unknown
+from safetydpo_jax.training.config import TYPE_NAMES, RunConfig, make_config, unknown
 
-# What ml_collections raises for an override that its value's type does not allow.
+# What ml_collections raises for text that is not of the value's type.
 _OVERRIDE_ERRORS = (flags.Error, LookupError, AttributeError, TypeError, ValueError)
 
 
@@ -31,7 +32,10 @@ def read_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     InputError: there is no such config, or a value is unknown or wrong.
   """
   try:
-    return make_config(_override(_load(name), overrides).to_dict())
+    config = _load(name)
+    for override in overrides:
+      config = _override(config, override)
+    return make_config(config.to_dict())
   except InputError as error:
     raise InputError(f"--config {name}: {error}") from error
 
@@ -66,22 +70,27 @@ def _load(name: str) -> ConfigDict:
   return config
 
 
-def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-  for override in overrides:
-    _check_known(config, override.partition("=")[0].removeprefix("--config."))
-  line = ["train", *overrides]
+def _override(config: ConfigDict, override: str) -> ConfigDict:
+  """The config with one value as `--config.NAME=TEXT` says, read by its type."""
+  name, _, text = override.removeprefix("--config.").partition("=")
+  before = _find(config, name)
+  line = ["train", override]
   values = flags.FlagValues()
   try:
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=line)
     values(line)
   except _OVERRIDE_ERRORS as error:
-    raise InputError(str(error).strip().splitlines()[-1]) from error
+    expected = TYPE_NAMES.get(type(before), "its values one by one")
+    raise InputError(f"config.{name} is {text!r}; expected {expected}") from error
   return values.config
 
 
-def _check_known(config: ConfigDict, name: str) -> None:
-  node, before = config, ""
+def _find(config: ConfigDict, name: str) -> Any:
+  """The value that config.NAME has now."""
+  node, prefix = config, ""
   for part in name.split("."):
-    if part not in (node if isinstance(node, ConfigDict) else ()):
-      raise unknown(before, part, node.keys() if isinstance(node, ConfigDict) else ())
-    node, before = node[part], f"{before}{part}."
+    known = list(node.keys()) if isinstance(node, ConfigDict) else []
+    if part not in known:
+      raise unknown(prefix, part, known)
+    node, prefix = node[part], f"{prefix}{part}."
+  return node

@@ -8,42 +8,53 @@ run needs no saved key.
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from safetydpo_jax import diffusion
 from safetydpo_jax import lora as lora_lib
+from safetydpo_jax.data.cache.batches import Batch
 from safetydpo_jax.dpo import LOSSES, Metrics
+from safetydpo_jax.formats.base_model.pipeline import Pipeline
+from safetydpo_jax.lora import FactorTree, Tree
 from safetydpo_jax.models import conditioning
 from safetydpo_jax.models.flash import OnMesh
 from safetydpo_jax.runtime import sharding
+from safetydpo_jax.training.config import RunConfig
 from safetydpo_jax.training.gradients import mean_gradient
 
-# Tells the keys of dropout from the step's others.
+# Keeps the keys of dropout apart from the step's other keys.
 DROPOUT = 0xD50
 
 
 @struct.dataclass
 class TrainState:
-  """All that training changes; nothing here belongs to the base model.
+  """Everything that training changes; nothing here belongs to the base model.
 
   Attributes:
     step: optimizer steps taken, () int32.
-    lora: the LoRA tree, scale not folded in.
+    lora: the factors, scale not folded in.
     opt_state: the optimizer's state for `lora`.
   """
 
   step: jax.Array
-  lora: Any
-  opt_state: Any
+  lora: FactorTree
+  opt_state: optax.OptState
 
 
-def init_state(lora: Any, optimizer: optax.GradientTransformation) -> TrainState:
+# (state, params, batch) → (state, metrics)
+TrainStep = Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
+
+
+def init_state(
+  factors: FactorTree, optimizer: optax.GradientTransformation
+) -> TrainState:
   """The state before the first step."""
-  return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+  return TrainState(jnp.zeros((), jnp.int32), factors, optimizer.init(factors))
 
 
 def draw(
@@ -58,8 +69,8 @@ def draw(
     scaling: the VAE's scaling factor.
 
   Returns:
-    Clean latents (B, 2, h, w, c), one posterior sample an image; noise (B, h, w, c)
-    and timesteps (B,), one a pair.
+    Clean latents (B, 2, h, w, c), one posterior sample per image; noise (B, h, w, c)
+    and timesteps (B,), one per pair.
   """
   posterior_key, noise_key, timestep_key = jax.random.split(key, 3)
   shape = (*moments.shape[:-1], moments.shape[-1] // 2)
@@ -73,9 +84,9 @@ def draw(
 
 def make_train_step(
   *,
-  unet: Any,
+  unet: nn.Module,
   schedule: diffusion.Schedule,
-  encode_text: Callable[[Any, Any], tuple[jax.Array, Any]],
+  encode_text: Callable[[Tree, Batch], tuple[jax.Array, dict[str, jax.Array] | None]],
   optimizer: optax.GradientTransformation,
   loss: str,
   beta: float,
@@ -86,19 +97,19 @@ def make_train_step(
   seed: int,
   alpha_pattern: lora_lib.Pattern = (),
   dropout: float = 0.0,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+) -> TrainStep:
   """One optimizer step: `(state, params, batch) → (state, metrics)`, ready for jit.
 
   Args:
     unet: the Flax module.
     schedule: the checkpoint's noise schedule.
     encode_text: (params, batch) → (context (B, l, d), added_cond).
-    optimizer: applied to the LoRA tree alone.
+    optimizer: applied to nothing but the LoRA's factors.
     loss: 'dpo' or 'sft'.
     beta: β of equation (2) of `dpo.py`.
     alpha: of the LoRA; s = alpha / rank is folded in before the loss.
     scaling_factor: the VAE's.
-    devices: devices that the batch is split over.
+    devices: number of devices that the batch is split over.
     accumulation: microbatches per step; devices × accumulation must divide the batch.
     seed: the run's seed; step n draws from fold_in(seed, n), so a resumed run needs
       no saved key and any number of devices draws the same.
@@ -110,15 +121,15 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     latents, noise, timesteps = draw(key, batch.moments, schedule, scaling_factor)
     context, added_cond = encode_text(params, batch)
-    # One key a pair, from a stream of its own: no other draw depends on dropout.
+    # One key per pair, from a stream of its own: no other draw depends on dropout.
     keys = None
     if dropout:
       keys = jax.random.split(jax.random.fold_in(key, DROPOUT), noise.shape[0])
 
-    def loss_fn(lora, rows):
+    def loss_fn(factors, rows):
       latents, context, noise, timesteps, added_cond, keys = rows
       return LOSSES[loss](
-        lora_lib.fold_alpha(lora, alpha, alpha_pattern),
+        lora_lib.fold_alpha(factors, alpha, alpha_pattern),
         params["unet"],
         latents,
         context,
@@ -139,27 +150,31 @@ def make_train_step(
       accumulation=accumulation,
     )
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.lora)
-    lora = optax.apply_updates(state.lora, updates)
+    factors = optax.apply_updates(state.lora, updates)
     metrics |= {
       "gradient_norm": optax.tree.norm(gradients),
-      "lora_norm": optax.tree.norm(lora),
+      "lora_norm": optax.tree.norm(factors),
     }
-    return TrainState(state.step + 1, lora, opt_state), metrics
+    return TrainState(state.step + 1, factors, opt_state), metrics
 
   return train_step
 
 
 def jit_train_step(
-  config: Any, pipeline: Any, mesh: Any, tx: Any, shardings: Any
-) -> Any:
-  """The compiled step of this config, `(state, params, batch) → (state, metrics)`.
+  config: RunConfig,
+  pipeline: Pipeline,
+  mesh: Mesh,
+  tx: optax.GradientTransformation,
+  shardings: Tree,
+) -> jax.stages.Wrapped:
+  """The jitted step of a run, a `TrainStep`; its state is donated.
 
   Args:
     config: the run's config.
-    pipeline: has `unet`, `text_encoders`, `schedule` and `scaling_factor`.
+    pipeline: the base model; its weights are an argument of the step.
     mesh: the devices.
     tx: the optimizer.
-    shardings: where the base weights are, as `sharding.base_shardings` says.
+    shardings: where the base weights are, see `sharding.base_shardings`.
   """
   replicated = NamedSharding(mesh, sharding.REPLICATED)
 

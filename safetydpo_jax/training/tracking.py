@@ -1,8 +1,8 @@
-"""Where a run's numbers go: RUN/metrics.jsonl, TensorBoard events and a progress line.
+"""A run's metrics, in RUN/metrics.jsonl, TensorBoard events and a progress bar.
 
 Only process 0 writes. A resumed run drops the lines after the step it resumes from,
-so metrics.jsonl reads as one uninterrupted run. JSON has no NaN and no infinity: such
-a value is written as null.
+so metrics.jsonl reads as one uninterrupted run. JSON has no NaN and no infinity; they
+are written as null.
 """
 
 import json
@@ -46,11 +46,11 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 class Tracker:
-  """Writes metrics of one run; on other processes than 0 every call does nothing.
+  """Writes the metrics of one run; does nothing on processes other than 0.
 
   A line holds the mean over the steps since the line before: one batch of 16 pairs
-  says little about accuracy. Step 1 has a line of its own, where the margin shows what
-  rounding alone does.
+  says little about accuracy. Step 1 has a line of its own: there the margin is nothing
+  but rounding.
   """
 
   def __init__(

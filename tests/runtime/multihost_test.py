@@ -155,7 +155,7 @@ def test_sigterm_on_one_host_stops_all_at_one_step():
     import signal
     from safetydpo_jax import checkpoint
     hosts.initialize(preemption=True)
-    with checkpoint.watch_preemption() as asked:
+    with checkpoint.on_preemption() as asked:
       for step in range(1, 2000):
         time.sleep(0.02)
         if step == 5 and index == 1:

@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 def test_sigterm_is_told_to_the_loop_and_ends_the_process_again_afterwards():
   before = signal.getsignal(signal.SIGTERM)
-  with checkpoint.watch_preemption() as asked:
+  with checkpoint.on_preemption() as asked:
     assert not asked(1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert asked(2)
