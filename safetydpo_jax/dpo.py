@@ -17,15 +17,17 @@ mean over latent elements sets the size of β = 5000. diffusers' SD1.5 script wr
 σ(β·x) without the ½ and takes β = 2500, which is the same.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from safetydpo_jax import diffusion
 from safetydpo_jax import lora as lora_lib
+from safetydpo_jax.lora import LoraTree, Tree
 
 # Accuracy is reported by quarter of the noise schedule.
 TIMESTEP_BINS = 4
@@ -34,14 +36,14 @@ Metrics = dict[str, jax.Array]
 
 
 def denoising_errors(
-  lora: Any,
-  params: Any,
+  lora: LoraTree | None,
+  params: Tree,
   latents: jax.Array,
   context: jax.Array,
   noise: jax.Array,
   timesteps: jax.Array,
   *,
-  unet: Any,
+  unet: nn.Module,
   schedule: diffusion.Schedule,
   added_cond: Mapping[str, jax.Array] | None = None,
   dropout: tuple[jax.Array, float] | None = None,
@@ -49,7 +51,7 @@ def denoising_errors(
   """Equation (1) for k images that share caption, noise and timestep.
 
   Args:
-    lora: the LoRA tree, or None for the frozen base model.
+    lora: scale folded in; None for the frozen base model.
     params: the UNet's parameters.
     latents: (B, k, h, w, c) clean.
     context: (B, l, d).
@@ -76,7 +78,7 @@ def denoising_errors(
   noise, timesteps = per_image(noise), per_image(timesteps)
   noisy = diffusion.add_noise(schedule, latents, noise, timesteps)
   variables = {"params": params} if lora is None else {"params": params, "lora": lora}
-  if dropout is not None:
+  if lora is not None and dropout is not None:
     keys, rate = dropout
     keys = jax.vmap(lambda key: jax.random.split(key, images))(keys).reshape(-1)
     variables["lora_dropout"] = lora_lib.dropout_draws(lora, keys, rate)
@@ -93,14 +95,14 @@ def denoising_errors(
 
 
 def dpo_loss(
-  lora: Any,
-  params: Any,
+  lora: LoraTree,
+  params: Tree,
   latents: jax.Array,
   context: jax.Array,
   noise: jax.Array,
   timesteps: jax.Array,
   *,
-  unet: Any,
+  unet: nn.Module,
   schedule: diffusion.Schedule,
   beta: float,
   added_cond: Mapping[str, jax.Array] | None = None,
@@ -109,7 +111,7 @@ def dpo_loss(
   """Equations (1) to (3); a pure function of its random draws.
 
   Args:
-    lora: the LoRA tree, scale folded in; the only input meant to be differentiated.
+    lora: scale folded in; the only input meant to be differentiated.
     params: the UNet's parameters, frozen.
     latents: (B, 2, h, w, c) clean, index 0 of the pair axis preferred.
     context: (B, l, d) text encoder output, shared by the pair.
@@ -119,8 +121,8 @@ def dpo_loss(
     schedule: the checkpoint's noise schedule.
     beta: β of equation (2).
     added_cond: None, or {'text_embeds': (B, e), 'time_ids': (B, 6)}.
-    dropout: None, or (keys (B,), rate): each image's share of LoRA inputs that the
-      policy does not see. The reference has no LoRA, and none.
+    dropout: None, or (keys (B,), rate): the share of LoRA inputs that the policy does
+      not see, drawn for each image. The reference has no LoRA, so no dropout.
 
   Returns:
     The loss, () float32, and metrics: means over the batch of the four errors, the
@@ -129,9 +131,11 @@ def dpo_loss(
   """
   chex.assert_axis_dimension(latents, 1, 2)
   inputs = (params, latents, context, noise, timesteps)
-  model = {"unet": unet, "schedule": schedule, "added_cond": added_cond}
-  policy = denoising_errors(lora, *inputs, dropout=dropout, **model)  # (B, 2)
-  reference = jax.lax.stop_gradient(denoising_errors(None, *inputs, **model))
+  errors = partial(
+    denoising_errors, unet=unet, schedule=schedule, added_cond=added_cond
+  )
+  policy = errors(lora, *inputs, dropout=dropout)  # (B, 2)
+  reference = jax.lax.stop_gradient(errors(None, *inputs))
 
   gap = (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
   margin = -0.5 * beta * gap  # (B,)
@@ -154,14 +158,14 @@ def dpo_loss(
 
 
 def sft_loss(
-  lora: Any,
-  params: Any,
+  lora: LoraTree,
+  params: Tree,
   latents: jax.Array,
   context: jax.Array,
   noise: jax.Array,
   timesteps: jax.Array,
   *,
-  unet: Any,
+  unet: nn.Module,
   schedule: diffusion.Schedule,
   beta: float = 0.0,
   added_cond: Mapping[str, jax.Array] | None = None,
@@ -185,4 +189,7 @@ def sft_loss(
   return loss, {"loss": loss, "preferred_error": loss}
 
 
-LOSSES = {"dpo": dpo_loss, "sft": sft_loss}
+LOSSES: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
+  "dpo": dpo_loss,
+  "sft": sft_loss,
+}

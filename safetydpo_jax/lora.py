@@ -173,7 +173,8 @@ def factor_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Shapes of a and b for a kernel (in, out) or (kh, kw, in, out)."""
   *size, inputs, outputs = kernel
-  size = () if tuple(size) == (1, 1) else tuple(size)
+  if size == [1, 1]:
+    size = []
   return (*size, inputs, rank), (rank, outputs)
 
 

@@ -10,6 +10,7 @@ counted: the matrix units do not do it.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn
 
@@ -21,15 +22,17 @@ def count_flops(jaxpr: Jaxpr) -> float:
 
 def _equation(equation: JaxprEqn) -> float:
   name, params = equation.primitive.name, equation.params
+  inputs: list[Any] = [variable.aval for variable in equation.invars]
+  outputs: list[Any] = [variable.aval for variable in equation.outvars]
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
-    shape = equation.invars[0].aval.shape
-    return 2 * equation.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+    shape = inputs[0].shape
+    return 2 * outputs[0].size * math.prod(shape[i] for i in contracted)
   if name == "conv_general_dilated":
-    kernel = equation.invars[1].aval
+    kernel = inputs[1]
     features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
     dilation = math.prod(params["lhs_dilation"])
-    return 2 * equation.outvars[0].aval.size * kernel.size / features / dilation
+    return 2 * outputs[0].size * kernel.size / features / dilation
   inner = [count_flops(jaxpr) for jaxpr in _jaxprs(equation)]
   if name == "cond":
     return max(inner)
@@ -45,6 +48,6 @@ def _equation(equation: JaxprEqn) -> float:
 def _jaxprs(equation: JaxprEqn) -> Iterator[Jaxpr]:
   for value in equation.params.values():
     for item in value if isinstance(value, (tuple, list)) else (value,):
-      item = getattr(item, "jaxpr", item)  # a ClosedJaxpr's
-      if hasattr(item, "eqns"):
-        yield item
+      inner = getattr(item, "jaxpr", item)  # a ClosedJaxpr's
+      if isinstance(inner, Jaxpr):
+        yield inner

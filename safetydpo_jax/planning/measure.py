@@ -129,8 +129,8 @@ def largest_batch(
 
   def fits(pairs: int) -> bool:
     if pairs not in tried:
-      batch = {"batch_size": pairs * topology.count, "accumulation": 1}
-      larger = dataclasses.replace(config, **batch)
+      size = pairs * topology.count
+      larger = dataclasses.replace(config, batch_size=size, accumulation=1)
       found = compile_step(larger, topology, devices)
       tried[pairs] = found["fits"]
       print(f"  {pairs} pairs: {_summary(found)}", flush=True)

@@ -45,14 +45,16 @@ def read_configs(model: str) -> tuple[dict, dict, tuple[dict, ...], dict]:
       read_json(folder / "unet" / "config.json", "unet folder"),
       read_json(folder / "vae" / "config.json", "vae folder"),
       tuple(
-        {"architectures": CLASSES[name]}
-        | read_json(folder / name / "config.json", f"{name} folder")
+        {
+          "architectures": CLASSES[name],
+          **read_json(folder / name / "config.json", f"{name} folder"),
+        }
         for name in encoders
       ),
       read_json(folder / "scheduler" / "scheduler_config.json", "scheduler"),
     )
-  names = {repository: name for name, repository in PRESETS.items()}
-  configs = published.MODELS.get(names.get(model, model))
+  by_repository = {repository: name for name, repository in PRESETS.items()}
+  configs = published.MODELS.get(by_repository.get(model, model))
   if configs is None:
     raise InputError(
       f"config.model is {model!r}; expected a diffusers directory or one of "

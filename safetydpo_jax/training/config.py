@@ -74,9 +74,7 @@ class DpoConfig:
   def __post_init__(self):
     _check_fields(self, "dpo.")
     if self.loss == "dpo" and not self.beta:
-      raise InputError(
-        "config.dpo.beta is 0; expected above 0: at 0 nothing is learned"
-      )
+      raise _wrong("dpo.beta", self.beta, "above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +192,7 @@ def check_devices(config: RunConfig, devices: int) -> None:
     )
 
 
-def _make(kind: type, values: Any, prefix: str) -> Any:
+def _make(kind: Any, values: Any, prefix: str) -> Any:
   if not isinstance(values, Mapping):
     raise _wrong(prefix.rstrip("."), values, "a ConfigDict")
   hints = typing.get_type_hints(kind)

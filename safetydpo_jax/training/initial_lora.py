@@ -57,8 +57,8 @@ def first_lora(settings: LoraConfig, pipeline: Pipeline) -> InitialLora:
   lora.alphas(wanted, settings.alpha, settings.alpha_pattern)
   if not settings.init:
     return InitialLora(fresh, None)
-  tree, about = loras.load_lora(settings.init)
-  tree = LoraTree(tree)
+  read, about = loras.load_lora(settings.init)
+  tree = LoraTree(read)
   loras.check_fits(settings.init, about, pipeline.fingerprint)
   check_fits(tree, wanted, settings.init)
   origin = {"path": settings.init, "sha256": lora.factors_sha256(tree)}

@@ -102,7 +102,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     seed=config.seed,
     start_step=start,
     steps=config.steps,
-    rows=sharding.host_rows(mesh, config.batch_size),
+    rows=sharding.host_rows(mesh, config.batch_size).tolist(),
     caption_dropout=config.caption_dropout,
     flip=config.flip,
   )

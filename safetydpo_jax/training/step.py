@@ -6,7 +6,6 @@ run needs no saved key.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
