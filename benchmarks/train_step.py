@@ -2,7 +2,7 @@
 
 Three contenders train SD1.5 at rank 4 on random weights and random pairs:
 
-  ours           `training.step.make_train_step`, cached VAE moments, one UNet
+  ours           `training.step.jit_train_step`, cached VAE moments, one UNet
   torch cached   diffusers + peft + AdamW, cached latents, a second UNet as reference
   torch online   the same, and the VAE encodes both images in each step, as the code
                  released with SafetyDPO does
@@ -69,8 +69,7 @@ def run_ours(options) -> dict:
   import optax
   from jax.sharding import NamedSharding
 
-  from configs import base
-  from safetydpo_jax import diffusion, lora
+  from safetydpo_jax import diffusion, lora, presets
   from safetydpo_jax.data.cache.batches import Batch
   from safetydpo_jax.formats.base_model.pipeline import parameter_shapes
   from safetydpo_jax.models import clip, published
@@ -78,6 +77,7 @@ def run_ours(options) -> dict:
   from safetydpo_jax.models.unet import UNet2DCondition
   from safetydpo_jax.runtime import sharding
   from safetydpo_jax.training import optimizer
+  from safetydpo_jax.training.config import make_config
   from safetydpo_jax.training.step import init_state, jit_train_step
 
   unet = UNet2DCondition(
@@ -98,8 +98,9 @@ def run_ours(options) -> dict:
     return sharding.place(weights.astype(options.dtype), replicated)
 
   params = jax.tree.map(random_weights, shapes)
-  config = base.get_config()
-  config.batch_size, config.accumulation = options.pairs, 1
+  preset = presets.get_config()
+  preset.batch_size, preset.accumulation = options.pairs, 1
+  config = make_config(preset.to_dict())
   tx = optimizer.make_optimizer(config)
   tree = lora.init_lora(jax.random.key(0), shapes["unet"], RANK, TARGETS)
   state = jax.device_put(init_state(tree, tx), replicated)

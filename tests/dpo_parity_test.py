@@ -22,7 +22,6 @@ import transformers
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from configs import base
 from safetydpo_jax import dpo, lora
 from safetydpo_jax.formats.base_model.pipeline import load_pipeline
 from safetydpo_jax.formats.base_model.weights import torch_name
@@ -32,6 +31,7 @@ from tests.support.checkpoints import (
   save_tiny_checkpoint,
   save_tiny_sdxl_checkpoint,
 )
+from tests.support.configs import run_config
 
 # The rate decides how far an entry whose sign is rounding's (`differences`) moves the
 # next step's margin, times β: at 1e-3 that was seen to be a tenth of it.
@@ -187,10 +187,8 @@ def loss_and_gradients(checkpoint):
 def run_jax(
   family, loss_and_gradients, tree, *, beta, alpha=ALPHA, edit=dict, **changes
 ):
-  config = base.get_config()
-  config.update({"learning_rate": RATE, "scale_lr": False, "warmup_steps": 0})
-  config.update(FAMILIES[family][1])
-  config.update(changes)
+  settings = {"learning_rate": RATE, "scale_lr": False, "warmup_steps": 0}
+  config = run_config(**{**settings, **FAMILIES[family][1], **changes})
   tx = optimizer.make_optimizer(config)
   state, update, results = tx.init(tree), jax.jit(tx.update), []
   for draws in map(edit, draw_steps(family)):

@@ -111,7 +111,7 @@ WRONG = {
   "no pair": ({"rank_pattern": ("conv", 8)}, "'conv'; expected .layer, number"),
   "a word": ({"rank_pattern": (("conv", "8"),)}, "expected .layer, number"),
   "rank 0 in one": ({"rank_pattern": (("conv", 0),)}, "'conv' has 0; expected above 0"),
-  "half a rank": ({"rank_pattern": (("conv", 1.5),)}, "1.5; expected whole numbers"),
+  "half a rank": ({"rank_pattern": (("conv", 1.5),)}, "1.5; expected a whole number"),
   "no target": ({"rank_pattern": (("proj_in", 8),)}, "'proj_in' matches no layer of"),
 }
 

@@ -99,7 +99,7 @@ def size(shape: str) -> list[int]:
   widths = {"pred": 8, "bf16": 16}
   found = []
   for kind, dims in _SHAPE.findall(shape):
-    bits = widths.get(kind) or int(re.match(r"[a-z]+(\d+)", kind)[1])
+    bits = widths.get(kind) or int(re.findall(r"\d+", kind)[0])
     found.append(math.prod(int(d) for d in dims.split(",") if d) * bits // 8)
   return found
 

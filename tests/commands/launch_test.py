@@ -255,7 +255,7 @@ def test_the_page_on_the_first_pod_run_says_what_works(calls):
   for name, line in zip(names, asked):
     if name in parsers:
       parsers[name].parse_arguments(line[1:])
-  categories = [train.parse_arguments(line[1:])[0].category for line in asked[1:8]]
+  categories = [train.parse(line[1:])[0].category for line in asked[1:8]]
   assert sorted(categories) == sorted(CATEGORIES)
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from safetydpo_jax import encode, evaluate, generate, load_lora, merge, train
-from safetydpo_jax.data.cache import records
+from safetydpo_jax.data.cache import batches, records
 from safetydpo_jax.training import checkpoint
 from tests.commands.train_test import assert_same_training, read_metrics
 from tests.support import lookalike, runs
@@ -67,20 +67,20 @@ def wait_for(path, process, seconds=600):
 def test_sigterm_saves_and_says_how_to_go_on(
   tiny_checkpoint, cache, tmp_path, monkeypatch, capsys
 ):
-  def feed(*args, make=train.batches.train_batches, **asked):
+  def feed(*args, make=batches.train_batches, **asked):
     for step, batch in enumerate(make(*args, **asked), start=1):
       if step == 3:
         os.kill(os.getpid(), signal.SIGTERM)
       yield batch
 
-  monkeypatch.setattr(train.batches, "train_batches", feed)
+  monkeypatch.setattr(batches, "train_batches", feed)
   run = tmp_path / "run"
   arguments = runs.train_arguments(tiny_checkpoint, cache, run, "all_single")
   with pytest.raises(SystemExit) as stopped:
     train.main(arguments)
   assert stopped.value.code == checkpoint.PREEMPTED == 143
   printed = capsys.readouterr().out
-  assert "saved at step 3; the same command goes on from there" in printed
+  assert "saved at step 3; the same command resumes from there" in printed
   assert [path.name for path in (run / "checkpoints").glob("[0-9]*")] == ["3"]
   assert [line["step"] for line in read_metrics(run)] == [1, 2, 3]
   assert not (run / "expert.json").exists()

@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from safetydpo_jax import encode, load_lora, load_pipeline, lora, train
+from safetydpo_jax.data.cache import batches
 from safetydpo_jax.errors import InputError, run_command
 from tests.support import lookalike, runs
 from tests.support.checkpoints import save_tiny_checkpoint
@@ -43,7 +44,7 @@ def test_what_the_config_says_of_data_reaches_the_feed(
   def feed(cache, **asked):
     raise Fed(asked)
 
-  monkeypatch.setattr(train.batches, "train_batches", feed)
+  monkeypatch.setattr(batches, "train_batches", feed)
   changes = {"flip": "none", "caption_dropout": 0.5, "mixture": "unsafe"}
   changes |= {"holdout": 0.3, "seed": 7, "steps": 5}
   arguments = runs.train_arguments(tiny_checkpoint, cache, tmp_path / "x", **changes)
@@ -186,9 +187,9 @@ WRONG = {
   "cache missing": ({"cache": "/nowhere"}, "/nowhere"),
   "unknown category": ({"category": "hats"}, "hats"),
   "unknown loss": ({"dpo.loss": "ppo"}, "expected dpo or sft"),
-  "unknown optimizer": ({"optimizer": "sgd"}, "expected 'adamw' or 'adafactor'"),
+  "unknown optimizer": ({"optimizer": "sgd"}, "expected adamw or adafactor"),
   "unknown target": ({"lora.targets": "('to_x',)"}, "'to_x' matches no dense layer"),
-  "unknown remat": ({"remat": "some"}, "remat"),
+  "unknown remat": ({"remat": "some"}, "config.remat is 'some'"),
   "unknown mixture": ({"mixture": "mild"}, "mild"),
   "batch": ({"batch_size": 12}, "expected a multiple of the 8 devices"),
   "accumulation": ({"accumulation": 4}, "set config.accumulation=2"),
@@ -243,12 +244,12 @@ def test_an_output_folder_that_cannot_be_written_is_named(tiny_checkpoint, cache
 
 
 OTHER_RUNS = {
-  "seed": ({"seed": 5}, "was trained with seed=0, this run says 5"),
-  "alpha": ({"lora.alpha": 64.0}, "with lora.alpha=4.0, this run says 64.0"),
-  "β": ({"dpo.beta": 50.0}, "with dpo.beta=5000.0, this run says 50.0"),
-  "flip": ({"flip": "none"}, "with flip=independent, this run says none"),
-  "steps": ({"steps": 10}, "is at step 20 already, config.steps is 10"),
-  "resume off": ({"resume": False}, "holds a run already"),
+  "seed": ({"seed": 5}, "was trained with seed=0, this run has 5"),
+  "alpha": ({"lora.alpha": 64.0}, "with lora.alpha=4.0, this run has 64.0"),
+  "β": ({"dpo.beta": 50.0}, "with dpo.beta=5000.0, this run has 50.0"),
+  "flip": ({"flip": "none"}, "with flip=independent, this run has none"),
+  "steps": ({"steps": 10}, "is already at step 20, config.steps is 10"),
+  "resume off": ({"resume": False}, "already holds a run"),
 }
 
 

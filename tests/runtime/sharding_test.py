@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from configs import base
 from safetydpo_jax import lora
 from safetydpo_jax.data.cache.batches import Batch
 from safetydpo_jax.errors import InputError
@@ -18,6 +17,7 @@ from safetydpo_jax.formats.base_model.pipeline import load_pipeline
 from safetydpo_jax.runtime import sharding
 from safetydpo_jax.training import optimizer
 from safetydpo_jax.training.step import init_state, jit_train_step
+from tests.support.configs import run_config
 
 PAIRS = 16
 COLLECTIVES = (
@@ -39,11 +39,10 @@ def batch():
 
 def compile_step(pipeline, mesh, batch, accumulation):
   """The step of `train` compiled for `mesh`, and its placed arguments."""
-  config = base.get_config()
-  config.accumulation, config.warmup_steps = accumulation, 0
   # The margin is β times a difference of errors near 1: at 500 the rounding of the
   # errors alone is 2e-5 of it, which says nothing of the devices.
-  config.dpo.beta = 50.0
+  changes = {"accumulation": accumulation, "warmup_steps": 0, "dpo.beta": 50.0}
+  config = run_config(**changes)
   tx = optimizer.make_optimizer(config)
   tree = lora.init_lora(jax.random.key(0), pipeline.params["unet"], config.lora.rank)
   # Away from b = 0, where half the gradients vanish.

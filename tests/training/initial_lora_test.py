@@ -1,19 +1,20 @@
 """Training starts fresh, or exactly where a finished LoRA stands."""
 
+import dataclasses
+
 import chex
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
-from configs import base
 from safetydpo_jax import lora
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import load_pipeline
 from safetydpo_jax.formats.loras import expert
 from safetydpo_jax.formats.loras.write import write_diffusers
 from safetydpo_jax.training import initial_lora
+from tests.support.configs import run_config
 from tests.support.twins import random_lora
 
 TARGETS = ("to_q", "conv1")
@@ -35,9 +36,8 @@ def file(tree, tmp_path_factory):
 
 
 def settings(**changes):
-  config = ConfigDict(base.get_config().lora.to_dict())
-  config.update({"rank": 3, "targets": TARGETS, **changes})
-  return config
+  values = {"rank": 3, "targets": TARGETS, **changes}
+  return dataclasses.replace(run_config().lora, **values)
 
 
 def test_without_a_file_the_lora_is_fresh_with_ranks_by_layer(pipeline):
@@ -79,12 +79,15 @@ def test_a_run_of_ours_of_another_base_model_is_refused(pipeline, tree, tmp_path
 
 
 WRONG = {
-  "rank": ({"rank": 4}, r"has rank 3, the config says 4; set lora\.rank and"),
-  "one rank": ({"rank_pattern": (("conv1", 2),)}, "conv1 has rank 3, .* says 2"),
-  "fewer": ({"targets": ("to_q",)}, r"conv1 is adapted there and no layer of lora\.t"),
-  "more": ({"targets": (*TARGETS, "to_v")}, "to_v is a layer of .* not adapted there"),
+  "rank": ({"rank": 4}, r"has rank 3, the config has 4; set lora\.rank and"),
+  "one rank": ({"rank_pattern": (("conv1", 2),)}, "conv1 has rank 3, .* has 2"),
+  "fewer": ({"targets": ("to_q",)}, r"conv1, which is not a layer of lora\.t"),
+  "more": (
+    {"targets": (*TARGETS, "to_v")},
+    "not adapt .*to_v, which is a layer of",
+  ),
   "no file": ({"init": "/nowhere/at/all"}, "there is no LoRA at /nowhere/at/all"),
-  "alpha": ({"alpha": 0.0}, r"lora\.alpha is 0\.0; expected above 0"),
+  "alpha": ({"alpha": 0.0}, r"config\.lora\.alpha is 0\.0; expected above 0"),
   "alphas": ({"alpha_pattern": (("to_v", 1),)}, "'to_v' matches no layer"),
 }
 

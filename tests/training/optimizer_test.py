@@ -1,5 +1,7 @@
 """AdamW and Adafactor step as PyTorch's and transformers' do, warm-up included."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,9 +10,10 @@ import torch
 import transformers
 from diffusers.optimization import get_scheduler
 
-from configs import base
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.training import config as run_configs
 from safetydpo_jax.training import optimizer
+from tests.support.configs import run_config
 
 STEPS = 6
 
@@ -45,10 +48,8 @@ def run_torch(make, clip, warmup_steps, shape=(7, 5)):
 
 @pytest.fixture
 def config():
-  config = base.get_config()
-  config.learning_rate, config.scale_lr, config.warmup_steps = 0.01, False, 3
-  config.weight_decay = 0.1  # large enough to be seen in six steps
-  return config
+  rate = {"learning_rate": 0.01, "scale_lr": False, "warmup_steps": 3}
+  return run_config(**rate, weight_decay=0.1)  # large enough to be seen in six steps
 
 
 def test_adamw_with_clipping_and_warmup_equals_pytorch(config):
@@ -66,7 +67,9 @@ def test_adamw_with_clipping_and_warmup_equals_pytorch(config):
   [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")],
 )
 def test_the_rate_of_every_step_is_diffusers(config, schedule, theirs, warmup_steps):
-  config.schedule, config.warmup_steps, config.steps = schedule, warmup_steps, 10
+  config = dataclasses.replace(
+    config, schedule=schedule, warmup_steps=warmup_steps, steps=10
+  )
   tx = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.01)
   steps = {"num_warmup_steps": warmup_steps, "num_training_steps": config.steps}
   expected = get_scheduler(theirs, tx, **steps)
@@ -78,21 +81,24 @@ def test_the_rate_of_every_step_is_diffusers(config, schedule, theirs, warmup_st
 
 
 def test_the_optimizer_follows_the_schedule(config):
-  config.weight_decay, config.steps = 0.0, STEPS
+  config = dataclasses.replace(config, weight_decay=0.0, steps=STEPS)
   constant = run_optax(config)
-  config.schedule = "linear"
-  assert (run_optax(config) - constant > 1e-3).any()
+  falling = run_optax(dataclasses.replace(config, schedule="linear"))
+  assert (falling - constant > 1e-3).any()
+
+
+def test_there_is_a_rate_for_every_schedule():
+  assert set(optimizer.AFTER_WARMUP) == set(run_configs.SCHEDULES)
 
 
 def test_an_unknown_schedule_is_named(config):
-  config.schedule = "rising"
-  with pytest.raises(InputError, match="'rising'; expected one of constant, linear"):
-    optimizer.make_optimizer(config)
+  with pytest.raises(InputError, match="'rising'; expected constant or linear"):
+    dataclasses.replace(config, schedule="rising")
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (7, 1), (1, 7)])
 def test_adafactor_equals_transformers(config, shape):
-  config.optimizer, config.warmup_steps = "adafactor", 0
+  config = dataclasses.replace(config, optimizer="adafactor", warmup_steps=0)
 
   def make(weights):
     return transformers.optimization.Adafactor(
@@ -104,13 +110,11 @@ def test_adafactor_equals_transformers(config, shape):
 
 
 def test_the_scaled_rate_is_that_of_the_released_launcher():
-  config = base.get_config()
-  assert optimizer.effective_learning_rate(config) == pytest.approx(1.6e-4)
-  config.scale_lr = False
-  assert optimizer.effective_learning_rate(config) == pytest.approx(1e-5)
+  assert optimizer.effective_learning_rate(run_config()) == pytest.approx(1.6e-4)
+  unscaled = run_config(scale_lr=False)
+  assert optimizer.effective_learning_rate(unscaled) == pytest.approx(1e-5)
 
 
 def test_an_unknown_optimizer_is_named(config):
-  config.optimizer = "sgd"
-  with pytest.raises(InputError, match="'sgd'; expected 'adamw' or 'adafactor'"):
-    optimizer.make_optimizer(config)
+  with pytest.raises(InputError, match="'sgd'; expected adamw or adafactor"):
+    dataclasses.replace(config, optimizer="sgd")

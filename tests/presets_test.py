@@ -1,19 +1,17 @@
-"""The faithful preset, number by number, and the categories that share it."""
+"""The presets, number by number, and `configs/`, one file for each of them."""
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import base
-from safetydpo_jax import lora, train
+from safetydpo_jax import lora, presets
 from safetydpo_jax.data.categories import CATEGORIES
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.hub import PRESETS
 from safetydpo_jax.training import optimizer
-from safetydpo_jax.training.config import run_settings
 from tests.support import runs
+from tests.support.configs import run_config
 
 # What the launchers released with SafetyDPO set for SD1.5.
 SD15 = {
@@ -78,14 +76,10 @@ TOY = {
 FILES = {**{category: category for category in CATEGORIES}, "all_single": "all"}
 
 
-def parse(file, *overrides):
-  arguments = [f"--config={runs.ROOT / 'configs' / file}", "--workdir=x", *overrides]
-  return train.parse_arguments(arguments)[0]
-
-
 def numbers(variant):
   """{'dpo.beta': 5000.0, …}: every value of a variant, by its name."""
-  flat = flatten_dict(base.get_config(variant).to_dict(), sep=".")
+  values = presets.get_config(variant=variant).to_dict()
+  flat = flatten_dict(values, sep=".")
   return {name: (value, type(value)) for name, value in flat.items()}
 
 
@@ -106,86 +100,51 @@ def test_a_family_is_trained_with_these_numbers_and_else_as_sd15(family):
 
 
 def test_sdxls_rate_is_the_launchers_as_it_stands():
-  assert optimizer.effective_learning_rate(base.get_config("sdxl")) == 1e-5
+  assert optimizer.effective_learning_rate(run_config("hate", "sdxl")) == 1e-5
 
 
-@pytest.mark.parametrize("variant", base.VARIANTS)
+@pytest.mark.parametrize("variant", presets.VARIANTS)
 def test_every_variant_names_a_model_that_is_known(variant):
-  assert base.get_config(variant).model in PRESETS
-
-
-def test_ranks_of_single_layers_are_given_on_the_command_line():
-  config = parse("hate.py", "--config.lora.rank_pattern=(('conv1', 8), ('to_q', 2))")
-  assert config.lora.rank_pattern == (("conv1", 8), ("to_q", 2))
+  assert presets.get_config(variant=variant).model in PRESETS
 
 
 def test_the_rate_after_scaling_is_the_launchers():
   """1e-5 × batch 4 × accumulation 4 on one GPU."""
-  rate = optimizer.effective_learning_rate(base.get_config("sd15"))
+  rate = optimizer.effective_learning_rate(run_config("hate", "sd15"))
   assert rate == pytest.approx(1.6e-4)
 
 
 def test_the_preset_adapts_the_attention_layers():
-  assert base.get_config("sd15").lora.targets == lora.ATTENTION_TARGETS
+  assert presets.get_config(variant="sd15").lora.targets == lora.ATTENTION_TARGETS
 
 
-@pytest.mark.parametrize("variant", base.VARIANTS)
+@pytest.mark.parametrize("variant", presets.VARIANTS)
 @pytest.mark.parametrize(("file", "category"), FILES.items())
 def test_a_category_changes_the_category_alone(file, category, variant):
   """One LoRA seed for all, among others: factor-level merging needs it."""
   config = importlib.import_module(f"configs.{file}").get_config(variant).to_dict()
-  expected = {**base.get_config(variant).to_dict(), "category": category}
-  assert config == expected
+  assert config == presets.get_config(file, variant).to_dict()
+  every = presets.get_config(variant=variant).to_dict()
+  assert config == {**every, "category": category}
 
 
 def test_there_is_a_config_for_each_category_and_no_other():
   files = {path.stem for path in (runs.ROOT / "configs").glob("[!_]*.py")}
-  assert files == {"base", *FILES}
+  assert files == set(FILES) == set(presets.NAMES)
 
 
 def test_sd15_is_the_default_variant():
-  assert parse("hate.py").to_dict() == parse("hate.py:sd15").to_dict()
+  assert presets.get_config("hate") == presets.get_config("hate", "sd15")
 
 
-def test_values_are_overridden_on_the_command_line():
-  config = parse("hate.py", "--config.dpo.beta=2500", "--config.lora.rank=8")
-  assert (config.dpo.beta, config.lora.rank, config.category) == (2500.0, 8, "hate")
-
-
-def test_an_unknown_variant_is_one_clear_line():
-  with pytest.raises(InputError, match=r"unknown variant 'sd99'; .*sd15") as caught:
-    parse("hate.py:sd99")
+@pytest.mark.parametrize(
+  ("name", "variant", "message"),
+  [
+    ("hats", "sd15", r"'hats'; .*hate, .*all_single"),
+    ("hate", "sd99", r"'sd99'; .*sd15, .*toy"),
+  ],
+)
+def test_what_is_unknown_is_named_with_the_known(name, variant, message):
+  with pytest.raises(InputError, match=message) as caught:
+    presets.get_config(name, variant)
   assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_value_is_one_clear_line():
-  for override, message in (
-    (
-      "batchsize=8",
-      """: no value 'batchsize': Did you mean "batch_size" instead of """,
-    ),
-    ("zzz=1", ": no value zzz"),
-  ):
-    with pytest.raises(InputError) as caught:
-      parse("hate.py", f"--config.{override}")
-    assert message in str(caught.value)
-
-
-def test_an_unknown_config_is_one_clear_line():
-  with pytest.raises(InputError, match=r"there is no .*/nope\.py here; run in the"):
-    parse("nope.py:toy")
-
-
-def test_a_misspelled_name_is_refused_and_not_added():
-  with pytest.raises(InputError, match="bata"):
-    parse("hate.py", "--config.dpo.bata=1")
-
-
-def test_steps_may_change_in_a_run_unless_the_rate_falls_over_them():
-  fingerprint = SimpleNamespace(fingerprint="0")
-  config = base.get_config("sd15")
-  settings = run_settings(config, fingerprint, fingerprint)
-  assert not {"steps", "schedule"} & settings.keys()
-  config.schedule = "cosine"
-  settings = run_settings(config, fingerprint, fingerprint)
-  assert (settings["steps"], settings["schedule"]) == (2000, "cosine")
