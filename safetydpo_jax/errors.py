@@ -1,11 +1,11 @@
 """Bad input is answered with one clear line and a non-zero exit code.
 
 An `InputError` says what is wrong, where, what was expected and what to do. It is
-raised where the problem is seen and printed once, here, without a traceback; every
-other exception is a defect of ours and keeps its traceback.
+raised where the problem is found and printed once, here, without a traceback; any other
+exception is a bug and keeps its traceback.
 
-A process that is one of several must not wait for the others when it ends like this,
-since they may wait for it.
+A process that is one of several must not wait for the others when it fails, since they
+may be waiting for it.
 """
 
 import os
@@ -14,17 +14,17 @@ import threading
 import traceback
 from collections.abc import Callable
 
-# If every host has met the same error they leave together; if not, the others are ended
-# by the coordination service, `hosts.HEARTBEAT_SECONDS` after this one has gone.
+# If all hosts hit the same error they exit together; if not, the coordination service
+# ends the others, `hosts.HEARTBEAT_SECONDS` after this one is gone.
 LEAVE_SECONDS = 10
-# Of a job that broke, perhaps because a host was lost: what JAX's coordination service
-# ends a process with (SIGABRT). Launchers such as xpk start again what ends with 128 or
-# more, and do not start bad input again, which is 1.
+# The exit code of a job that broke, perhaps because a host was lost; JAX's coordination
+# service ends processes with the same (SIGABRT). Launchers such as xpk restart what
+# exits with 128 or more, and do not restart bad input, which is 1.
 BROKEN = 134
 
 
 class InputError(Exception):
-  """Input the user can mend; the message is one line."""
+  """Input that the user can fix; the message is one line."""
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -43,16 +43,16 @@ def run_command(main: Callable[[], None]) -> None:
       raise
     traceback.print_exc()
     print(
-      "error: this process leaves the job, which ends it for all. If another was lost "
-      "first, its log says why; the same command on every host goes on from what is "
-      "complete",
+      "error: this process leaves the job, which ends on every host. If another host "
+      "was lost first, its log says why; run the same command on every host again to "
+      "resume from what is complete",
       file=sys.stderr,
     )
     _leave(BROKEN)
 
 
 def _is_one_of_several() -> bool:
-  jax = sys.modules.get("jax")  # a command without JAX is on its own
+  jax = sys.modules.get("jax")  # a command without JAX is a single process
   return jax is not None and jax.distributed.is_initialized()
 
 
@@ -64,5 +64,5 @@ def _leave(code: int) -> None:
     goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     goodbye.start()
     goodbye.join(LEAVE_SECONDS)
-    os._exit(code)  # what runs at exit would wait for the others
+    os._exit(code)  # exit handlers would wait for the others
   sys.exit(code)

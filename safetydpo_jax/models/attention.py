@@ -24,10 +24,10 @@ from safetydpo_jax.models.layers import Conv, Dense, Dtype, GroupNorm, LayerNorm
 KERNELS = ("auto", "xla", "cudnn", "splash")
 
 # XLA keeps the (l, m) matrix of every head for the backward pass. From this size on it
-# is computed again there instead, for 3 % more arithmetic in a step of SD1.5 at 512.
+# is recomputed there instead, for 3 % more arithmetic in a step of SD1.5 at 512.
 RECOMPUTE_FROM = 1024 * 1024
-# Shortest sequence for the TPU's kernel: 32 × 32 latents. Below, XLA's matrices are
-# small, and 77 tokens of text are no whole block.
+# Shortest sequence for the TPU's kernel: 32 × 32 latents. Below that XLA's matrices are
+# small, and 77 tokens of text do not fill a block.
 SPLASH_FROM = 1024
 
 
@@ -70,9 +70,9 @@ def attend(
   Args:
     q: (n, l, heads, d).
     k, v: (n, m, heads, d).
-    causal: a query sees keys up to its own position only.
-    kernel: one of `KERNELS`, on a mesh of several devices in an `OnMesh`: without it
-      "auto" takes the TPU's kernel on a single device only.
+    causal: a query sees no keys after its own position.
+    kernel: one of `KERNELS`, wrapped in `OnMesh` on a mesh of several devices: without
+      the wrapper "auto" takes the TPU's kernel on a single device only.
 
   Returns:
     (n, l, heads, d), in the type of `q`.

@@ -1,8 +1,8 @@
 """The blocks a UNet is stacked from: one resolution level down, the middle, one up.
 
 Every resnet and transformer block is a unit of rematerialisation: with `remat` the
-backward pass computes it again instead of keeping what is inside. The names of
-parameters do not depend on it.
+backward pass recomputes it instead of keeping its activations. Parameter names do not
+depend on `remat`.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,8 @@ from safetydpo_jax.models.flash import OnMesh
 from safetydpo_jax.models.layers import Downsample, Dtype, ResnetBlock, Upsample
 
 _CHECKPOINT_POLICIES = jax.checkpoint_policies
-# What the backward pass finds stored, apart from the inputs of the blocks. "dots" also
-# keeps convolutions: what is left to recompute is elementwise, and attention's matrix.
+# What is stored for the backward pass besides the inputs of the blocks. "dots" also
+# keeps convolutions, so that only elementwise work and attention's matrix are redone.
 REMAT = {
   "none": None,
   "full": _CHECKPOINT_POLICIES.nothing_saveable,
@@ -40,7 +40,7 @@ class BlockSettings(NamedTuple):
   attention: str | OnMesh
 
   def rematerialised(self, block: type[nn.Module]) -> type[nn.Module]:
-    """`block`, recomputed in the backward pass as far as `remat` says."""
+    """`block`, recomputed in the backward pass as `remat` says."""
     policy = choose(REMAT, self.remat, "UNet", "remat")
     return block if policy is None else nn.remat(block, policy=policy)
 
@@ -115,7 +115,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-  """One level on the way up; `kept` holds one image for every resnet, used from behind.
+  """One level on the way up; `kept` holds one image for every resnet, used last first.
 
   `size` is the next level's (h, w), or None at the last, which does not enlarge.
   """

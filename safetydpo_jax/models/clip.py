@@ -25,8 +25,8 @@ from safetydpo_jax.models import config as config_lib
 from safetydpo_jax.models.attention import attend
 from safetydpo_jax.models.layers import ACTIVATIONS, Dense, Dtype, Embedding, LayerNorm
 
-# transformers' defaults of the fields we read. Its configs repeat every field a model
-# ever had, most without meaning here, so fields we do not read are not refused.
+# transformers' defaults for the fields we read. Its configs repeat every field that a
+# model ever had, most of them meaningless here, so fields we do not read are accepted.
 DEFAULTS = {
   "architectures": ("CLIPTextModel",),
   "vocab_size": 49408,
@@ -203,8 +203,8 @@ class CLIPText(nn.Module):
     )
     x, penultimate = encoder(embeddings(token_ids))
     last = LayerNorm(c.layer_norm_eps, self.dtype, name="final_layer_norm")(x)
-    # 2 is what configs written before 2023 say, wrongly; the end token then is the
-    # highest id. Padding may repeat the end token: the first one counts.
+    # Configs written before 2023 wrongly say 2; the end token is then the highest id.
+    # Padding may repeat the end token: the first one counts.
     if c.eos_token_id == 2:
       end = jnp.argmax(token_ids, axis=-1)
     else:

@@ -1,13 +1,13 @@
-"""What the UNet is conditioned on besides the timestep: text, and for SDXL also sizes.
+"""What the UNet is conditioned on besides the timestep: text, and sizes for SDXL.
 
   context      (n, l, d)   the text encoders' states, see `models/clip.py`
   text_embeds  (n, e)      SDXL: the second encoder's pooled text
   time_ids     (n, 6)      SDXL: original size, crop's corner, target size, (h, w) each
 
 In training the time ids are those of SafetyDPO's SDXL launcher, (R, R, 0, 0, R, R) for
-every image at resolution R, whatever the files' own sizes: these are the values that
-images are generated with, and the images of a pair must share them, since a size that
-differs would tell the preferred one.
+every image at resolution R, whatever size its file has. Images are generated with these
+values, and the images of a pair must share them: a different size would give away which
+one is preferred.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from safetydpo_jax.models import clip
 
 
 def make_time_ids(height: int, width: int) -> list[int]:
-  """SDXL's time ids of an image made at this size: nothing resized, nothing cropped."""
+  """SDXL's time ids of an image made at this size, neither resized nor cropped."""
   return [height, width, 0, 0, height, width]
 
 

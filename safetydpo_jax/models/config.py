@@ -1,8 +1,9 @@
-"""Reading a checkpoint's `config.json`: defaults, and a refusal of what we lack.
+"""Reading a checkpoint's `config.json`: defaults, and refusing what is not implemented.
 
-A field we do not implement changes the network without changing one weight's name, so
-it would give wrong images and no error. Hence each model declares two tables: fields it
-reads, with diffusers' defaults, and fields it accepts at the listed values only.
+A field that is not implemented can change the network without changing the name of any
+weight, so ignoring it would give wrong images and no error. Hence each model declares
+two tables: fields it reads, with diffusers' defaults, and fields it accepts only at the
+listed values.
 """
 
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ def settle(
     what: names the model in errors, for example "UNet".
     defaults: fields the model reads, with the value an absent field has.
     accepted: fields the model does not read, with the values that change nothing.
-    ignored: fields that do not concern the network.
+    ignored: fields that have nothing to do with the network.
 
   Raises:
     InputError: a field has a value that is not implemented.

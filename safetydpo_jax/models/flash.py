@@ -1,12 +1,12 @@
-"""Attention of long sequences on TPU, by the splash kernel that comes with JAX.
+"""Attention over long sequences on TPU, with the splash kernel that comes with JAX.
 
     out = softmax(q kᵀ / √d) v,  block by block: no (l, m) matrix exists     (1)
 
-The kernel is one program for one chip, which the compiler cannot split over a mesh. So
-it runs under `shard_map`, forward and backward each, and every device computes its own
-rows. The backward pass is not left to the transposition of `shard_map`: that would
-add gradients up over the axes that `rows` does not name, and under
-`vmap(spmd_axis_name=…)` just those hold other rows.
+The kernel is a program for one chip, which the compiler cannot split over a mesh. So
+the forward and the backward pass each run under `shard_map`, where every device
+computes its own rows. The backward pass is not left to the transpose of `shard_map`:
+that would sum gradients over the axes that `rows` does not name, and under
+`vmap(spmd_axis_name=…)` exactly those axes hold other rows.
 """
 
 import dataclasses
@@ -60,8 +60,8 @@ def flash(
   """Equation (1) for every head.
 
   Args:
-    q: (n, l, heads, d), l a multiple of 128, d any up to 256: sizes that the chip's
-      lanes do not divide are padded in its registers, and those zeros add nothing.
+    q: (n, l, heads, d), l a multiple of 128, d up to 256: a size that is not a multiple
+      of the chip's lanes is padded in its registers, with zeros that add nothing.
     k, v: (n, m, heads, d), m a multiple of 128.
     place: the mesh, if the step runs on more than one device.
     interpret: compute without a TPU, slowly.

@@ -8,7 +8,7 @@
     out  = conv_out(silu(norm(h)))
 
 The bracket is SDXL's (`addition_embed_type` "text_time"). In the config the field
-`attention_head_dim` means the *number* of heads, for diffusers' historical reasons.
+`attention_head_dim` is the *number* of heads, for historical reasons in diffusers.
 """
 
 from typing import Any

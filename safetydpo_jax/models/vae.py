@@ -199,8 +199,8 @@ class AutoencoderKL(nn.Module):
   def encode(self, images: jax.Array) -> jax.Array:
     """Images (n, H, W, 3) in [-1, 1] → moments (n, h, w, 2c) float32.
 
-    The moments are [mean, logvar], unscaled. A height or width that is no multiple of
-    `pixels_per_latent` is rounded down.
+    The moments are [mean, logvar], unscaled. Heights and widths are rounded down to
+    multiples of `pixels_per_latent`.
     """
     chex.assert_rank(images, 4)
     moments = self.encoder(images)
