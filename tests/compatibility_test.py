@@ -67,7 +67,8 @@ def test_a_run_resumes_and_ends_where_an_uninterrupted_one_did(tmp_path, capsys)
   )
   assert about.keys() == before.keys()
   assert about["config"].keys() == before["config"].keys()
-  assert [json.loads(line)["step"] for line in open(run / "metrics.jsonl")] == [1, 2]
+  lines = (run / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
 def test_a_cache_opens():
@@ -87,11 +88,9 @@ def test_activations_are_not_measured_again(tmp_path, capsys):
   out = copy("merged", tmp_path)
   before = load_lora(str(OLD / "merged"))
   experts = ",".join(str(OLD / "experts" / name) for name in ("hate", "violence"))
-  merge.main(
-    ["--experts", experts, "--method", "co_merge", "--out", str(out)]
-    + ["--model", str(OLD / "model"), "--calibration", str(OLD / "cache")]
-    + ["--pairs", "1", "--timesteps", "100,600"]
-  )
+  line = ["--experts", experts, "--method", "co_merge", "--out", str(out)]
+  line += ["--model", str(OLD / "model"), "--calibration", str(OLD / "cache")]
+  merge.main([*line, "--pairs", "1", "--timesteps", "100,600"])
   assert "0 experts on" in capsys.readouterr().out
   chex.assert_trees_all_equal(load_lora(str(out)), before)
 
@@ -109,10 +108,8 @@ def test_a_folder_of_images_is_complete(tmp_path):
   folder = copy("pairs", tmp_path)
   files = {file: file.stat().st_mtime_ns for file in folder.glob("*.png")}
   assert len(files) == 8
-  generate.main(
-    ["--model", str(OLD / "model"), "--prompts", str(folder / "prompts.csv")]
-    + ["--out", str(folder), "--steps", "3", "--guidance", "4"]
-  )
+  line = ["--model", str(OLD / "model"), "--prompts", str(folder / "prompts.csv")]
+  generate.main([*line, "--out", str(folder), "--steps", "3", "--guidance", "4"])
   assert {file: file.stat().st_mtime_ns for file in files} == files
 
 
