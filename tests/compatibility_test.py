@@ -56,9 +56,9 @@ def test_a_run_resumes_and_ends_where_an_uninterrupted_one_did(tmp_path, capsys)
   train.main([f"--config={CONFIG}:sd15", f"--workdir={run}", *values])
   assert "resume from step 1" in capsys.readouterr().out
   ours, theirs = load_lora(str(run)), load_lora(str(OLD / "experts" / "hate"))
-  # A step moves a weight by the rate, 4e-3. The same bits come out where XLA compiles as
-  # it did then; at the tests' optimization level rounding moves weights by 1 % of a
-  # step, and those of nearly no gradient by a whole one, as Adam divides it by itself.
+  # A step moves a weight by the rate, 4e-3. The same bits come out where XLA compiles
+  # as it did then; at the tests' optimization level rounding moves weights by 1 % of a
+  # step, and those of nearly no gradient by a whole one: Adam divides it by itself.
   pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
   far = np.concatenate([np.abs(a - b).ravel() > 4e-4 for a, b in pairs])
   assert far.mean() < 0.01
