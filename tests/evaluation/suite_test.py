@@ -152,9 +152,9 @@ def test_a_file_and_a_folder_of_one_set_are_refused(tmp_path):
   [(["p4d"], 1, 0), (["unlearn_diff_atk"], 0, 1), (["p4d", "unlearn_diff_atk"], 1, 1)],
 )
 def test_whom_the_attacks_were_made_against_is_said_as_it_is(names, foreign, own):
-  about = {"kind": "attack", "folders": {"images": {"attack": None}}}
+  told = {"kind": "attack", "folders": {"images": {"attack": None}}}
   titles = {name: prompt_sets.BENCHMARKS[name].title for name in names}
-  sets = {name: {**about, "title": title} for name, title in titles.items()}
+  sets = {name: {**told, "title": title} for name, title in titles.items()}
   text = str(page._attacks({"sets": sets})[0])
   assert text.count("made against other models") == foreign
   assert text.count("of UnlearnDiffAtk are the user’s own") == own

@@ -1,10 +1,10 @@
-"""README.md of an export: the hub's model card.
+"""README.md beside an export: the hub's model card.
 
 YAML between two lines of `---` for the hub's search, then Markdown: what it is, how it
 was made (expert.json), how it was measured (evaluate's figures.json), how to use it,
-and notes on licence and content. Nothing is copied unchecked: names and paths may come
-from foreign files, so text is escaped for Markdown and HTML, YAML values are JSON
-strings, and a base model that is a local folder appears with its last name alone.
+and notes on licence and content. Nothing is taken over as it stands: names and paths
+may come from files of others, so text is escaped for Markdown and HTML, YAML values are
+JSON strings, and a base model that is a folder here is called by its last name alone.
 """
 
 import html
@@ -55,19 +55,19 @@ safeguards in place, and measure it on your own prompts before you rely on it.
 
 
 class Export(NamedTuple):
-  """What the card describes.
+  """What the card is about.
 
   Attributes:
     kind: "diffusers", "kohya" or "pipeline".
     file: the LoRA file's name, None for a pipeline.
-    base: the base model as the user named it.
+    base: the base model's name as it was given.
     fingerprint: of its UNet.
     variant: of its files.
     about: expert.json, {} if there is none.
     rank: of the LoRA.
     parameters: of the LoRA.
     dtype: of the numbers.
-    repository: the hub id it is pushed to, or None.
+    repository: hub id it is pushed to, or None.
   """
 
   kind: str
@@ -83,12 +83,12 @@ class Export(NamedTuple):
 
 
 def text(value: Any) -> str:
-  """`value` as one line of Markdown that shows it literally."""
+  """`value` as one line of Markdown that shows it and does nothing else."""
   line = " ".join(str(value).split())
   line = "".join(char for char in line if char.isprintable())
   line = line if len(line) <= 200 else f"{line[:199]}…"
   line = re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", html.escape(line, quote=False))
-  # GitHub and the hub turn bare addresses into links.
+  # GitHub and the hub make links of bare addresses.
   return (
     line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
   )
@@ -103,7 +103,7 @@ def base_name(model: str) -> tuple[str, bool]:
 
 
 def write_card(file: Path, export: Export, figures: str = "") -> None:
-  """Writes README.md; `figures` comes from `read_figures`.
+  """Writes README.md; `figures` is of `read_figures`.
 
   Raises:
     InputError: the card cannot be written.
@@ -194,10 +194,10 @@ def _experts(about: Mapping[str, Any]) -> str:
 
 
 def read_figures(file: Path) -> str:
-  """The card's tables from evaluate's figures.json, see `evaluation/figures.py`.
+  """The card's tables of evaluate's figures.json, see `evaluation/figures.py`.
 
   Raises:
-    InputError: the file is not such a file.
+    InputError: the file is none.
   """
   figures = read_json(file, "figures.json of evaluate")
   try:
@@ -220,8 +220,8 @@ def read_figures(file: Path) -> str:
     detectors = ", ".join(sorted(figures["detectors"]))
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise InputError(
-      f"{file} is not a figures.json of evaluate ({type(error).__name__}: {error}); "
-      "give the one in evaluate's --out"
+      f"{file} is no figures.json of evaluate ({type(error).__name__}: {error}); give "
+      "the one in its --out"
     ) from error
   words = f"Inappropriate images, judged by {text(detectors)}, with 95 % intervals.\n\n"
   head = ("category", "images", "base", "this model")
@@ -241,7 +241,7 @@ def _share(row: Mapping[str, Any] | None) -> str:
 
 
 def _use(export: Export, name: str, on_hub: bool) -> str:
-  """Python that runs as written; strings are quoted by `json.dumps`."""
+  """Python as it works, strings written by `json.dumps`."""
   variant = f", variant={json.dumps(export.variant)}" if export.variant else ""
   place = json.dumps(export.repository or ".")
   if export.kind == "pipeline":
@@ -260,4 +260,4 @@ def _licence(name: str, on_hub: bool) -> str:
   licence = LICENCES.get(name)
   source = f"[{text(name)}](https://huggingface.co/{name})" if on_hub else text(name)
   terms = f" ({licence})" if licence else ""
-  return f"The licence of the base model{terms} applies to this too: {source}.\n\n"
+  return f"The licence of the base model{terms} holds for this too: {source}.\n\n"

@@ -115,7 +115,7 @@ def test_figures_without_a_base_or_an_interval_are_shown(tmp_path):
 )
 def test_a_file_that_holds_no_figures_is_named(figures, tmp_path):
   with pytest.raises(
-    InputError, match=r"figures\.json is not a figures\.json of evaluate"
+    InputError, match=r"figures\.json is no figures\.json of evaluate"
   ):
     card(tmp_path, figures)
 
