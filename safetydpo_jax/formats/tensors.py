@@ -4,8 +4,8 @@ Format (https://github.com/huggingface/safetensors): 8 bytes, little-endian leng
 the header; N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}, offsets
 counted from the header's end; the tensors' bytes, row-major and little-endian.
 
-The library's own numpy reader knows no bfloat16, and its writer holds a whole file in
-memory (10 GB for SDXL) and ignores strides, hence these.
+The library's own numpy reader does not know bfloat16, and its writer holds a whole file
+in memory (10 GB for SDXL) and ignores strides; hence these.
 """
 
 import json
@@ -57,7 +57,7 @@ def open_safetensors(
     header = json.loads(data[8 : 8 + length].tobytes())
     metadata = header.pop("__metadata__", None) or {}
     if not all(isinstance(value, str) for value in metadata.values()):
-      raise ValueError("metadata that is no text")
+      raise ValueError("metadata that is not text")
     body = data[8 + length :]
     tensors = {name: _view(body, name, entry) for name, entry in header.items()}
   except (
@@ -69,7 +69,7 @@ def open_safetensors(
     RecursionError,
   ) as error:
     raise InputError(
-      f"{path} is no readable safetensors file ({error}); fetch it again"
+      f"{path} is not a readable safetensors file ({error}); fetch it again"
     ) from error
   return tensors, metadata
 

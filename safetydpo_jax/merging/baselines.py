@@ -14,7 +14,7 @@ no expert was trained with. With weights w_n and a density d in (0, 1]:
                     and the mean of the T_n of that sign, weighted by |w_n|, is taken
   (6)  dare_ties    (5) with drop in place of top
 
-(3) to (6) are dense, one layer at a time, and come back to rank r as in (2). The a
+(3) to (6) are dense, one layer at a time, and are cut back to rank r as in (2). The a
 (kh, kw, in, r) of a convolution is a matrix (kh·kw·in, r) in all of them.
 
 (5) and (6) are means: the sum of the weights does not matter there. With equal weights
@@ -133,7 +133,7 @@ METHODS: dict[str, Callable[..., dict]] = {
 
 
 def truncate(lora: Tree, ranks: dict[Path, int]) -> dict:
-  """The nearest LoRA whose layers have at most these ranks, both factors alike in size.
+  """The nearest LoRA whose layers have at most these ranks, both factors of equal size.
 
   From the factors alone, without a dense matrix: with a = Q R and bᵀ = Q' R', the
   singular values of a b are those of R R'ᵀ.

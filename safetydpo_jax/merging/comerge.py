@@ -1,4 +1,4 @@
-"""Co-Merge: of each unit, the expert that is most active there.
+"""Co-Merge: for each unit, take the expert that is most active there.
 
 Experts n = 1 … N adapt the same layers, y = x W + (x a_n) b_n. Calibration inputs i are
 noisy latents of pairs of every category, with their captions, at a few timesteps. With
@@ -53,7 +53,7 @@ def factor(
   Args:
     loras: LoRA trees of one structure, one rank and one LoRA seed.
     activations: what `activations.measure` gives.
-    rank: not for this reading: the rank stays.
+    rank: ignored: the experts' rank is kept.
   """
   del rank
   wins = flatten_dict(count_wins(activations))
@@ -89,7 +89,10 @@ def product(
 
 
 METHODS = {"co_merge_factor": factor, "co_merge_product": product}
-PARTS = {"co_merge_factor": "ab", "co_merge_product": "b"}  # whose wins decide
-# What `--method co_merge` is: in the toy world's study it left less than half of the IP
-# that factors left, in each of three seeds less, for one point of utility.
+PARTS = {
+  "co_merge_factor": "ab",
+  "co_merge_product": "b",
+}  # parts of which the wins decide
+# What `--method co_merge` means: in the toy world's study it left less than half of the
+# IP that the factors left, less in each of three seeds, for one point of utility.
 DEFAULT = "co_merge_product"

@@ -20,7 +20,7 @@ def split_scale(text: str) -> tuple[str, float]:
   """`merged:0.7` → ('merged', 0.7); without a number the scale is 1.
 
   Raises:
-    InputError: if the number is not finite.
+    InputError: the number is not finite.
   """
   name, _, number = text.rpartition(":")
   try:
@@ -36,7 +36,7 @@ def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
   """The LoRA tree (scale folded in) and what is known about it.
 
   Args:
-    name: a run or merged directory of ours; a LoRA file in diffusers, PEFT or kohya
+    name: a run directory or merged directory; a LoRA file in diffusers, PEFT or kohya
       naming; or a folder that diffusers, PEFT or our export wrote one in.
 
   Returns:
@@ -44,7 +44,7 @@ def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
     does not say which model it was made for.
 
   Raises:
-    InputError: if there is none, or it is damaged.
+    InputError: there is none, or it is damaged.
   """
   path = Path(name)
   if path.is_file():
@@ -64,7 +64,7 @@ def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
 
 
 def check_fits(name: str, about: dict[str, Any], fingerprint: str) -> None:
-  """Raises `InputError` if LoRA `name` says it was trained on another base model."""
+  """Raises `InputError` if LoRA `name` was trained on another base model."""
   base = about.get("base")
   if base and base["fingerprint"] != fingerprint:
     raise InputError(

@@ -235,5 +235,5 @@ def test_a_cache_of_one_category_is_not_taken_for_another(path):
   cache = records.open_cache(path)
   assert len(cache.select("hate")) > 0
   for category in (None, "violence"):
-    with pytest.raises(InputError, match="holds hate alone"):
+    with pytest.raises(InputError, match="holds only hate"):
       cache.select(category)

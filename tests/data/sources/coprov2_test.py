@@ -115,7 +115,7 @@ def garble(folder):
 
 DAMAGE = {
   "missing": (rename, "has 1 of 2 ArrayRecord files"),
-  "garbage": (garble, "is no ArrayRecord file of coprov2 that can be read"),
+  "garbage": (garble, "is not a readable ArrayRecord file of coprov2"),
 }
 
 

@@ -129,7 +129,7 @@ def cut(file):
 
 DAMAGE = {
   "missing": (unlink, "lacks train-00002-of-00003.parquet"),
-  "truncated": (cut, "train-00002-of-00003.parquet is no readable parquet file"),
+  "truncated": (cut, "train-00002-of-00003.parquet is not a readable parquet file"),
 }
 
 

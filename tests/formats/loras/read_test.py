@@ -226,12 +226,12 @@ HEADERS = {
   "list": ("[]", "no JSON object"),
   "cut": ('{"unet.r"', "no JSON"),
   "deep": ("[" * 100_000, "no JSON"),
-  "patterns": ('{"unet.alpha_pattern": ["to_q"]}', "alpha_pattern is no JSON object"),
+  "patterns": ('{"unet.alpha_pattern": ["to_q"]}', "alpha_pattern is not a JSON object"),
   "endless pattern": (
     '{"unet.alpha_pattern": {"((a+)+)+x": 1}}',
-    "is no simple pattern",
+    "is not a simple pattern",
   ),
-  "broken pattern": ('{"unet.alpha_pattern": {"(to_q": 1}}', "is no pattern"),
+  "broken pattern": ('{"unet.alpha_pattern": {"(to_q": 1}}', "is not a pattern"),
   "moves the base": ('{"unet.init_lora_weights": "pissa_niter_4"}', "base weights"),
 }
 
@@ -265,10 +265,10 @@ LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 FLAT = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 A, B = np.ones((3, 8), np.float32), np.ones((8, 3), np.float32)
 BROKEN = {
-  "no LoRA": ({"unet.conv_in.weight": A}, "is no UNet LoRA tensor"),
-  "no UNet's": ({"unet.blocks.0.lora.down.weight": A}, "is no UNet LoRA tensor"),
-  "a path": ({"unet.../../x.lora.down.weight": A}, "is no UNet LoRA tensor"),
-  "no module": ({f"{FLAT}_x.lora_down.weight": A}, "is no UNet LoRA tensor"),
+  "no LoRA": ({"unet.conv_in.weight": A}, "is not a UNet LoRA tensor"),
+  "no UNet's": ({"unet.blocks.0.lora.down.weight": A}, "is not a UNet LoRA tensor"),
+  "a path": ({"unet.../../x.lora.down.weight": A}, "is not a UNet LoRA tensor"),
+  "no module": ({f"{FLAT}_x.lora_down.weight": A}, "is not a UNet LoRA tensor"),
   "one factor": ({f"{LAYER}.lora.down.weight": A}, "only one of its two factors"),
   "twice": (
     {f"{LAYER}.lora.down.weight": A, f"{LAYER}.lora_A.weight": A},
