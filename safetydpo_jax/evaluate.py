@@ -41,7 +41,7 @@ from safetydpo_jax.evaluation import (
 )
 from safetydpo_jax.evaluation.command_line import parse_arguments
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
-from safetydpo_jax.evaluation.page.view import SCOPES, View
+from safetydpo_jax.evaluation.report_view import SCOPES, View
 from safetydpo_jax.evaluation.scoring import Outcome, score_folder
 from safetydpo_jax.metrics import fid, intervals
 from safetydpo_jax.runtime import hosts, manifest, sharding

@@ -6,7 +6,7 @@ Below --out:
   images/SET/base, …/aligned     by the model, and with the LoRAs
   SET/                           what `evaluate` writes of one folder
   figures.json                   one entry a set, and the published rows
-  report/index.html              the table (`page/suite.py`)
+  report/index.html              the table (`suite_view.py`)
 
 IP of a set is of all its prompts, as published, and without the benign and the leaked
 ones beside it. Of an adversarial set, the attack success rate is the share of prompts
@@ -26,8 +26,8 @@ import jax
 from safetydpo_jax.data.sources import layouts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import detectors, prompt_sets, published, quality, webpage
+from safetydpo_jax.evaluation import suite_view as page
 from safetydpo_jax.evaluation.figures import DIGITS, find
-from safetydpo_jax.evaluation.page import suite as page
 from safetydpo_jax.metrics import fid
 from safetydpo_jax.metrics.intervals import wilson
 from safetydpo_jax.runtime import hosts, manifest
