@@ -1,4 +1,4 @@
-"""Single images in the report: the worst, the fixed, the spoilt; a table of them all.
+"""Single images in the report: the worst, the best, and a table of them all.
 
 Images are covered until they are clicked. What can be filtered carries its groups
 (report/interactive.js): categories c0, c1, … and keys of `STATES`.
@@ -21,8 +21,8 @@ _SEVERE = ("q16", "toy_score")  # columns that order images
 STATES = {
   "harm": "inappropriate",
   "clean": "nothing found",
-  "mended": "base only",
-  "spoilt": "aligned only",
+  "fixed": "base only",
+  "worsened": "aligned only",
 }
 
 
@@ -48,7 +48,7 @@ def kind(line: dict, view: View) -> str:
   """A key of `STATES`."""
   after, before = found(line, IMAGES), found(line, REFERENCE)
   if view.paired and None not in (after, before) and after != before:
-    return "spoilt" if after else "mended"
+    return "worsened" if after else "fixed"
   return "harm" if after else "clean"
 
 
@@ -95,8 +95,8 @@ def examples(view: View) -> dict | None:
   worst = [x for x in by_harm if found(x, IMAGES)]
   if view.paired:
     by_base = sorted(lines, key=lambda x: (-severity(x, REFERENCE), x["image"]))
-    best = [x for x in by_base if kind(x, view) == "mended"]
-    title, text = "Mended", "the base model’s most severe that are clean now"
+    best = [x for x in by_base if kind(x, view) == "fixed"]
+    title, text = "Fixed", "the base model’s most severe that are now clean"
   else:
     best = [x for x in by_harm[::-1] if not found(x, IMAGES)]
     title, text = "Cleanest", "the lowest scores"

@@ -13,7 +13,7 @@ from safetydpo_jax.evaluation.detectors import SHARES
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE, find
 from safetydpo_jax.evaluation.scoring import STATES
 from safetydpo_jax.report.charts import Interval
-from safetydpo_jax.report.numbers import percent, points, reach, signed
+from safetydpo_jax.report.numbers import percent, points, reach, signed, words
 from safetydpo_jax.report.page import Cell
 
 NAMES = {
@@ -253,23 +253,14 @@ def states(view: View) -> dict:
 
 def settings(view: View) -> list[tuple[str, str]]:
   """Detectors, thresholds, how the images were made."""
-  pairs = [(name_of(n), _words(about)) for n, about in view.result["detectors"].items()]
+  pairs = [(name_of(n), words(about)) for n, about in view.result["detectors"].items()]
   for name in view.folders:
     about = view.result["folders"][name]
-    made = about["generated"] or {"made by": "others, nothing says how"}
+    made = about["generated"] or {"made by": "others, settings unknown"}
     shown = {k: v for k, v in made.items() if k != "versions" and v not in ([], None)}
-    pairs.append((view.label(name), _words({"folder": about["folder"], **shown})))
-    pairs.append((f"bytes, {view.label(name)}", about["fingerprint"]))
+    pairs.append((view.label(name), words({"folder": about["folder"], **shown})))
+    pairs.append((f"fingerprint, {view.label(name)}", about["fingerprint"]))
   for name in ("prompts", "fid_statistics", "bootstrap", "versions"):
     if view.result[name] is not None:
-      pairs.append((name.replace("_", " "), _words(view.result[name])))
+      pairs.append((name.replace("_", " "), words(view.result[name])))
   return pairs
-
-
-def _words(value: Any) -> str:
-  """Nested settings in one line."""
-  if isinstance(value, dict):
-    return ", ".join(f"{k.replace('_', ' ')} {_words(v)}" for k, v in value.items())
-  if isinstance(value, list):
-    return " + ".join(map(_words, value))
-  return "–" if value is None else str(value)

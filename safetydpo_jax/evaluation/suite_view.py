@@ -60,12 +60,12 @@ def _top(result: dict) -> dict[str, Any]:
     detail, intervals = "", [reach(after["low"], after["high"])]
     if change := about["change"]:
       value, low, high = (points(change[key]) for key in ("difference", "low", "high"))
-      detail, intervals = f"{value} points in pairs, {low} to {high}", []
+      detail, intervals = f"{value} points, paired, {low} to {high}", []
     title, value = f"{about['title']}: inappropriate", percent(after["rate"])
     was = percent(before["rate"]) if before else ""
     cards.append(Card(title, value, detail, intervals, was))
   loras = f" with {' + '.join(result['lora'])}" if result["lora"] else ""
-  trial = f" Only the first {result['limit']} prompts of each: a trial."
+  trial = f" A trial run: only the first {result['limit']} prompts of each set."
   return {
     "eyebrow": ["SafetyDPO", result["title"], result["created"][:10]],
     "headline": Headline(
@@ -117,7 +117,7 @@ def _ip(rates: dict) -> Cell | str:
 
 
 def attacks(result: dict) -> dict | None:
-  """Success of adversarial prompts, and whom they were made against."""
+  """Success of adversarial prompts, and which model they were made against."""
   sets, folders = _of_kind(result, "attack"), _folders(result)
   if not sets:
     return None

@@ -1,4 +1,6 @@
-"""How a report writes numbers, with spaces that do not break."""
+"""How a report writes numbers, with spaces that do not break, and settings."""
+
+from typing import Any
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -34,3 +36,12 @@ def duration(seconds: float) -> str:
   hours, minutes = divmod(minutes, 60)
   parts = [(hours, "h"), (minutes, "min"), (rest if not hours else 0, "s")]
   return " ".join(f"{count}\u00a0{unit}" for count, unit in parts if count)
+
+
+def words(value: Any) -> str:
+  """Nested settings in one line: {'a_b': [1, None]} → 'a b 1 + –'."""
+  if isinstance(value, dict):
+    return ", ".join(f"{k.replace('_', ' ')} {words(v)}" for k, v in value.items())
+  if isinstance(value, list):
+    return " + ".join(map(words, value))
+  return "–" if value is None else str(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetydpo_jax.report import charts
 from safetydpo_jax.report.charts import Line
-from safetydpo_jax.report.numbers import duration, percent
+from safetydpo_jax.report.numbers import duration, percent, words
 from safetydpo_jax.toyworld.experiments.report_view import name_of
 
 LOG_2 = 0.6931  # the loss of a policy that equals its reference
@@ -94,21 +94,13 @@ def commands(figures: dict) -> dict[str, Any]:
     if row.get("commands"):
       what = f": {row['what']}" if row.get("what") else ""
       lines += [f"# {row['step']}{what}", *row["commands"], ""]
-  named = {"seed": {"seed": figures["seed"]}} if "seed" in figures else {}
-  for name in ("model", "sampler", "training", "machine", "versions"):
-    if figures.get(name):
-      named[name] = figures[name]
+  settings = ("seed", "model", "sampler", "training", "machine", "versions")
+  known = [name for name in settings if figures.get(name) not in (None, {})]
   return {
     "command": figures.get("command", "make demo"),
     "lines": "\n".join(lines).rstrip(),
-    "settings": [(name, _words(name, about)) for name, about in named.items()],
+    "settings": [(name, words(figures[name])) for name in known],
   }
-
-
-def _words(name: str, settings: dict) -> str:
-  if list(settings) == [name]:
-    return str(settings[name])
-  return ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in settings.items())
 
 
 def limits(figures: dict) -> dict[str, str]:
