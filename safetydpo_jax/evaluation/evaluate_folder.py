@@ -35,7 +35,7 @@ from safetydpo_jax.evaluation import (
 from safetydpo_jax.evaluation.cases import Case
 from safetydpo_jax.evaluation.detectors import Detector, DetectorOptions
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
-from safetydpo_jax.evaluation.page.view import View
+from safetydpo_jax.evaluation.report_view import View
 from safetydpo_jax.evaluation.scoring import Outcome, score_folder
 from safetydpo_jax.metrics import fid, intervals
 from safetydpo_jax.runtime import manifest, sharding

@@ -1,12 +1,10 @@
-"""The report's one script: tables sort by a click on a heading, examples are filtered.
+// The one script of a report: tables sort by a click on a heading, examples are filtered.
+//
+// An element with `data-groups` names the groups of the row or list item that contains
+// it; what has all groups that are chosen in the bars with `data-filter` is shown.
+// Headings become buttons and bars appear here, so that without the script nothing looks
+// as if it worked.
 
-An element with `data-groups` names the groups of the row or list item that it stands
-in; what has all groups that are chosen in the bars with `data-filter` is shown.
-Headings become buttons and bars appear here, so that without the script nothing looks
-as if it worked.
-"""
-
-SCRIPT = """
 const hidden = document.querySelectorAll('[data-filter]');
 const pick = () => {
   const wanted = [...hidden].flatMap(bar => [...bar.querySelectorAll('select')])
@@ -23,7 +21,7 @@ const pick = () => {
 for (const bar of hidden) { bar.hidden = false; bar.addEventListener('change', pick); }
 for (const table of document.querySelectorAll('table.sortable')) {
   const value = (row, column) => {
-    const text = row.cells[column].textContent.replace('\\u2212', '-').trim();
+    const text = row.cells[column].textContent.replace('\u2212', '-').trim();
     const number = parseFloat(text.replace(/,/g, ''));
     return [Number.isNaN(number) ? -Infinity : number, text];
   };
@@ -46,4 +44,3 @@ for (const table of document.querySelectorAll('table.sortable')) {
     });
   });
 }
-"""

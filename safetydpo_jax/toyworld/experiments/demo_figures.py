@@ -1,4 +1,4 @@
-"""figures.json: what the demo measured, and how its report looks things up.
+"""figures.json of the demo: what it measured, and how its report looks things up.
 
   title, date, seed, machine, versions, model, sampler, detector, training
   categories   their names, in order
@@ -23,32 +23,17 @@ from typing import Any
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.report.charts import Interval
-from safetydpo_jax.report.html import percent
 
 _NUMBER = (int, float)
+_ENDS = {"low": _NUMBER, "high": _NUMBER, "n": int}
 # Field → its type; a list of rows names the fields of each row.
 REQUIRED = {
   "categories": list,
   "contenders": list,
-  "rates": {
-    "contender": str,
-    "category": str,
-    "phrasing": str,
-    "count": int,
-    "n": int,
-    "low": _NUMBER,
-    "high": _NUMBER,
-  },
+  "rates": {"contender": str, "category": str, "phrasing": str, "count": int, **_ENDS},
 }
 OPTIONAL = {
-  "utility": {
-    "contender": str,
-    "category": str,
-    "attributes": _NUMBER,
-    "low": _NUMBER,
-    "high": _NUMBER,
-    "n": int,
-  },
+  "utility": {"contender": str, "category": str, "attributes": _NUMBER, **_ENDS},
   "examples": {"category": str, "prompt": str, "images": dict},
   "pairs": {"category": str, "prompt": str, "preferred": str, "dispreferred": str},
   "timings": {"step": str, "seconds": _NUMBER},
@@ -57,7 +42,6 @@ OPTIONAL = {
   ),
 }
 _AGAIN = "run the demo's measurement again"
-_NAMES = {"base": "base model", "self_harm": "self-harm"}
 
 
 def check(figures: Any) -> None:
@@ -94,11 +78,11 @@ def check(figures: Any) -> None:
       )
 
 
-def _check_type(place: str, value: Any, kind: type | tuple[type, ...]) -> None:
+def _check_type(field: str, value: Any, kind: type | tuple[type, ...]) -> None:
   if not isinstance(value, kind) or isinstance(value, bool):
     names = " or ".join(t.__name__ for t in (kind if type(kind) is tuple else (kind,)))
     raise InputError(
-      f"figures.json: {place} is {value!r:.60}; expected {names}; {_AGAIN}"
+      f"figures.json: {field} is {value!r:.60}; expected {names}; {_AGAIN}"
     )
 
 
@@ -109,10 +93,8 @@ def find(rows: Sequence[dict], **fields: Any) -> dict | None:
 
 def overall(figures: dict, what: str, contender: str) -> dict | None:
   """A contender's row of "rates" or "utility" over everything."""
-  fields = {"contender": contender, "category": "all"}
-  if what == "rates":
-    fields["phrasing"] = "all"
-  return find(figures.get(what, []), **fields)
+  fields = {"phrasing": "all"} if what == "rates" else {}
+  return find(figures.get(what, []), contender=contender, category="all", **fields)
 
 
 def before_after(figures: dict, what: str) -> tuple[Interval, Interval] | None:
@@ -128,13 +110,3 @@ def interval(row: dict | None) -> Interval | None:
     return None
   value = row["attributes"] if "attributes" in row else row["count"] / row["n"]
   return Interval(value, row["low"], row["high"])
-
-
-def reach(value: Interval) -> str:
-  """'97.2–99.1 %'."""
-  return f"{100 * value.low:.1f}–{percent(value.high)}"
-
-
-def name_of(word: str) -> str:
-  """A category or contender as the page calls it: 'illegal_activity' with a space."""
-  return _NAMES.get(word, word.replace("_", " "))

@@ -1,7 +1,8 @@
 """The report's verdicts follow the intervals, and stay open where these do."""
 
-from safetydpo_jax.evaluation.page import headline
-from safetydpo_jax.evaluation.page.view import View
+from safetydpo_jax.evaluation import verdicts
+from safetydpo_jax.evaluation.report_view import View
+from safetydpo_jax.report.page import SIGNS
 
 
 def verdict(difference, low, high, score="toy_right"):
@@ -9,13 +10,13 @@ def verdict(difference, low, high, score="toy_right"):
   row = {"score": score, "category": "all", "scope": "all", "low": low, "high": high}
   result = {"changes": [], "score_changes": [{**row, "difference": difference}]}
   result |= {"headline": "all", "benign_scope": "all", "folders": {}, "warnings": []}
-  ((kind, short, reason),) = headline.verdicts(View(result, [], {}))
+  ((kind, short, reason),) = verdicts.verdicts(View(result, [], {}))
   return kind, f"{short}: {reason}"
 
 
 def test_utility_is_judged_where_the_interval_tells_and_left_open_elsewhere():
   kind, text = verdict(-0.16, -0.51, 0.31)
-  assert (kind, headline.SIGNS[kind]) == ("unsettled", "?")
+  assert (kind, SIGNS[kind]) == ("unsettled", "?")
   assert text == (
     "Not settled: scene as asked changes by −16.0 points on the same prompts, interval "
     "−51.0 to +31.0: no loss is shown, none above 2 points ruled out; measure more "
@@ -40,7 +41,7 @@ def test_safety_is_judged_where_the_interval_tells_and_left_open_elsewhere():
     row |= {"only_reference": 3, "only_images": 1, "difference": (low + high) / 2}
     result = {"changes": [row], "score_changes": [], "headline": "all", "folders": {}}
     result["warnings"] = []
-    ((kind, short, _),) = headline.verdicts(View(result, [], {}))
+    ((kind, short, _),) = verdicts.verdicts(View(result, [], {}))
     return kind, short
 
   assert judged(-0.4, -0.01) == ("good", "Safer")
