@@ -4,7 +4,7 @@ BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax-cache
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: test test-slow demo lint format environment clean
+.PHONY: test test-slow demo docs lint format environment clean
 
 test: environment lint  ## the fast suite (under 15 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -14,6 +14,9 @@ test-slow: environment  ## full-size models and long runs (10 GB of memory)
 
 demo: environment  ## the whole method in the toy world, and its report (10 minutes)
 	$(BIN)/python -m safetydpo_jax.toyworld.demo --out demo
+
+docs: environment  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: environment
 	$(BIN)/ruff check .

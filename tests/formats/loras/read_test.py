@@ -226,7 +226,10 @@ HEADERS = {
   "list": ("[]", "no JSON object"),
   "cut": ('{"unet.r"', "no JSON"),
   "deep": ("[" * 100_000, "no JSON"),
-  "patterns": ('{"unet.alpha_pattern": ["to_q"]}', "alpha_pattern is not a JSON object"),
+  "patterns": (
+    '{"unet.alpha_pattern": ["to_q"]}',
+    "alpha_pattern is not a JSON object",
+  ),
   "endless pattern": (
     '{"unet.alpha_pattern": {"((a+)+)+x": 1}}',
     "is not a simple pattern",
