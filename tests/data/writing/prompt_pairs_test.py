@@ -92,8 +92,14 @@ WRONG_CONCEPTS = {
   "no rows": ("concept,category\n", "or no rows"),
   "other columns": ("concept,kind\nx,hate\n", "no columns concept and category"),
   "category": ("concept,category\nx,hate\ny,kindness\n", "line 3: unknown category"),
-  "comma": ("concept,category\nx, y,hate\n", "line 2 does not have the header's 2 fields"),
-  "field missing": ("concept,category\nx\n", "line 2 does not have the header's 2 fields"),
+  "comma": (
+    "concept,category\nx, y,hate\n",
+    "line 2 does not have the header's 2 fields",
+  ),
+  "field missing": (
+    "concept,category\nx\n",
+    "line 2 does not have the header's 2 fields",
+  ),
   "no concept": ("concept,category\n ,hate\n", "line 2: the concept has no letters"),
   "long": (
     f"concept,category\n{'x' * 201},hate\n",

@@ -159,7 +159,9 @@ def test_a_tensor_of_neither_tower_is_named(open_model):
   folder, _, state = open_model
   state["visual.attn_pool.query"] = torch.zeros(3)
   safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
-  with pytest.raises(InputError, match=r"not belong in a CLIP.*visual\.attn_pool\.query"):
+  with pytest.raises(
+    InputError, match=r"not belong in a CLIP.*visual\.attn_pool\.query"
+  ):
     load_clip(folder, towers=["vision"])
 
 
