@@ -17,9 +17,7 @@ import tyro
 from safetydpo_jax.runtime.hosts import Hosts
 
 Options = TypeVar("Options")
-PACKAGE = __package__.partition(".")[0]
-# A flag that may be repeated, or take several values: `--lora A --lora B`.
-Repeated = tyro.conf.UseAppendAction
+PACKAGE = "safetydpo_jax"
 
 
 def parse(

@@ -143,7 +143,7 @@ def test_objects_in_an_array_are_refused(tmp_path):
 @pytest.mark.parametrize("content", [{"a": 1}, [1.0], "text", None, 3])
 def test_what_is_no_array_is_refused(tmp_path, content):
   file = dump(tmp_path / "a.p", content)
-  with pytest.raises(InputError, match="no pickled array"):
+  with pytest.raises(InputError, match="is not a pickled array"):
     pickles.read_array(file)
   with pytest.raises(InputError, match="no PyTorch state dict"):
     pickles.read_tensors(file)

@@ -19,7 +19,7 @@ PAIRS = 6
 SCRIPT = """
 import json, sys
 import tensorflow_datasets as tfds
-from safetydpo_jax.data.coprov2 import Coprov2
+from safetydpo_jax.data.sources.coprov2 import Coprov2
 from safetydpo_jax.data.layouts import read_pairs
 source, out = sys.argv[1:]
 builder = Coprov2(data_dir=out, file_format="array_record")

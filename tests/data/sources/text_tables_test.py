@@ -117,7 +117,7 @@ def test_a_name_is_the_last_part_of_the_path_where_that_is_enough(folder):
 
 
 BAD_ROWS = {
-  "escape upward": ("jpg_0", "../x.jpg", r"line 1: image path '../x.jpg' leaves"),
+  "escape upward": ("jpg_0", "../x.jpg", r"line 1: image path '../x.jpg' leads out of"),
   "escape inside": ("jpg_1", "a/../../x.jpg", "leads out of the dataset's folder"),
   "absolute": ("jpg_0", "/etc/passwd", "leads out of the dataset's folder"),
   "missing image": ("jpg_0", "gone.jpg", r"line 1: image .*gone\.jpg does not exist"),

@@ -223,9 +223,15 @@ HEADERS = {
   "dora": ('{"unet.use_dora": true}', "use_dora, which is not supported"),
   "alpha": ('{"unet.lora_alpha": "four"}', "lora_alpha is 'four'"),
   "infinite": ('{"unet.lora_alpha": 1e999}', "lora_alpha is inf"),
+<<<<<<< .merge_file_csfnlf
   "list": ("[]", "no JSON object"),
   "cut": ('{"unet.r"', "no JSON"),
   "deep": ("[" * 100_000, "no JSON"),
+=======
+  "list": ("[]", "is not a JSON object"),
+  "cut": ('{"unet.r"', "is not JSON"),
+  "deep": ("[" * 100_000, "is not JSON"),
+>>>>>>> .merge_file_7zpcm4
   "patterns": (
     '{"unet.alpha_pattern": ["to_q"]}',
     "alpha_pattern is not a JSON object",
@@ -260,7 +266,7 @@ def test_a_peft_folder_of_another_adapter_is_refused(tiny_checkpoint, tmp_path):
     with pytest.raises(InputError, match=message):
       load_lora(str(tmp_path))
   (tmp_path / "adapter_config.json").write_text("[1]")
-  with pytest.raises(InputError, match="no JSON object"):
+  with pytest.raises(InputError, match="is not a JSON object"):
     load_lora(str(tmp_path))
 
 
@@ -275,7 +281,7 @@ BROKEN = {
   "one factor": ({f"{LAYER}.lora.down.weight": A}, "only one of its two factors"),
   "twice": (
     {f"{LAYER}.lora.down.weight": A, f"{LAYER}.lora_A.weight": A},
-    "twice under two names",
+    "listed twice, under two names",
   ),
   "ranks": (
     {f"{LAYER}.lora.down.weight": A, f"{LAYER}.lora.up.weight": np.ones((8, 2))},
@@ -328,7 +334,7 @@ def test_a_broken_file_is_named(tensors, message, tmp_path):
 
 def test_a_truncated_file_is_named(exported):
   os.truncate(exported, exported.stat().st_size // 2)
-  with pytest.raises(InputError, match="no readable"):
+  with pytest.raises(InputError, match="is not a readable safetensors file"):
     load_lora(str(exported))
 
 
