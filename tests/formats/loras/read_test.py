@@ -223,15 +223,9 @@ HEADERS = {
   "dora": ('{"unet.use_dora": true}', "use_dora, which is not supported"),
   "alpha": ('{"unet.lora_alpha": "four"}', "lora_alpha is 'four'"),
   "infinite": ('{"unet.lora_alpha": 1e999}', "lora_alpha is inf"),
-<<<<<<< .merge_file_csfnlf
-  "list": ("[]", "no JSON object"),
-  "cut": ('{"unet.r"', "no JSON"),
-  "deep": ("[" * 100_000, "no JSON"),
-=======
   "list": ("[]", "is not a JSON object"),
   "cut": ('{"unet.r"', "is not JSON"),
   "deep": ("[" * 100_000, "is not JSON"),
->>>>>>> .merge_file_7zpcm4
   "patterns": (
     '{"unet.alpha_pattern": ["to_q"]}',
     "alpha_pattern is not a JSON object",
