@@ -116,7 +116,7 @@ def evaluate_folder(options: EvaluateOptions) -> dict[str, Any]:
       "file": str(options.prompts),
       "fingerprint": cases.fingerprint(rows),
       "benign": sum(case.benign for case in rows),
-      "leaked": sum(case.leaked for case in rows) if options.train else None,
+      "leaked": sum(bool(case.leaked) for case in rows) if options.train else None,
     },
     "metrics": list(options.detectors.metric_names),
     "detectors": measured.detectors,

@@ -231,8 +231,8 @@ def summarise(result: dict[str, Any], kind: str) -> dict[str, Any]:
       scope: find(result["rates"], **where, scope=scope) for scope in sorted(scopes)
     }
     about: dict[str, Any] = {"ip": ip}
-    if kind == "attack" and ip.get("all"):
-      about["attack"] = attack_success(ip["all"])
+    if kind == "attack" and (everything := ip.get("all")):
+      about["attack"] = attack_success(everything)
     about["scores"] = [
       row
       for row in result["scores"]

@@ -125,10 +125,13 @@ def _cards(view: View) -> list[Card]:
     where = {"score": name, "category": "all", "scope": view.score_scope(name)}
     ends = [find(view.result["scores"], folder=f, **where) for f in view.folders]
     if all(ends):
-      show, detail = "{:.2f}".format, "100 · cosine of image and prompt"
+      means = [row["mean"] for row in ends if row]
       if name in SHARES:
-        show, detail = percent, "of benign prompts"
-      *before, after = (show(row["mean"]) for row in ends)
+        detail, shown = "of benign prompts", [percent(mean) for mean in means]
+      else:
+        detail = "100 · cosine of image and prompt"
+        shown = [f"{mean:.2f}" for mean in means]
+      *before, after = shown
       cards.append(Card(name_of(name), after, detail, (), *before))
   for row in view.result["fid"]:
     what = "real images" if row["against"] == "statistics" else "the base’s images"

@@ -131,7 +131,10 @@ def exposed(model: Nudity, image: np.ndarray | str | os.PathLike) -> Found:
   if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
     raise ValueError(f"expected (h, w, 3) uint8, not {pixels.shape} {pixels.dtype}")
   boxes = model.detector.detect(np.ascontiguousarray(pixels[..., ::-1]))
-  found = [(b["class"], float(b["score"]), tuple(map(int, b["box"]))) for b in boxes]
+  found: Found = []
+  for box in boxes:
+    left, top, width, height = map(int, box["box"])
+    found.append((box["class"], float(box["score"]), (left, top, width, height)))
   return sorted(found, key=lambda box: (-box[1], box))
 
 

@@ -50,7 +50,7 @@ def picture(
   """
   content, image = _read(folder, name)
   kind = "pixels" if pixelated else "photo"
-  return _shown(image, _uri(content, image.format), alt, kind, blurred)
+  return _shown(image, _uri(content, str(image.format)), alt, kind, blurred)
 
 
 def thumbnail(

@@ -93,7 +93,9 @@ def check_same_settings(folder: Folder) -> None:
       f"{foreign} exists already, and {out} has no {MANIFEST} that says what made it; "
       "choose another --out"
     )
-  before = manifest.read_json(plan, "folder of images") if plan else settings
+  if not plan:
+    return
+  before = manifest.read_json(plan, "folder of images")
   for name, value in settings.items():
     if before.get(name) != value:
       raise InputError(
