@@ -4,17 +4,21 @@ The two loaders here are the package's stable Python interface; the commands are
 `python -m safetydpo_jax.<name>`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from safetydpo_jax.formats.base_model.pipeline import Pipeline
+  from safetydpo_jax.lora import LoraTree
 
 
-def load_pipeline(model: str, **options: Any):
-  """A Stable Diffusion checkpoint; see `formats.pipeline.load_pipeline`."""
+def load_pipeline(model: str, **options: Any) -> "Pipeline":
+  """A Stable Diffusion checkpoint; see `formats.base_model.pipeline.load_pipeline`."""
   from safetydpo_jax.formats.base_model import pipeline
 
   return pipeline.load_pipeline(model, **options)
 
 
-def load_lora(lora: str) -> dict:
+def load_lora(lora: str) -> "LoraTree":
   """The LoRA tree of a run directory or a LoRA file, scale folded in; numpy float32.
 
   Raises:
