@@ -140,7 +140,7 @@ def _load(file: BinaryIO) -> Any:
   start = file.tell()
   for operation, argument, _ in pickletools.genops(file):
     # The decoder would make its memo as long as the largest index in it.
-    if "PUT" in operation.name and int(argument) > _MOST:
+    if "PUT" in operation.name and int(argument or 0) > _MOST:
       raise pickle.UnpicklingError("its memo has a huge index")
     if file.tell() - start > _MOST:
       raise pickle.UnpicklingError(f"it is longer than {_MOST} bytes")

@@ -35,14 +35,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from safetydpo_jax import lora as lora_lib
-from safetydpo_jax.lora import Path, Tree
+from safetydpo_jax.lora import LoraTree, Path, Tree
 
 DENSITY = 0.5
 
 Dense = Callable[[np.ndarray, np.ndarray, float, np.random.Generator], np.ndarray]
 
 
-def linear(loras: Sequence[Tree], weights: Sequence[float], **_: Any) -> dict:
+def linear(loras: Sequence[LoraTree], weights: Sequence[float], **_: Any) -> LoraTree:
   """Equation (1): one LoRA whose product is Σ w_n P_n, of rank Σ r_n.
 
   Args:
@@ -53,7 +53,11 @@ def linear(loras: Sequence[Tree], weights: Sequence[float], **_: Any) -> dict:
 
 
 def svd(
-  loras: Sequence[Tree], weights: Sequence[float], *, rank: int | None = None, **_: Any
+  loras: Sequence[LoraTree],
+  weights: Sequence[float],
+  *,
+  rank: int | None = None,
+  **_: Any,
 ) -> dict:
   """Equation (2).
 
@@ -66,7 +70,7 @@ def svd(
 
 def merge_dense(
   combine: Dense,
-  loras: Sequence[Tree],
+  loras: Sequence[LoraTree],
   weights: Sequence[float],
   *,
   rank: int | None = None,
@@ -82,7 +86,7 @@ def merge_dense(
     seed: of what DARE drops; a draw depends on it, the layer's name and the experts'
       order alone.
   """
-  ranks, weights = _ranks(loras, rank), np.asarray(weights, np.float32)
+  ranks, shares = _ranks(loras, rank), np.asarray(weights, np.float32)
   factors = [flatten_dict(lora) for lora in loras]
   merged = {}
   for path, layer_rank in ranks.items():
@@ -94,7 +98,7 @@ def merge_dense(
       if (*path, "a") in f:
         products[n] = _product(f, path)
     rng = np.random.default_rng([seed, zlib.crc32("/".join(path).encode())])
-    dense = combine(products, weights, density, rng)
+    dense = combine(products, shares, density, rng)
     u, s, v = np.linalg.svd(dense, full_matrices=False)
     merged |= _balanced(path, rows, u, s, v, layer_rank)
   return unflatten_dict(merged)

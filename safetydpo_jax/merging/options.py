@@ -26,8 +26,10 @@ Method = Literal[
 ]
 STATISTICS = "statistics"  # the folder in --out, unless --statistics names another
 
-_COMERGE = ("calibration", "statistics", "pairs", "timesteps", "seed", "dtype")
-_COMERGE += ("batch_size", "experts_at_once")
+_COMERGE = (
+  *("calibration", "statistics", "pairs", "timesteps", "seed", "dtype"),
+  *("batch_size", "experts_at_once"),
+)
 OPTIONS: dict[str, tuple[str, ...]] = {
   "linear": ("weights",),
   "svd": ("weights", "rank"),

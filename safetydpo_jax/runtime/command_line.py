@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
+from tyro.conf import UseAppendAction as Repeated  # noqa: F401, for `--lora A --lora B`
 
 from safetydpo_jax.runtime.hosts import Hosts
 

@@ -38,7 +38,7 @@ def tokenize(
     for slot, caption in enumerate(pair.captions)
     if caption is not None
   ]
-  texts = [pairs[number].captions[slot] for number, slot in filled]
+  texts = [str(pairs[number].captions[slot]) for number, slot in filled]
   tokens = np.stack(pipeline.tokenize([*texts, ""]), axis=1)
   ids, empty = tokens[:-1], tokens[-1]
   token_ids = np.zeros((len(pairs), ids.shape[1], len(SLOTS), ids.shape[2]), np.int32)
@@ -124,7 +124,7 @@ def encode_pairs(
     pair_axis = moments.reshape(-1, 2, *moments.shape[1:])
     for row, pair in enumerate(pairs[start // 2 : start // 2 + len(pair_axis)]):
       fault = faults[2 * row] or faults[2 * row + 1]
-      if fault:
+      if fault and skipped is not None:
         skipped[pair.id] = fault
       yield None if fault else pair_axis[row].swapaxes(0, 1)
 

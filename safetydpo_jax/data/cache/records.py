@@ -218,13 +218,13 @@ class PairCache:
     return len(np.unique(examples[:, 0])), len(examples)
 
 
-def open_cache(path: str | os.PathLike) -> PairCache:
+def open_cache(place: str | os.PathLike) -> PairCache:
   """Opens a finished cache; the shards of a URL are copied to this machine first.
 
   Raises:
     InputError: it is unfinished, of another version, or a file is missing or damaged.
   """
-  path = storage.as_path(path)
+  path = storage.as_path(place)
   if (path / PLAN).exists() and not (path / MANIFEST).exists():
     raise InputError(f"{path} is an unfinished pair cache; {AGAIN}")
   about_cache = storage.read_json(path / MANIFEST, "pair cache")

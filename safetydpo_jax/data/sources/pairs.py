@@ -129,15 +129,16 @@ def merge(table: Table, skipped: list[str] | None) -> tuple[list[SourcePair], in
     if lost := [side for side in sides if side not in table.images]:
       report(f"{row.where}: image {table.folder}/{lost[0]} does not exist", skipped)
       continue
-    images = [table.images[side] for side in sides]
+    preferred, dispreferred = (table.images[side] for side in sides)
     texts = tuple(captions[id])
-    short_sides = tuple(short[side] for side in sides)
-    pair = SourcePair(id, *images, texts, tuple(sorted(names)), short_sides)
+    short_sides = (short[sides[0]], short[sides[1]])
+    found = tuple(sorted(names))
+    pair = SourcePair(id, preferred, dispreferred, texts, found, short_sides)
     key = _same_prompts(pair)
     first = pairs.get(keys.setdefault(key, id)) if key else None
     if first:
-      names = sorted(names.union(first.categories))
-      pair = dataclasses.replace(first, categories=tuple(names))
+      both = tuple(sorted(names.union(first.categories)))
+      pair = dataclasses.replace(first, categories=both)
       repeated += sum(caption is not None for caption in texts)
     pairs[pair.id] = pair
   return list(pairs.values()), repeated
@@ -200,7 +201,8 @@ def preferred_side(where: str, label: object) -> int | None:
   """
   if not isinstance(label, int | float | None):
     raise InputError(f"{where}: label_0 is {label!r}, expected a number")
-  return {1: 0, 0: 1}.get(label)
+  sides: dict[Any, int] = {1: 0, 0: 1}
+  return sides.get(label)
 
 
 def _short_names(rows: Sequence[Row]) -> dict[str, str]:

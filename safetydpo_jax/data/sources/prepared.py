@@ -88,7 +88,7 @@ def read_prepared(files: Sequence[epath.Path], skipped: list[str] | None) -> Tab
           images[name] = RecordImage((local,), number, side)
         tags = tuple(tag.decode() for tag in example["categories"])
         rows += [
-          Row(where, *names, slot, caption.decode(), tags)
+          Row(where, names[0], names[1], slot, caption.decode(), tags)
           for slot in SLOTS
           for caption in example["captions"][slot]
         ]

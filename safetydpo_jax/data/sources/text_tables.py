@@ -75,8 +75,8 @@ def read_csv(file: epath.Path) -> Table:
         f"{where}: image {image!r} is neither u_idx_NUMBER_0.jpg nor "
         "s_idx_NUMBER_0.jpg, so its partner is unknown"
       )
-    kind, *number = name.groups()
-    number = (os.path.dirname(image), *map(int, number))
+    kind, *digits = name.groups()
+    number = (os.path.dirname(image), *map(int, digits))
     kinds.setdefault(number, {})[kind] = image
     images.append((where, number, kind, row))
   rows = []

@@ -127,11 +127,10 @@ def read_template(file: Path | None = None) -> Template:
   Raises:
     InputError: the file is not TOML with the two texts, or has other placeholders.
   """
-  if file is None:
-    folder = importlib.resources.files("safetydpo_jax.data.writing")
-    file = folder / "templates" / "pairs.toml"
+  ours = importlib.resources.files(__package__) / "templates" / "pairs.toml"
+  source = ours if file is None else file
   try:
-    with file.open("rb") as opened:
+    with source.open("rb") as opened:
       texts = tomllib.loads(opened.read(_MAX_TEMPLATE).decode())
   except (OSError, ValueError, RecursionError) as error:
     raise InputError(f"{file} is not a readable TOML template: {error}") from error

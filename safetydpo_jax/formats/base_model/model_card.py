@@ -168,9 +168,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _making(export: Export) -> str:
   about = export.about
-  config = about.get("config") if isinstance(about.get("config"), dict) else {}
-  dpo = config.get("dpo") if isinstance(config.get("dpo"), dict) else {}
-  rows = {
+  config: dict[str, Any] = about.get("config") or {}
+  config = config if isinstance(config, dict) else {}
+  dpo = config["dpo"] if isinstance(config.get("dpo"), dict) else {}
+  values = {
     "base": base_name(export.base)[0],
     "base fingerprint": export.fingerprint,
     "method": about.get("method") or ("DPO on a LoRA" if about else None),
@@ -186,7 +187,7 @@ def _making(export: Export) -> str:
     "pairs per step": config.get("batch_size"),
     "data fingerprint": about.get("dataset"),
   }
-  rows = [(name, value) for name, value in rows.items() if value not in (None, "")]
+  rows = [(name, value) for name, value in values.items() if value not in (None, "")]
   return _table(("", ""), rows)
 
 

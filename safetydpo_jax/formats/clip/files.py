@@ -43,8 +43,10 @@ _PREFIXES = {
   "text": ("text_model.", "text_projection."),
 }
 # Outside the towers: the scale, and constants in OpenAI's older files.
-_APART = ("logit_scale", "attn_mask", "input_resolution", "context_length")
-_APART += ("vocab_size",)
+_APART = (
+  *("logit_scale", "attn_mask", "input_resolution", "context_length"),
+  "vocab_size",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +193,7 @@ def _config_and_files(path: Path) -> tuple[dict, list[Path]]:
       f"{' and '.join(_OPEN_CLIP)}"
     )
   config = folder / "open_clip_config.json"
-  model = open_clip.VIT_H_14
+  model: Any = open_clip.VIT_H_14
   if config.is_file():
     content = read_json(config, "OpenCLIP config")
     model = content.get("model_cfg") if isinstance(content, dict) else None
@@ -231,7 +233,7 @@ def _modules(config: dict, folder: Path, dtype: Any) -> dict[str, Any]:
 
 def tower_shapes(module: CLIPVision | CLIPText) -> dict:
   """A tower's parameter tree as `jax.ShapeDtypeStruct`; nothing is computed."""
-  inputs = jnp.zeros((1, 2), jnp.int32)
+  inputs = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   if isinstance(module, CLIPVision):
     size = clip_vision.read_config(module.config).image_size
     inputs = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -263,7 +265,9 @@ def _normalisation(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         )
       break
   try:
-    result = tuple(np.asarray(values, np.float32).reshape(3) for values in (mean, std))
+    return (
+      np.asarray(mean, np.float32).reshape(3),
+      np.asarray(std, np.float32).reshape(3),
+    )
   except (TypeError, ValueError) as error:
     raise InputError(f"{folder / name}: {error}") from error
-  return result

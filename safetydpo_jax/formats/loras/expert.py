@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.lora import Tree
+from safetydpo_jax.lora import LoraTree, Tree
 from safetydpo_jax.runtime import manifest
 
 MANIFEST = "expert.json"
@@ -48,7 +48,7 @@ def write_expert(folder: Path, lora: Tree, about: dict[str, Any]) -> None:
     manifest.write_json(folder / MANIFEST, about)
 
 
-def read_expert(folder: Path) -> tuple[dict, dict[str, Any]]:
+def read_expert(folder: Path) -> tuple[LoraTree, dict[str, Any]]:
   """The LoRA tree as numpy arrays, and what expert.json says.
 
   Raises:
@@ -66,6 +66,6 @@ def read_expert(folder: Path) -> tuple[dict, dict[str, Any]]:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.metadata(folder / "lora").item_metadata.tree
       like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
-      return checkpointer.restore(folder / "lora", like), about
+      return LoraTree(checkpointer.restore(folder / "lora", like)), about
   except (OSError, ValueError, KeyError, AttributeError) as error:
     raise InputError(f"{folder / 'lora'} is not a readable LoRA: {error}") from error

@@ -14,6 +14,7 @@ from safetydpo_jax.formats.loras.read import (
   read_peft_folder,
 )
 from safetydpo_jax.formats.loras.write import FILE_NAME
+from safetydpo_jax.lora import LoraTree
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -32,7 +33,7 @@ def split_scale(text: str) -> tuple[str, float]:
   return name or text, factor
 
 
-def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
+def load_lora(name: str) -> tuple[LoraTree, dict[str, Any]]:
   """The LoRA tree (scale folded in) and what is known about it.
 
   Args:
@@ -48,14 +49,14 @@ def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
   """
   path = Path(name)
   if path.is_file():
-    return read_lora_file(path), {}
+    return LoraTree(read_lora_file(path)), {}
   if (path / expert.MANIFEST).is_file():  # also with an export of it in the folder
     return expert.read_expert(path)
   if (path / PEFT_CONFIG).is_file():
-    return read_peft_folder(path), {}
+    return LoraTree(read_peft_folder(path)), {}
   for file in (path / FILE_NAME, path / kohya.FILE_NAME):
     if file.is_file():
-      return read_lora_file(file), {}
+      return LoraTree(read_lora_file(file)), {}
   if path.is_dir():
     return expert.read_expert(path)
   raise InputError(
@@ -73,7 +74,7 @@ def check_fits(name: str, about: dict[str, Any], fingerprint: str) -> None:
     )
 
 
-def load_loras(names: list[str], pipeline: Pipeline) -> dict:
+def load_loras(names: list[str], pipeline: Pipeline) -> LoraTree:
   """The sum of the named LoRAs, {} without any."""
   trees = []
   for name, factor in map(split_scale, names):
