@@ -1,14 +1,25 @@
 """SafetyDPO in JAX: LoRA safety experts for Stable Diffusion, trained with DPO.
 
 The two loaders here are the package's stable Python interface; the commands are
-`python -m safetydpo_jax.<name>`.
+`safetydpo NAME` or `python -m safetydpo_jax.NAME`. Importing the package does not
+import JAX.
 """
 
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
+
+from safetydpo_jax.runtime import accelerators
 
 if TYPE_CHECKING:
   from safetydpo_jax.formats.base_model.pipeline import Pipeline
   from safetydpo_jax.lora import LoraTree
+
+try:
+  __version__ = metadata.version("safetydpo-jax")
+except metadata.PackageNotFoundError:  # a checkout that is only on the path
+  __version__ = "unknown"
+
+accelerators.choose()
 
 
 def load_pipeline(model: str, **options: Any) -> "Pipeline":
@@ -29,4 +40,4 @@ def load_lora(lora: str) -> "LoraTree":
   return loras.load_lora(lora)[0]
 
 
-__all__ = ["load_lora", "load_pipeline"]
+__all__ = ["__version__", "load_lora", "load_pipeline"]
