@@ -1,4 +1,4 @@
-"""Co-Merge's statistics on disk: activations of each expert, and who won.
+"""Co-Merge's statistics on disk: activations of each expert, and which won.
 
   STATISTICS/<sha256[:16]>.safetensors   one file for each expert, named by its factors:
       <layer path>/a  (inputs, r)        float32, equation (1) of `comerge.py`
@@ -6,12 +6,12 @@
       header: expert (JSON of path, category, sha256 …), calibration (JSON: cache and
       base fingerprints, categories, pairs, timesteps, seed, dtype)
 
-An input takes 0.4 MB for SD1.5 (128 layers, rank 4: 100,352 units); 28 pairs × 4
-timesteps × 2 images, the default, 90 MB an expert. A file serves whatever experts it is
+An input takes 0.4 MB for SD1.5 (128 layers, rank 4: 100,352 units); the default, 28
+pairs × 4 timesteps × 2 images, 90 MB per expert. A file is valid whatever experts it is
 merged with, as long as the calibration is the same.
 
   winners.txt   shares of units won, by part and layer
-  winners.png   the same as a heat map, one row a layer, one column an expert
+  winners.png   the same as a heat map, a row for each layer, a column for each expert
 """
 
 import json
@@ -24,10 +24,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
+from tabulate import tabulate
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.weights import torch_name
 from safetydpo_jax.formats.tensors import open_safetensors
+from safetydpo_jax.lora import Tree
 from safetydpo_jax.runtime import files
 
 TABLE, PICTURE = "winners.txt", "winners.png"
@@ -41,14 +43,14 @@ def file_of(folder: Path, sha256: str) -> Path:
 
 
 def write_activations(
-  folder: Path, activations: Any, about: dict[str, Any], calibration: dict[str, Any]
+  folder: Path, activations: Tree, about: dict[str, Any], calibration: dict[str, Any]
 ) -> None:
   """Writes one expert's activations through a temporary name.
 
   Args:
-    folder: made if it is not there.
+    folder: made if it is missing.
     activations: tree of (inputs, units) float32.
-    about: of the expert; has its sha256.
+    about: the expert's row of expert.json, with its sha256.
     calibration: what decides the inputs.
 
   Raises:
@@ -68,7 +70,7 @@ def write_activations(
 
 
 def read_activations(
-  folder: Path, lora: Any, sha256: str, calibration: dict[str, Any], inputs: int
+  folder: Path, lora: Tree, sha256: str, calibration: dict[str, Any], inputs: int
 ) -> dict | None:
   """One expert's activations, None if they were not measured yet.
 
@@ -92,7 +94,7 @@ def read_activations(
   except (KeyError, TypeError, json.JSONDecodeError):
     same = False
   if not same:
-    raise InputError(f"{file} is no statistics file of this expert; delete it")
+    raise InputError(f"{file} is not a statistics file of this expert; delete it")
   for name, value in calibration.items():
     if before.get(name) != value:
       raise InputError(
@@ -110,7 +112,7 @@ def read_activations(
   return unflatten_dict({tuple(name.split("/")): x for name, x in tensors.items()})
 
 
-def win_shares(wins: Any) -> dict[tuple[str, str], np.ndarray]:
+def win_shares(wins: Tree) -> dict[tuple[str, str], np.ndarray]:
   """{(layer in PyTorch's name, part): share of its units each expert won, (N,)}."""
   shares = {}
   for path, counts in sorted(flatten_dict(wins).items()):
@@ -120,7 +122,7 @@ def win_shares(wins: Any) -> dict[tuple[str, str], np.ndarray]:
 
 
 def write_table(
-  folder: Path, wins: Any, activations: Sequence[Any], labels: Sequence[str]
+  folder: Path, wins: Tree, activations: Sequence[Tree], labels: Sequence[str]
 ) -> str:
   """Writes winners.txt; returns its summary, the lines above the layers.
 
@@ -130,31 +132,36 @@ def write_table(
     activations: of each expert, for the mean activation in the summary.
     labels: a name for each expert.
   """
-  width = max(len(label) for label in labels) + 2
-
-  def line(first, cells):
-    return f"{first:8}" + "".join(f"{cell:>{max(width, 10)}}" for cell in cells)
-
-  summary = [line("", labels)]
-  for part in sorted({path[-1] for path in flatten_dict(wins)}):
+  parts = sorted({path[-1] for path in flatten_dict(wins)})
+  summary = []
+  for part in parts:
     counts = [x for path, x in flatten_dict(wins).items() if path[-1] == part]
     won = sum(np.bincount(x.argmax(0), minlength=len(labels)) for x in counts)
-    summary.append(line(f"{part} won", [f"{100 * x:.1f} %" for x in won / won.sum()]))
+    summary.append([f"{part} won", *_percent(won / won.sum())])
     means = [
       np.mean([x.mean() for path, x in flatten_dict(tree).items() if path[-1] == part])
       for tree in activations
     ]
-    summary.append(line(f"{part} mean", [f"{x:.3g}" for x in means]))
+    summary.append([f"{part} mean", *(f"{mean:.3g}" for mean in means)])
   rows = [
-    line(part, [f"{100 * x:.1f} %" for x in share]) + f"  {layer}"
-    for (layer, part), share in win_shares(wins).items()
+    [part, *_percent(share), layer] for (layer, part), share in win_shares(wins).items()
   ]
-  text = "\n".join([*summary, "", "units won, by layer", *rows, ""])
+  right = ["right"] * len(labels)
+  style = {"tablefmt": "plain", "disable_numparse": True}
+  above = tabulate(summary, ["", *labels], colalign=["left", *right], **style)
+  below = tabulate(
+    rows, ["", *labels, "layer"], colalign=["left", *right, "left"], **style
+  )
+  text = "\n".join([above, "", "units won, by layer", below, ""])
   files.write_text(Path(folder) / TABLE, text)
-  return "\n".join(summary)
+  return above
 
 
-def draw_winners(folder: Path, wins: Any, labels: Sequence[str]) -> None:
+def _percent(shares: np.ndarray) -> list[str]:
+  return [f"{100 * share:.1f} %" for share in shares]
+
+
+def draw_winners(folder: Path, wins: Tree, labels: Sequence[str]) -> None:
   """Writes winners.png: per layer (rows) and part and expert (columns) the share."""
   shares = win_shares(wins)
   layers = sorted({layer for layer, _ in shares})

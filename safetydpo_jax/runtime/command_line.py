@@ -47,6 +47,20 @@ def parse(
   return parsed.options, parsed.hosts
 
 
+def parse_alone(
+  options: type[Options],
+  arguments: Sequence[str] | None,
+  *,
+  command: str,
+  example: str,
+) -> Options:
+  """As `parse`, for a command that one process runs: there are no flags of hosts."""
+  parsed, _ = _read(
+    options, arguments, command, example, overrides=False, several=False
+  )
+  return parsed.options
+
+
 def parse_with_overrides(
   options: type[Options],
   arguments: Sequence[str] | None,
@@ -59,13 +73,11 @@ def parse_with_overrides(
   return parsed.options, parsed.hosts, rest
 
 
-def _read(options, arguments, command, example, *, overrides):
+def _read(options, arguments, command, example, *, overrides, several=True):
+  parts = {"options": options, "hosts": Hosts} if several else {"options": options}
   line = dataclasses.make_dataclass(
     "Line",
-    [
-      ("options", Annotated[options, tyro.conf.arg(name="")]),
-      ("hosts", Annotated[Hosts, tyro.conf.arg(name="")]),
-    ],
+    [(name, Annotated[part, tyro.conf.arg(name="")]) for name, part in parts.items()],
   )
   words = sys.argv[1:] if arguments is None else list(map(str, arguments))
   rest = [word for word in words if overrides and word.startswith("--config.")]

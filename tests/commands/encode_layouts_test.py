@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from safetydpo_jax import encode
-from safetydpo_jax.data.cache import batches, records
+from safetydpo_jax.data.cache import batches, encode_dataset, records
 from safetydpo_jax.errors import InputError
 from tests.support import buckets
 from tests.support.caches import PAIRS, contents, run
@@ -133,7 +133,9 @@ def test_what_was_left_out_is_remembered_over_a_restart(tiny_checkpoint, tmp_pat
 
 def test_what_is_left_out_is_noted_before_the_shard_is_complete(tmp_path):
   """A shard that is there is kept, so a kill in between would lose the note."""
-  made = encode.make_records(tmp_path / "x.arrayrecord", iter(()), (), {"a>b": "gone"})
+  made = encode_dataset.make_records(
+    tmp_path / "x.arrayrecord", iter(()), (), {"a>b": "gone"}
+  )
   assert list(made) == []
   assert [file.name for file in tmp_path.iterdir()] == ["x.skipped.json"]
 
@@ -212,7 +214,6 @@ def test_stats_needs_no_model(cache, tmp_path, capsys):
 @pytest.mark.parametrize(
   "arguments", [[], ["--out", "x"], ["--model", "x"], ["--model", "x", "--stats", "y"]]
 )
-def test_model_and_out_belong_together(arguments, capsys):
-  with pytest.raises(SystemExit):
-    encode.parse_arguments(["--pairs", "x", *arguments])
-  assert "--model and --out are needed together" in capsys.readouterr().err
+def test_model_and_out_belong_together(arguments):
+  with pytest.raises(InputError, match="--model and --out are needed together"):
+    encode.main(["--pairs", "x", *arguments])

@@ -29,7 +29,8 @@ def cache(tiny_checkpoint, dataset, tmp_path_factory):
 KILLED = """
 import os, signal, sys
 from safetydpo_jax import encode
-write = encode.shards.write_shard
+from safetydpo_jax.data.cache import shards
+write = shards.write_shard
 def write_until_killed(file, records):
   def some():
     yield next(records)
@@ -37,7 +38,7 @@ def write_until_killed(file, records):
       os.kill(os.getpid(), signal.SIGKILL)
     yield from records
   write(file, some())
-encode.shards.write_shard = write_until_killed
+shards.write_shard = write_until_killed
 encode.main(sys.argv[1:])
 """
 

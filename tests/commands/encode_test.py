@@ -166,11 +166,11 @@ def test_another_resolution(tiny_checkpoint, dataset, tmp_path):
 
 WRONG = {
   "no dataset": ({"--pairs": "/nowhere/at/all"}, "--pairs /nowhere/at/all does not"),
-  "resolution": ({"--resolution": "17"}, "--resolution 17 is no multiple of 2"),
-  "negative": ({"--resolution": "-16"}, "--resolution -16 is no multiple"),
-  "zero": ({"--resolution": "0"}, "--resolution 0 is no multiple"),
-  "batch": ({"--batch_size": "0"}, "--batch_size is 0, expected 1 or more"),
-  "shards": ({"--shard_size": "0"}, "--shard_size is 0, expected 1 or more"),
+  "resolution": ({"--resolution": "17"}, "--resolution 17 is not a multiple of 2"),
+  "negative": ({"--resolution": "-16"}, "--resolution -16 is not a multiple"),
+  "zero": ({"--resolution": "0"}, "--resolution 0 is not a multiple"),
+  "batch": ({"--batch_size": "0"}, "--batch_size is 0; expected 1 or more"),
+  "shards": ({"--shard_size": "0"}, "--shard_size is 0; expected 1 or more"),
   "category": ({"--category": "rude"}, "unknown category 'rude'; expected one of hate"),
   "absent": (
     {"--category": "self-harm"},
@@ -229,5 +229,5 @@ def test_moments_that_overflow_are_named(
 
 def test_help_shows_an_example(capsys):
   with pytest.raises(SystemExit):
-    encode.parse_arguments(["--help"])
+    encode.main(["--help"])
   assert "python -m safetydpo_jax.encode --model" in capsys.readouterr().out

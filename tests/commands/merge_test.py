@@ -25,7 +25,14 @@ from safetydpo_jax.data import categories
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.loras import expert
 from safetydpo_jax.formats.loras.write import write_diffusers
-from safetydpo_jax.merging import activation_files, activations, baselines, comerge
+from safetydpo_jax.merging import (
+  activation_files,
+  activations,
+  baselines,
+  comerge,
+  merge_experts,
+  options,
+)
 from tests.support import buckets, lookalike, runs
 
 CATEGORIES = ("hate", "sexual", "violence")
@@ -108,10 +115,10 @@ def test_the_default_is_the_mean_and_a_weight_of_1_the_sum(experts, tmp_path):
   assert_same_products(each, baselines.linear(loras, [1, -2, 0.5]))
 
 
-@pytest.mark.parametrize("method", [m for m in merge.OPTIONS if "co_merge" not in m])
+@pytest.mark.parametrize("method", [m for m in options.OPTIONS if "co_merge" not in m])
 def test_every_method_reads_its_options(method, experts, tmp_path):
   values = {"weights": "0.5,1,2", "rank": 3, "density": 0.6, "seed": 5}
-  settings = {name: values[name] for name in merge.OPTIONS[method]}
+  settings = {name: values[name] for name in options.OPTIONS[method]}
   out = run(
     experts, tmp_path / "out", method, *(f"--{k}={v}" for k, v in settings.items())
   )
@@ -257,7 +264,7 @@ def test_merging_again_replaces_the_merge_and_nothing_else(experts, tmp_path):
   (run_folder / "checkpoints").mkdir(parents=True)
   for folder in (experts[2], run_folder):
     before = sorted(folder.rglob("*"))
-    with pytest.raises(InputError, match=rf"--out {folder} holds something else"):
+    with pytest.raises(InputError, match=rf"--out {folder} holds something other"):
       run(experts[:2], folder)
     assert sorted(folder.rglob("*")) == before
   with pytest.raises(InputError, match="is one of the experts"):
@@ -301,7 +308,7 @@ def bad(make_expert, experts, tmp_path_factory):
       r"hate was trained on .*, .*base on another \(0123456789abcdef\)",
     ),
     ("twice", "linear", r"hate and .*twice are the same LoRA; give each expert once"),
-    ("half", "linear", r"half: .* is no LoRA layer, a \(in, r\) and b \(r, out\)"),
+    ("half", "linear", r"half: .* is not a LoRA layer, a \(in, r\) and b \(r, out\)"),
     ("nan", "svd", r"nan: .*/b holds NaN or infinity"),
     ("shape", "linear", r"/b is for \d+ features in .*hate and for 5 in .*safetensors"),
     ("rank", "co_merge_factor", r"hate has rank 2, .*rank rank 3.*co_merge_product"),
@@ -339,7 +346,7 @@ def test_an_unknown_lora_seed_is_a_warning(experts, cache, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("more", "message"),
   [
-    (("linear", "--weights", "1,2"), r"--weights is '1,2'; expected .* 3 with commas"),
+    (("linear", "--weights", "1,2"), r"--weights is '1,2'; expected .* 3 separated"),
     (("linear", "--weights", "1,x,2"), r"--weights is '1,x,2'"),
     (("linear", "--weights", "nan"), r"--weights is 'nan'"),
     (("linear", "--rank", "2"), r"linear does not read --rank; .*svd, ties"),
@@ -419,8 +426,8 @@ def test_activations_that_are_not_finite_decide_nothing(
 
   out = tmp_path / "out"
   fake = types.SimpleNamespace(measure=measure)
-  monkeypatch.setattr(merge, "activations", fake)
-  with pytest.raises(InputError, match=r"sexual on .*are not finite; take --dtype"):
+  monkeypatch.setattr(merge_experts, "activations", fake)
+  with pytest.raises(InputError, match=r"sexual on .*are not finite; use --dtype"):
     run(experts[:2], out, "co_merge", "--calibration", cache, *CO_MERGE)
   assert not (out / "expert.json").exists()
 

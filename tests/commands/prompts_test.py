@@ -13,6 +13,7 @@ import time
 import pytest
 
 from safetydpo_jax import encode, generate, prompts
+from safetydpo_jax.data.writing import write_prompts
 from safetydpo_jax.data.writing.endpoint import Endpoint
 from safetydpo_jax.errors import InputError
 from tests.support.llm_server import FAULTS, make_pairs, pairs_json, serve
@@ -44,7 +45,8 @@ def command(server, tmp_path):
 @pytest.fixture
 def run(command, monkeypatch, tmp_path):
   """Runs the command with short waits; returns the CSV's rows."""
-  monkeypatch.setattr(prompts, "Endpoint", functools.partial(Endpoint, first_wait=0.01))
+  impatient = functools.partial(Endpoint, first_wait=0.01)
+  monkeypatch.setattr(write_prompts, "Endpoint", impatient)
 
   def run(*more, out="p.csv", **options):
     prompts.main(command(*more, out=out, **options))
@@ -274,7 +276,7 @@ def test_the_same_command_again_asks_nothing_and_writes_the_same(run, server, tm
 def test_other_settings_do_not_go_on(run, server, name, value):
   run()
   with pytest.raises(
-    InputError, match=f"was begun with {name} .* choose another --out"
+    InputError, match=f"was started with {name} .* choose another --out"
   ):
     run(f"--{name}", value)
   assert len(server.requests) == 8
@@ -381,6 +383,10 @@ def test_generate_renders_the_pairs_and_encode_reads_them(
 def test_no_thread_is_left_over(run):
   run()
   deadline = time.monotonic() + 2
-  while any("Timer" in t.name or "Pool" in t.name for t in threading.enumerate()):
+  while any(
+    name in thread.name
+    for thread in threading.enumerate()
+    for name in ("Timer", "Pool", "asyncio")
+  ):
     assert time.monotonic() < deadline
     time.sleep(0.01)

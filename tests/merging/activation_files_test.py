@@ -67,7 +67,7 @@ def test_another_calibration_is_refused(changes, message, tmp_path):
 def test_a_file_under_a_wrong_name_is_refused(tmp_path):
   """Sixteen digits name the file, all of them decide."""
   write(tmp_path)
-  with pytest.raises(InputError, match="is no statistics file of this expert"):
+  with pytest.raises(InputError, match="is not a statistics file of this expert"):
     read(tmp_path, sha=SHA[:-1] + "0")
 
 

@@ -57,6 +57,13 @@ def test_hosts_have_flags_of_their_own():
   assert hosts == Hosts(None, 2, 1)
 
 
+def test_a_command_of_one_process_has_no_flags_of_hosts(capsys):
+  assert command_line.parse_alone(Options, LEAST, **ABOUT) == Options("toy", Path("x"))
+  with pytest.raises(SystemExit):
+    command_line.parse_alone(Options, [*LEAST, "--process_id=1"], **ABOUT)
+  assert "process_id" in capsys.readouterr().err
+
+
 def test_a_value_out_of_range_is_one_line_from_a_line_and_from_python():
   for make in (lambda: parse("--steps=0"), lambda: Options("toy", Path("x"), steps=0)):
     with pytest.raises(InputError, match=r"--steps is 0; expected 1 or more"):

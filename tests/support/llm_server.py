@@ -47,6 +47,16 @@ def drip(handler, _):
   """One byte now and then: every read succeeds, and there is no end."""
   handler.send_response(200)
   handler.end_headers()
+  send_spaces(handler)
+
+
+def drip_headers(handler, _):
+  """The same, in the middle of a header line."""
+  handler.wfile.write(b"HTTP/1.1 200 OK\r\nServer: slow")
+  send_spaces(handler)
+
+
+def send_spaces(handler):
   with contextlib.suppress(OSError):
     while not handler.server.closing.wait(0.05):
       handler.wfile.write(b" ")
@@ -100,6 +110,7 @@ FAULTS = {
   "close early": close_early,
   "silent": silent,
   "drip": drip,
+  "drip headers": drip_headers,
   "huge": huge,
   "not HTTP": lambda h, _: h.wfile.write(b"220 mail ready\r\n"),
 }
@@ -167,9 +178,11 @@ class Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serve():
-  """A server for the time of a `with` block."""
+def serve(tls=None):
+  """A server for the time of a `with` block; `tls` is an `ssl.SSLContext`."""
   with Server() as server:
+    if tls:
+      server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server

@@ -1,9 +1,10 @@
 """Answers of a language model on disk, and what follows from them.
 
-A concept is asked for in rounds. Round 0 asks for all its pairs, some at a time; each
-further round for those still missing after what failed, was invalid or stood there
-before. A round is planned from the answers of the rounds before it, and answers count
-in the order of their places; so the order in which they arrive decides nothing.
+A concept is asked for in rounds. Round 0 asks for all its pairs, a few per request;
+each later round asks for those still missing because they failed, were invalid or
+repeated others. A round is planned from the answers of the rounds before it, and
+answers count in the order of their requests; so the order in which they arrive decides
+nothing.
 
 The file is JSON lines, the first of them what decides the answers:
 
@@ -11,7 +12,7 @@ The file is JSON lines, the first of them what decides the answers:
   {"round": 0, "concept": 3, "part": 1, "count": 10, "pairs": [["unsafe", "safe"], …]}
 
 `count` pairs were asked for; those missing from `pairs` were missing from the answer or
-invalid. Lines are appended and flushed to the disk. A last line without its end was cut
+invalid. Lines are appended and flushed to disk. A last line without a line end was cut
 short by a kill and is dropped.
 """
 
@@ -30,8 +31,8 @@ from safetydpo_jax.errors import InputError
 _BEGINNING = b'{"settings": '
 
 
-class Place(NamedTuple):
-  """Which request: its round, the concept's number in the list, its part."""
+class Request(NamedTuple):
+  """One request: its round, the concept's number in the list, its part."""
 
   round: int
   concept: int
@@ -54,7 +55,7 @@ class Selection(NamedTuple):
 
 
 def select_pairs(
-  concepts: Sequence[Concept], answers: Mapping[Place, Answer], per_concept: int
+  concepts: Sequence[Concept], answers: Mapping[Request, Answer], per_concept: int
 ) -> Selection:
   """The first `per_concept` pairs of each concept in which no prompt is repeated.
 
@@ -64,10 +65,10 @@ def select_pairs(
   seen: set[str] = set()
   pairs: list[list[PromptPair]] = [[] for _ in concepts]
   duplicates = unused = 0
-  for place in sorted(answers):
-    mine = pairs[place.concept]
-    concept, category = concepts[place.concept]
-    for unsafe, safe in answers[place].pairs:
+  for request in sorted(answers):
+    mine = pairs[request.concept]
+    concept, category = concepts[request.concept]
+    for unsafe, safe in answers[request].pairs:
       keys = {prompt_pairs.key(unsafe), prompt_pairs.key(safe)}
       if keys & seen:
         duplicates += 1
@@ -79,15 +80,30 @@ def select_pairs(
   return Selection(pairs, duplicates, unused)
 
 
+def count_pairs(
+  answers: Mapping[Request, Answer], selection: Selection, failed: int
+) -> dict[str, int]:
+  """What became of the pairs that were asked for."""
+  asked = sum(answer.count for answer in answers.values())
+  return {
+    "asked": asked + failed,
+    "accepted": sum(map(len, selection.pairs)),
+    "duplicates": selection.duplicates,
+    "invalid": asked - sum(len(answer.pairs) for answer in answers.values()),
+    "failed": failed,
+    "unused": selection.unused,
+  }
+
+
 def plan_round(
   number: int,
   concepts: Sequence[Concept],
-  answers: Mapping[Place, Answer],
+  answers: Mapping[Request, Answer],
   per_concept: int,
   per_request: int,
-) -> dict[Place, int]:
+) -> dict[Request, int]:
   """The requests that round `number` still has to send, and their counts of pairs."""
-  before = {place: a for place, a in answers.items() if place.round < number}
+  before = {request: a for request, a in answers.items() if request.round < number}
   then = select_pairs(concepts, before, per_concept).pairs
   now = select_pairs(concepts, answers, per_concept).pairs
   requests = {}
@@ -96,38 +112,38 @@ def plan_round(
       continue
     missing = per_concept - len(then[index])
     for part, start in enumerate(range(0, missing, per_request)):
-      place = Place(number, index, part)
-      if place not in answers:
-        requests[place] = min(per_request, missing - start)
+      request = Request(number, index, part)
+      if request not in answers:
+        requests[request] = min(per_request, missing - start)
   return requests
 
 
 class AnswerFile:
   """The answers so far; `add` saves one more."""
 
-  def __init__(self, file: Path, lines: BinaryIO, answers: dict[Place, Answer]):
+  def __init__(self, file: Path, lines: BinaryIO, answers: dict[Request, Answer]):
     self.file, self.answers, self._lines = file, answers, lines
 
-  def add(self, place: Place, answer: Answer) -> None:
-    """Appends an answer; when this returns it is on the disk."""
-    _append(self.file, self._lines, {**place._asdict(), **answer._asdict()})
-    self.answers[place] = answer
+  def add(self, request: Request, answer: Answer) -> None:
+    """Appends an answer; it is on disk when this returns."""
+    _append(self.file, self._lines, {**request._asdict(), **answer._asdict()})
+    self.answers[request] = answer
 
 
 @contextlib.contextmanager
 def open_answers(
   file: Path, settings: dict[str, Any], num_concepts: int
 ) -> Iterator[AnswerFile]:
-  """Opens a file of answers, or begins one.
+  """Opens a file of answers, or starts one.
 
   Args:
-    file: its folder is made.
-    settings: what decides the answers, as JSON has it.
+    file: its folder is made if it is missing.
+    settings: what decides the answers, as JSON holds it.
     num_concepts: how many there are.
 
   Raises:
-    InputError: the file was begun with other settings, is damaged, is being written by
-      another process, or cannot be written.
+    InputError: the file was started with other settings, is damaged, is being written
+      by another process, or cannot be written.
   """
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,12 +162,12 @@ def open_answers(
       _check_settings(file, first, settings)
     if cut_short:
       lines.truncate(lines.tell() - len(cut_short))
-    answers: dict[Place, Answer] = {}
+    answers: dict[Request, Answer] = {}
     if not complete:
       _append(file, lines, {"settings": settings})
     for number, line in enumerate(complete[1:], start=2):
-      place, answer = _read_answer(f"{file} line {number}", line, num_concepts)
-      answers[place] = answer
+      request, answer = _read_answer(f"{file} line {number}", line, num_concepts)
+      answers[request] = answer
     yield AnswerFile(file, lines, answers)
 
 
@@ -170,27 +186,30 @@ def _check_settings(file: Path, line: bytes, settings: dict[str, Any]) -> None:
     before = dict(json.loads(line)["settings"])
   except (ValueError, KeyError, TypeError, RecursionError):
     raise InputError(
-      f"{file} line 1 holds no settings; it is none of our files, choose another --out"
+      f"{file} line 1 holds no settings: it was not written by this command; choose "
+      "another --out"
     ) from None
   for name in (*settings, *before):
     if before.get(name) != settings.get(name):
       raise InputError(
-        f"{file} was begun with {name} {before.get(name)!r}, now it is "
+        f"{file} was started with {name} {before.get(name)!r}, now it is "
         f"{settings.get(name)!r}; choose another --out, or delete it"
       )
 
 
-def _read_answer(where: str, line: bytes, num_concepts: int) -> tuple[Place, Answer]:
+def _read_answer(where: str, line: bytes, num_concepts: int) -> tuple[Request, Answer]:
   try:
     content = json.loads(line)
-    place = Place(*(content[name] for name in Place._fields))
+    request = Request(*(content[name] for name in Request._fields))
     count, pairs = content["count"], content["pairs"]
     pairs = [(unsafe, safe) for unsafe, safe in pairs]
-    whole = all(type(number) is int and number >= 0 for number in (*place, count))
-    fits = place.concept < num_concepts and len(pairs) <= count
+    whole = all(type(number) is int and number >= 0 for number in (*request, count))
+    fits = request.concept < num_concepts and len(pairs) <= count
     valid = all(prompt_pairs.is_pair({"unsafe": u, "safe": s}) for u, s in pairs)
   except (ValueError, KeyError, TypeError, RecursionError):
     whole = fits = valid = False
   if not (whole and fits and valid):
-    raise InputError(f"{where} is no answer to one of these requests; delete the line")
-  return place, Answer(count, pairs)
+    raise InputError(
+      f"{where} is not an answer to one of these requests; delete the line"
+    )
+  return request, Answer(count, pairs)

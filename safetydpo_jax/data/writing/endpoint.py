@@ -4,39 +4,41 @@
   {"model", "messages": [{"role", "content"}], "temperature", "seed", …}
   → {"choices": [{"message": {"content": "…"}, "finish_reason": "stop"}]}
 
-(https://platform.openai.com/docs/api-reference/chat). Attempts are min(60, 2^n) s
-apart, shortened at random by up to a half so that clients do not return together, or
-Retry-After where that is longer.
+(https://platform.openai.com/docs/api-reference/chat), over httpx2. Attempts are
+min(60, 2^n) s apart, shortened at random by up to a half so that clients do not return
+together, or Retry-After where that is longer.
 
-Requests go to the given host and nowhere else: no redirect is followed, no proxy of the
-environment is used. What the host sends is read up to a limit of bytes and seconds.
+Requests go to the given host and nowhere else: no redirect is followed, and neither a
+proxy nor a password of the environment is used. A reply has a limit of bytes, and of
+seconds from the connection to its last byte.
 """
 
+import asyncio
 import collections
 import contextlib
 import email.utils
-import http.client
 import json
 import random
-import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from safetydpo_jax.errors import InputError
 
+if TYPE_CHECKING:
+  import httpx2
+
 MAX_BYTES = 4 * 2**20  # of a reply; ten pairs of prompts are about 4 kB
 LONGEST_WAIT = 60.0  # seconds of our own back-off
-LONGEST_RETRY_AFTER = 300.0  # a host that asks for more is given up on
+LONGEST_RETRY_AFTER = 300.0  # seconds; the request fails if a host asks for more
 _AGAIN = {408, 409, 425, 429, *range(500, 600)}
-# No other request would fare better; what to do about it.
+# Every other request would meet the same; what to do about it.
 _HOPELESS = {
   **dict.fromkeys(range(300, 400), "give the address it leads to, if you trust it"),
   **dict.fromkeys((401, 403, 407), "give the key's variable with --api_key_env"),
-  **dict.fromkeys((404, 405), "see whether --endpoint and --model are right"),
+  **dict.fromkeys((404, 405), "check --endpoint and --model"),
 }
 _FORMAT_REFUSED = {400, 422}
 
@@ -51,30 +53,46 @@ class RequestFailed(Exception):
   """No valid answer to one request; others may fare better."""
 
 
-def split_url(url: str) -> tuple[type[http.client.HTTPConnection], str, int, str]:
-  """The connection's class, host, port and path of `url`/chat/completions.
+class Reply(NamedTuple):
+  """What the host sent.
+
+  Attributes:
+    status: of HTTP.
+    retry_after: seconds the host asks to wait, 0 if it does not.
+    data: the body; of a redirect, where it leads to.
+  """
+
+  status: int
+  retry_after: float
+  data: bytes
+
+
+def completions_url(url: str) -> str:
+  """`url`/chat/completions, also if `url` ends so already.
 
   Raises:
-    InputError: `url` is no plain http or https address.
+    InputError: `url` is not a plain http or https address.
   """
-  kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
   try:
     parts = urlsplit(url)
-    kind, host = kinds[parts.scheme], parts.hostname or ""
-    port = parts.port or kind.default_port
-    host.encode("idna")  # as the socket will; raises UnicodeError, a ValueError
-    plain = url.isascii() and url.isprintable() and " " not in url
-  except (ValueError, KeyError):
+    host = parts.hostname or ""
+    host.encode("idna")  # raises UnicodeError, a ValueError
+    plain = parts.scheme in ("http", "https") and parts.port != 0
+    plain = plain and url.isascii() and url.isprintable() and " " not in url
+  except ValueError:
     plain = False
   if not plain or not host or parts.query or parts.fragment:
     raise InputError(
-      "--endpoint is no address like http://localhost:8000/v1: expected http or https, "
-      "a host, and neither ? nor #"
+      "--endpoint is not an address like http://localhost:8000/v1: expected http or "
+      "https, a host, and neither ? nor #"
     )
   if "@" in parts.netloc:
-    raise InputError("--endpoint holds a user name or key; use --api_key_env for keys")
+    raise InputError(
+      "--endpoint holds a user name or key; name the variable that holds the key with "
+      "--api_key_env"
+    )
   path = parts.path.rstrip("/").removesuffix("/chat/completions")
-  return kind, host, port, f"{path}/chat/completions"
+  return f"{parts.scheme}://{parts.netloc}{path}/chat/completions"
 
 
 def seconds_to_wait(header: str | None) -> float:
@@ -87,20 +105,33 @@ def seconds_to_wait(header: str | None) -> float:
   return 0.0
 
 
-def read_reply(data: bytes) -> tuple[str, bool]:
-  """The answer's text, and whether it was cut off at the limit of tokens."""
+def read_completion(data: bytes) -> tuple[str, bool]:
+  """The answer's text, and whether it was cut off at the limit of tokens.
+
+  Raises:
+    InvalidAnswer: there is no text.
+  """
   try:
     choice = json.loads(data.decode())["choices"][0]
     text, cut_off = choice["message"]["content"], choice.get("finish_reason")
   except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-    raise InvalidAnswer("the reply is no chat completion in JSON") from None
+    raise InvalidAnswer("the reply is not a chat completion in JSON") from None
   if not isinstance(text, str):
     raise InvalidAnswer("the reply holds no text; the model may have refused")
   return text, cut_off == "length"
 
 
+def untrusted_certificate(error: BaseException | None) -> str | None:
+  """Why TLS refused the host's certificate; None if `error` has another cause."""
+  while error is not None:
+    if isinstance(error, ssl.SSLCertVerificationError):
+      return error.verify_message
+    error = error.__cause__ or error.__context__
+  return None
+
+
 class Endpoint:
-  """One host; `ask` may be called from many threads.
+  """One host; `ask` may run many times at once.
 
   Attributes:
     retries: a Counter of why requests were sent again.
@@ -128,23 +159,30 @@ class Endpoint:
       first_wait: seconds before the second attempt.
 
     Raises:
-      InputError: `url` or `key` cannot be sent.
+      InputError: `url` or `key` cannot be sent, or httpx2 is not installed.
     """
     if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
-      raise InputError("the API key is empty or no printable ASCII; export it anew")
-    self._kind, self._host, self._port, self._path = split_url(url)
+      raise InputError("the API key is empty or not printable ASCII; export it again")
+    self._url = completions_url(url)
+    try:
+      import httpx2
+    except ImportError:
+      raise InputError(
+        'prompts needs httpx2, which is not installed: pip install "safetydpo-jax'
+        '[prompts]"'
+      ) from None
+    self._http = httpx2
+    # Reads SSL_CERT_FILE, which `trust_env=False` would leave out.
+    self._certificates = ssl.create_default_context()
     self._key, self._formats, self._format = key, formats, 0
     self._timeout, self._attempts = timeout, attempts
     self._first_wait = first_wait
-    self._sockets: set[socket.socket] = set()
-    self._stopped = threading.Event()
-    self._lock = threading.Lock()
     self.retries: collections.Counter[str] = collections.Counter()
 
-  def ask(self, body: dict[str, Any], check: Callable[[str], Answer]) -> Answer:
+  async def ask(self, body: dict[str, Any], check: Callable[[str], Answer]) -> Answer:
     """Sends `body` until `check` accepts the answer's text.
 
-    After an invalid answer the request's "seed" goes up by one; else a host that
+    After an invalid answer the request's "seed" goes up by one; otherwise a host that
     honours seeds would repeat itself.
 
     Args:
@@ -153,101 +191,86 @@ class Endpoint:
 
     Raises:
       RequestFailed: this request has no valid answer after all attempts.
-      InputError: no request can have one, for example for want of a key.
+      InputError: no request can have one, for example because a key is missing.
     """
     level, attempt, seed = self._format, 0, body.get("seed", 0)
-    while not self._stopped.is_set():
+    while True:
       trouble, reason, wait = "invalid answer", "", 0.0
       request = {**body, **self._formats[level], "seed": seed}
       try:
-        status, retry_after, data = self._post(json.dumps(request).encode())
-        if status in _FORMAT_REFUSED and level + 1 < len(self._formats):
+        reply = await self._post(json.dumps(request).encode())
+        if reply.status in _FORMAT_REFUSED and level + 1 < len(self._formats):
           level += 1
           continue
-        if status == 200:
+        if reply.status == 200:
           self._format = max(self._format, level)
-          text, cut_off = read_reply(data)
+          text, cut_off = read_completion(reply.data)
           if cut_off:
             trouble = "cut off"
           return check(text)
-        trouble = f"HTTP {status}"
-        reason = self._printable(data)
-        if status in _HOPELESS:
-          place = f"{self._host}:{self._port}{self._path}"
-          advice = _HOPELESS[status]
-          raise InputError(f"{place} answers {trouble} ({reason}); {advice}")
-        if status not in _AGAIN:
-          raise RequestFailed(f"{trouble}: {reason}")
-        if (wait := seconds_to_wait(retry_after)) > LONGEST_RETRY_AFTER:
-          raise RequestFailed(f"{trouble}, asks to wait {wait:.0f} s")
+        trouble, wait = f"HTTP {reply.status}", reply.retry_after
+        reason = self._printable(reply.data)
+        self._check_retriable(reply, trouble, reason)
       except InvalidAnswer as error:
         reason, seed = str(error), (seed + 1) % 2**31
         if trouble == "cut off":
           reason += "; raise --max_tokens or lower --per_request"
-      except ssl.SSLCertVerificationError as error:
-        raise InputError(
-          f"{self._host}: {error.verify_message}; to trust its certificate, give it in "
-          "the environment's SSL_CERT_FILE"
-        ) from error
       except TimeoutError:
         trouble, reason = "time-out", f"no reply in {self._timeout:g} s"
-      except (OSError, http.client.HTTPException) as error:
-        trouble, reason = "connection", type(error).__name__
+      except self._http.TransportError as error:
+        if why := untrusted_certificate(error):
+          raise InputError(
+            f"{self._url}: {why}; to trust its certificate, give it in the "
+            "environment's SSL_CERT_FILE"
+          ) from error
+        trouble, reason = "connection", f"{type(error).__name__} {error}".strip()
       attempt += 1
       if attempt == self._attempts:
         raise RequestFailed(f"{trouble}: {reason}" if reason else trouble)
-      with self._lock:
-        self.retries[trouble] += 1
+      self.retries[trouble] += 1
       own = min(LONGEST_WAIT, self._first_wait * 2.0 ** (attempt - 1))
-      self._stopped.wait(max(wait, own * random.uniform(0.5, 1.0)))
-    raise RequestFailed("stopped")
+      await asyncio.sleep(max(wait, own * random.uniform(0.5, 1.0)))
 
-  def stop(self) -> None:
-    """Ends all requests, now and later; they raise RequestFailed."""
-    self._stopped.set()
-    with self._lock:
-      for sock in self._sockets:
-        _hang_up(sock)
+  def _check_retriable(self, reply: Reply, trouble: str, reason: str) -> None:
+    """Raises if the same request is not worth another attempt."""
+    if reply.status in _HOPELESS:
+      advice = _HOPELESS[reply.status]
+      raise InputError(f"{self._url} answers {trouble} ({reason}); {advice}")
+    if reply.status not in _AGAIN:
+      raise RequestFailed(f"{trouble}: {reason}")
+    if reply.retry_after > LONGEST_RETRY_AFTER:
+      raise RequestFailed(f"{trouble}, asks to wait {reply.retry_after:.0f} s")
 
-  def _post(self, payload: bytes) -> tuple[int, str | None, bytes]:
-    """Status, Retry-After and body of the reply; a redirect's body is its address."""
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+  async def _post(self, payload: bytes) -> Reply:
+    """One request on a connection of its own.
+
+    Raises:
+      TimeoutError: the reply did not end in time.
+      InvalidAnswer: it is too long.
+      httpx2.TransportError: the connection failed.
+    """
+    # Not compressed: a small reply could become a large one.
+    headers = {
+      "Content-Type": "application/json",
+      "Accept": "application/json",
+      "Accept-Encoding": "identity",
+    }
     if self._key:
       headers["Authorization"] = f"Bearer {self._key}"
-    connection = self._kind(self._host, self._port, timeout=self._timeout)
-    with contextlib.closing(connection):
-      connection.connect()
-      # The socket's time-out is for one packet; a host may send one byte a second.
-      sock, expired = connection.sock, threading.Event()
-      timer = threading.Timer(self._timeout, lambda: (expired.set(), _hang_up(sock)))
-      timer.daemon = True
-      timer.start()
-      with self._lock:
-        self._sockets.add(sock)
-      try:
-        if self._stopped.is_set():  # `stop` has not seen this socket
-          raise ConnectionAbortedError
-        connection.request("POST", self._path, payload, headers)
-        response = connection.getresponse()
-        with response:
-          data = response.read(MAX_BYTES + 1)
-          if not expired.is_set() and len(data) <= MAX_BYTES and response.length:
-            raise http.client.IncompleteRead(data, response.length)
-      except (OSError, http.client.HTTPException):
-        if expired.is_set():
-          raise TimeoutError from None
-        raise
-      finally:
-        timer.cancel()
-        with self._lock:
-          self._sockets.discard(sock)
-    if expired.is_set():  # what was read ends where the line was cut
-      raise TimeoutError
-    if len(data) > MAX_BYTES:
-      raise InvalidAnswer(f"the reply has more than {MAX_BYTES} bytes")
-    if 300 <= response.status < 400:
-      data = f"redirect to {response.headers.get('Location')}".encode()
-    return response.status, response.headers.get("Retry-After"), data
+    client = self._http.AsyncClient(
+      verify=self._certificates, trust_env=False, follow_redirects=False, timeout=None
+    )
+    # httpx's time-outs are for one packet; a host may send one byte a second.
+    async with (
+      asyncio.timeout(self._timeout),
+      client,
+      client.stream("POST", self._url, content=payload, headers=headers) as response,
+    ):
+      data = await _read(response)
+      if 300 <= response.status_code < 400:
+        data = f"redirect to {response.headers.get('Location')}".encode()
+      retry_after = seconds_to_wait(response.headers.get("Retry-After"))
+      return Reply(response.status_code, retry_after, data)
 
   def _printable(self, data: bytes) -> str:
     """The beginning of an error's text, without control characters and the key."""
@@ -259,7 +282,11 @@ class Endpoint:
     return "".join(c if c.isprintable() else " " for c in text)[:200].strip()
 
 
-def _hang_up(sock: socket.socket) -> None:
-  """Wakes a thread that reads from the socket; also below TLS."""
-  with contextlib.suppress(OSError):
-    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+async def _read(response: "httpx2.Response") -> bytes:
+  """The body, up to MAX_BYTES."""
+  data = bytearray()
+  async for part in response.aiter_raw():
+    data += part
+    if len(data) > MAX_BYTES:
+      raise InvalidAnswer(f"the reply has more than {MAX_BYTES} bytes")
+  return bytes(data)

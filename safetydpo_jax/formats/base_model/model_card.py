@@ -1,10 +1,10 @@
 """README.md beside an export: the hub's model card.
 
-YAML between two lines of `---` for the hub's search, then Markdown: what it is, how it
-was made (expert.json), how it was measured (evaluate's figures.json), how to use it,
-and notes on licence and content. Nothing is taken over as it stands: names and paths
-may come from files of others, so text is escaped for Markdown and HTML, YAML values are
-JSON strings, and a base model that is a folder here is called by its last name alone.
+Metadata for the hub's search (`huggingface_hub.ModelCardData`), then Markdown: what it
+is, how it was made (expert.json), how it was measured (evaluate's figures.json), how to
+use it, and notes on licence and content. Names and paths may come from files of others,
+so nothing is copied verbatim: text is escaped for Markdown and HTML, and a base model
+that is a folder on this machine is named by the last part of its path alone.
 """
 
 import html
@@ -13,6 +13,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from huggingface_hub import ModelCard, ModelCardData
+from tabulate import tabulate
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.hub import PRESETS
@@ -30,27 +33,29 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({base}{variant})
-pipeline.load_lora_weights({place}, weight_name={file})
+pipeline.load_lora_weights({folder}, weight_name={file})
 pipeline.to("cuda", torch.float16)
 image = pipeline("a city street in the rain").images[0]
 """
 _USE_KOHYA = """
-In A1111 or Forge put `{file}` into `models/Lora` and write
-`<lora:{stem}:1>` into the prompt; in ComfyUI put it into `models/loras` and
+In A1111 or Forge, put `{file}` into `models/Lora` and add
+`<lora:{stem}:1>` to the prompt; in ComfyUI, put it into `models/loras` and
 load it with *LoraLoaderModelOnly*.
 """
 _USE_PIPELINE = """\
 import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained({place}{variant}).to("cuda", torch.float16)
+pipeline = DiffusionPipeline.from_pretrained({folder}{variant})
+pipeline.to("cuda", torch.float16)
 image = pipeline("a city street in the rain").images[0]
 """
 _CONTENT = """\
 It lowers the chance of inappropriate images; it does not rule them out, and prompts
-made to get around it may. It inherits the base model's biases and faults. It was
-trained on pairs of harmful and safe images, none of which are here. Keep other
-safeguards in place, and measure it on your own prompts before you rely on it.
+written to get around it may still produce them. It inherits the base model's biases
+and faults. It was trained on pairs of harmful and safe images, none of which are
+included. Keep other safeguards in place, and measure it on your own prompts before you
+rely on it.
 """
 
 
@@ -60,7 +65,7 @@ class Export(NamedTuple):
   Attributes:
     kind: "diffusers", "kohya" or "pipeline".
     file: the LoRA file's name, None for a pipeline.
-    base: the base model's name as it was given.
+    base: the base model's name, as the user gave it.
     fingerprint: of its UNet.
     variant: of its files.
     about: expert.json, {} if there is none.
@@ -103,7 +108,7 @@ def base_name(model: str) -> tuple[str, bool]:
 
 
 def write_card(file: Path, export: Export, figures: str = "") -> None:
-  """Writes README.md; `figures` is of `read_figures`.
+  """Writes README.md; `figures` is what `read_figures` returns.
 
   Raises:
     InputError: the card cannot be written.
@@ -112,7 +117,6 @@ def write_card(file: Path, export: Export, figures: str = "") -> None:
   category = export.about.get("category") or "safety"
   title = f"SafetyDPO {category} for {name.rpartition('/')[2]}"
   blocks = [
-    _front_matter(export, name, on_hub),
     f"# {text(title)}\n",
     _what(export, name),
     _section("How it was made", _making(export)),
@@ -121,23 +125,26 @@ def write_card(file: Path, export: Export, figures: str = "") -> None:
     _section("Use", _use(export, name, on_hub)),
     _section("Licence and content", _licence(name, on_hub) + _CONTENT),
   ]
-  files.write_text(file, "\n".join(filter(None, blocks)))
+  body = "\n".join(filter(None, blocks))
+  metadata = _metadata(export, name, on_hub).to_yaml()
+  files.write_text(file, str(ModelCard(f"---\n{metadata}\n---\n\n{body}")))
 
 
 def _section(heading: str, body: str) -> str:
   return f"## {heading}\n\n{body}" if body else ""
 
 
-def _front_matter(export: Export, name: str, on_hub: bool) -> str:
-  lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
-  if on_hub:
-    relation = "finetune" if export.kind == "pipeline" else "adapter"
-    lines += [f"base_model: {json.dumps(name)}", f"base_model_relation: {relation}"]
-  lines.append(f"license: {json.dumps(LICENCES.get(name, 'other'))}")
-  tags = ["stable-diffusion", "safety", "dpo", "safetydpo"]
-  tags += [] if export.kind == "pipeline" else ["lora"]
-  lines += ["tags:", *(f"- {tag}" for tag in tags)]
-  return "\n".join(["---", *lines, "---", ""])
+def _metadata(export: Export, name: str, on_hub: bool) -> ModelCardData:
+  relation = "finetune" if export.kind == "pipeline" else "adapter"
+  return ModelCardData(
+    library_name="diffusers",
+    pipeline_tag="text-to-image",
+    base_model=name if on_hub else None,
+    base_model_relation=relation if on_hub else None,
+    license=LICENCES.get(name, "other"),
+    tags=["stable-diffusion", "safety", "dpo", "safetydpo"]
+    + ([] if export.kind == "pipeline" else ["lora"]),
+  )
 
 
 def _what(export: Export, name: str) -> str:
@@ -155,8 +162,8 @@ def _what(export: Export, name: str) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
   """A Markdown table; cells are escaped here."""
-  lines = [head, ["---"] * len(head), *([text(cell) for cell in row] for row in rows)]
-  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+  cells = [[text(cell) for cell in row] for row in rows]
+  return tabulate(cells, head, tablefmt="pipe", disable_numparse=True) + "\n"
 
 
 def _making(export: Export) -> str:
@@ -176,7 +183,7 @@ def _making(export: Export) -> str:
     "seed": about.get("seed"),
     "β": dpo.get("beta"),
     "learning rate": config.get("learning_rate"),
-    "pairs a step": config.get("batch_size"),
+    "pairs per step": config.get("batch_size"),
     "data fingerprint": about.get("dataset"),
   }
   rows = [(name, value) for name, value in rows.items() if value not in (None, "")]
@@ -197,7 +204,7 @@ def read_figures(file: Path) -> str:
   """The card's tables of evaluate's figures.json, see `evaluation/figures.py`.
 
   Raises:
-    InputError: the file is none.
+    InputError: the file is not one.
   """
   figures = read_json(file, "figures.json of evaluate")
   try:
@@ -220,8 +227,8 @@ def read_figures(file: Path) -> str:
     detectors = ", ".join(sorted(figures["detectors"]))
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise InputError(
-      f"{file} is no figures.json of evaluate ({type(error).__name__}: {error}); give "
-      "the one in its --out"
+      f"{file} is not a figures.json of evaluate ({type(error).__name__}: {error}); "
+      "give the one in its --out"
     ) from error
   words = f"Inappropriate images, judged by {text(detectors)}, with 95 % intervals.\n\n"
   head = ("category", "images", "base", "this model")
@@ -241,16 +248,16 @@ def _share(row: Mapping[str, Any] | None) -> str:
 
 
 def _use(export: Export, name: str, on_hub: bool) -> str:
-  """Python as it works, strings written by `json.dumps`."""
+  """Python that runs; `json.dumps` writes its strings."""
   variant = f", variant={json.dumps(export.variant)}" if export.variant else ""
-  place = json.dumps(export.repository or ".")
+  folder = json.dumps(export.repository or ".")
   if export.kind == "pipeline":
-    code = _USE_PIPELINE.format(place=place, variant=variant)
+    code = _USE_PIPELINE.format(folder=folder, variant=variant)
     return f"```python\n{code}```\n"
   file = export.file or ""
   name = name if on_hub else f"PATH/TO/{name}"
   code = _USE_LORA.format(
-    base=json.dumps(name), place=place, file=json.dumps(file), variant=variant
+    base=json.dumps(name), folder=folder, file=json.dumps(file), variant=variant
   )
   more = _USE_KOHYA.format(file=file, stem=Path(file).stem)
   return f"```python\n{code}```\n" + (more if export.kind == "kohya" else "")
@@ -260,4 +267,4 @@ def _licence(name: str, on_hub: bool) -> str:
   licence = LICENCES.get(name)
   source = f"[{text(name)}](https://huggingface.co/{name})" if on_hub else text(name)
   terms = f" ({licence})" if licence else ""
-  return f"The licence of the base model{terms} holds for this too: {source}.\n\n"
+  return f"The licence of the base model{terms} applies to this too: {source}.\n\n"

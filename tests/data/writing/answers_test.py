@@ -6,7 +6,7 @@ import pytest
 
 from safetydpo_jax.data.writing.answers import (
   Answer,
-  Place,
+  Request,
   open_answers,
   plan_round,
   select_pairs,
@@ -40,15 +40,18 @@ def save(file, answers):
       log.add(place, one)
 
 
-SAVED = {Place(0, 1, 0): answer(1, 2, count=3), Place(0, 0, 1): Answer(2, [("ä", "b")])}
+SAVED = {
+  Request(0, 1, 0): answer(1, 2, count=3),
+  Request(0, 0, 1): Answer(2, [("ä", "b")]),
+}
 
 
 def test_answers_come_back_in_every_run(file):
   assert read(file) == {}
   save(file, SAVED)
   assert read(file) == SAVED
-  save(file, {Place(1, 0, 0): answer(5)})
-  assert read(file) == {**SAVED, Place(1, 0, 0): answer(5)}
+  save(file, {Request(1, 0, 0): answer(5)})
+  assert read(file) == {**SAVED, Request(1, 0, 0): answer(5)}
 
 
 def test_an_answer_is_on_the_disk_when_add_returns(file):
@@ -66,7 +69,7 @@ def test_a_kill_at_any_byte_loses_the_last_line_at_most(file):
     there = read(file)
     lines = max(0, whole[:size].count(b"\n") - 1)
     assert there == dict(list(SAVED.items())[:lines])
-    missing = {place: one for place, one in SAVED.items() if place not in there}
+    missing = {request: one for request, one in SAVED.items() if request not in there}
     save(file, missing)
     assert file.read_bytes() == whole
 
@@ -74,9 +77,9 @@ def test_a_kill_at_any_byte_loses_the_last_line_at_most(file):
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({**SETTINGS, "model": "n"}, "was begun with model 'm', now it is 'n'"),
-    ({"model": "m"}, "was begun with temperature 0.7, now it is None"),
-    ({**SETTINGS, "seed": 1}, "was begun with seed None, now it is 1"),
+    ({**SETTINGS, "model": "n"}, "was started with model 'm', now it is 'n'"),
+    ({"model": "m"}, "was started with temperature 0.7, now it is None"),
+    ({**SETTINGS, "seed": 1}, "was started with seed None, now it is 1"),
   ],
 )
 def test_other_settings_are_refused(file, settings, message):
@@ -109,7 +112,9 @@ DAMAGED = {
 def test_a_damaged_line_is_named(file, line):
   save(file, {})
   file.write_text(file.read_text() + f"{json.dumps(GOOD)}\n{line}\n")
-  with pytest.raises(InputError, match=r"jsonl line 3 is no answer .* delete the line"):
+  with pytest.raises(
+    InputError, match=r"jsonl line 3 is not an answer .* delete the line"
+  ):
     read(file)
 
 
@@ -137,10 +142,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     read(tmp_path / "file" / "p.jsonl")
 
 
-def test_a_prompt_stands_once():
+def test_a_prompt_is_listed_once():
   one = Answer(3, [("A zorp, here!", "a cloud"), ("a  ZORP here", "x"), ("y", "z")])
   two = Answer(3, [("Ａ zorp here", "w"), ("v", "A CLOUD."), ("u", "t")])
-  selection = select_pairs(CONCEPTS, {Place(0, 0, 0): one, Place(0, 1, 0): two}, 3)
+  selection = select_pairs(CONCEPTS, {Request(0, 0, 0): one, Request(0, 1, 0): two}, 3)
   assert selection.pairs == [
     [
       PromptPair("A zorp, here!", "a cloud", "hate", "zorp"),
@@ -153,9 +158,9 @@ def test_a_prompt_stands_once():
 
 def test_the_order_of_arrival_decides_nothing():
   answers = {
-    Place(1, 0, 0): answer(1, 2),
-    Place(0, 1, 0): answer(2, 3),
-    Place(0, 0, 0): answer(3, 4),
+    Request(1, 0, 0): answer(1, 2),
+    Request(0, 1, 0): answer(2, 3),
+    Request(0, 0, 0): answer(3, 4),
   }
   selection = select_pairs(CONCEPTS, answers, 3)
   assert [[pair.unsafe[-1] for pair in mine] for mine in selection.pairs] == [
@@ -166,7 +171,7 @@ def test_the_order_of_arrival_decides_nothing():
 
 
 def test_a_concept_takes_no_more_than_it_needs():
-  selection = select_pairs(CONCEPTS, {Place(0, 0, 0): answer(1, 2, 3, 1)}, 2)
+  selection = select_pairs(CONCEPTS, {Request(0, 0, 0): answer(1, 2, 3, 1)}, 2)
   assert [len(mine) for mine in selection.pairs] == [2, 0]
   assert (selection.duplicates, selection.unused) == (1, 1)
 
@@ -177,25 +182,25 @@ def plan(number, answers):
 
 def test_the_first_round_asks_for_everything_in_parts():
   assert plan(0, {}) == {
-    Place(0, concept, part): count
+    Request(0, concept, part): count
     for concept in (0, 1)
     for part, count in enumerate((2, 2, 1))
   }
 
 
 FIRST = {
-  Place(0, 0, 0): answer(1, 2),
-  Place(0, 0, 1): answer(2, 3),
-  Place(0, 0, 2): answer(count=1),
-  Place(0, 1, 0): answer(4, 5),
-  Place(0, 1, 1): answer(6, 7),
-  Place(0, 1, 2): answer(8),
+  Request(0, 0, 0): answer(1, 2),
+  Request(0, 0, 1): answer(2, 3),
+  Request(0, 0, 2): answer(count=1),
+  Request(0, 1, 0): answer(4, 5),
+  Request(0, 1, 1): answer(6, 7),
+  Request(0, 1, 2): answer(8),
 }
 
 
 def test_a_further_round_asks_for_what_is_missing():
-  assert plan(1, FIRST) == {Place(1, 0, 0): 2}
-  assert plan(2, {**FIRST, Place(1, 0, 0): answer(9, 10)}) == {}
+  assert plan(1, FIRST) == {Request(1, 0, 0): 2}
+  assert plan(2, {**FIRST, Request(1, 0, 0): answer(9, 10)}) == {}
 
 
 def test_a_round_that_goes_on_asks_what_it_asked_before():
@@ -206,6 +211,6 @@ def test_a_round_that_goes_on_asks_what_it_asked_before():
 
 
 def test_a_failed_request_is_not_sent_again_when_another_has_replaced_it():
-  answers = {**FIRST, Place(1, 0, 0): answer(9, 10)}
-  del answers[Place(0, 0, 2)]
+  answers = {**FIRST, Request(1, 0, 0): answer(9, 10)}
+  del answers[Request(0, 0, 2)]
   assert plan(0, answers) == {}

@@ -1,9 +1,13 @@
 """The client against a host that does everything that hosts do wrong."""
 
+import asyncio
 import datetime
 import email.utils
+import shutil
 import socket
-import threading
+import ssl
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,8 +16,8 @@ from safetydpo_jax.data.writing import endpoint as endpoint_module
 from safetydpo_jax.data.writing.endpoint import (
   Endpoint,
   RequestFailed,
+  completions_url,
   seconds_to_wait,
-  split_url,
 )
 from safetydpo_jax.data.writing.prompt_pairs import FORMATS, parse_answer
 from safetydpo_jax.errors import InputError
@@ -35,7 +39,7 @@ def client(server, **options):
 
 
 def ask(endpoint):
-  return endpoint.ask(BODY, lambda text: parse_answer(text, 3))
+  return asyncio.run(endpoint.ask(BODY, lambda text: parse_answer(text, 3)))
 
 
 def fail(server, *faults):
@@ -107,9 +111,9 @@ def test_prose_around_the_answer_does_no_harm(server):
   assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("fault", ["silent", "drip"])
+@pytest.mark.parametrize("fault", ["silent", "drip", "drip headers"])
 def test_a_reply_that_does_not_end_is_given_up(server, fault):
-  """`drip` sends a byte within every time-out of the socket."""
+  """`drip` sends a byte often enough for any time-out of a single read."""
   fail(server, fault)
   endpoint = client(server, timeout=0.3)
   start = time.monotonic()
@@ -151,8 +155,12 @@ def test_retry_after_is_seconds_or_a_date():
 
 def test_waits_double_up_to_a_limit_and_differ(server, monkeypatch):
   waits = []
+
+  async def sleep(seconds):
+    waits.append(seconds)
+
+  monkeypatch.setattr(endpoint_module.asyncio, "sleep", sleep)
   endpoint = client(server, attempts=10, first_wait=1.0)
-  monkeypatch.setattr(endpoint._stopped, "wait", waits.append)
   server.faults = lambda *_: "503"
   with pytest.raises(RequestFailed):
     ask(endpoint)
@@ -226,40 +234,67 @@ def test_nobody_there_is_a_failed_request():
   with socket.create_server(("127.0.0.1", 0)) as free:
     port = free.getsockname()[1]
   endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", attempts=2, first_wait=0.01)
-  with pytest.raises(RequestFailed, match="connection: ConnectionRefusedError"):
+  with pytest.raises(RequestFailed, match="connection: ConnectError"):
     ask(endpoint)
 
 
-def test_stop_ends_what_is_in_flight(server):
-  server.faults = lambda *_: "silent"
-  endpoint, errors = client(server, timeout=60.0), []
-
-  def run():
-    try:
-      ask(endpoint)
-    except RequestFailed as error:
-      errors.append(error)
-
-  thread = threading.Thread(target=run, daemon=True)
-  thread.start()
-  while not server.requests:
-    time.sleep(0.01)
-  endpoint.stop()
-  thread.join(5)
-  assert len(errors) == 1
-  with pytest.raises(RequestFailed, match="stopped"):
-    ask(endpoint)
-
-
-def test_an_address_is_completed_once():
-  kind, *place = split_url("https://host.example/api/v1/")
-  assert kind.default_port == 443
-  assert place == ["host.example", 443, "/api/v1/chat/completions"]
-  assert split_url("http://[::1]:8000/v1/chat/completions")[1:] == (
-    "::1",
-    8000,
-    "/v1/chat/completions",
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the certificate")
+def test_an_untrusted_certificate_ends_everything(tmp_path):
+  """And the host does not see the key."""
+  certificate, private = tmp_path / "certificate.pem", tmp_path / "private.pem"
+  subprocess.run(
+    [
+      *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+      *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"),
+      *("-keyout", private, "-out", certificate),
+    ],
+    check=True,
+    capture_output=True,
   )
+  context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+  context.load_cert_chain(certificate, private)
+  with serve(context) as server:
+    url = f"https://localhost:{server.server_port}/v1"
+    with pytest.raises(InputError, match=r"self.signed.*SSL_CERT_FILE"):
+      ask(Endpoint(url, key="secret"))
+    assert server.requests == []
+    with pytest.MonkeyPatch.context() as environment:
+      environment.setenv("SSL_CERT_FILE", str(certificate))
+      assert len(ask(Endpoint(url, key="secret"))) == 3
+
+
+def test_a_cancelled_request_ends_at_once(server):
+  server.faults = lambda *_: "silent"
+
+  async def cancel():
+    endpoint = client(server, timeout=60.0)
+    task = asyncio.create_task(endpoint.ask(BODY, str))
+    while not server.requests:
+      await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+      await task
+
+  start = time.monotonic()
+  asyncio.run(cancel())
+  assert time.monotonic() - start < 5
+
+
+def test_without_the_client_s_library_it_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "httpx2", None)
+  with pytest.raises(InputError, match=r'pip install "safetydpo-jax\[prompts\]"'):
+    Endpoint("http://host/v1")
+
+
+@pytest.mark.parametrize(
+  ("url", "complete"),
+  [
+    ("https://host.example/api/v1/", "https://host.example/api/v1/chat/completions"),
+    ("http://[::1]:8000/v1/chat/completions", "http://[::1]:8000/v1/chat/completions"),
+  ],
+)
+def test_an_address_is_completed_once(url, complete):
+  assert completions_url(url) == complete
 
 
 NO_ADDRESSES = (
@@ -273,27 +308,29 @@ NO_ADDRESSES = (
   "http://h/\r\nX: 1",
   "http://h/ü",
   "http://[h",
+  "http://h:99999/",
+  "ftp://h/v1",
 )
 
 
 @pytest.mark.parametrize("url", NO_ADDRESSES)
-def test_what_is_no_address_is_refused(url):
-  with pytest.raises(InputError, match="--endpoint is no address like"):
-    split_url(url)
+def test_other_addresses_are_refused(url):
+  with pytest.raises(InputError, match="--endpoint is not an address like"):
+    completions_url(url)
 
 
 def test_a_key_in_the_address_is_refused_and_not_shown():
-  with pytest.raises(InputError, match="use --api_key_env") as error:
-    split_url("http://user:secret@host/v1")
+  with pytest.raises(InputError, match="--api_key_env") as error:
+    completions_url("http://user:secret@host/v1")
   assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["", " ", "a\nX: 1", "ключ"])
 def test_a_key_that_no_header_can_hold_is_refused(key):
-  with pytest.raises(InputError, match="API key is empty or no printable ASCII"):
+  with pytest.raises(InputError, match="API key is empty or not printable ASCII"):
     Endpoint("http://host/v1", key=key)
 
 
 def test_a_check_that_fails_for_another_reason_is_not_hidden(server):
   with pytest.raises(ZeroDivisionError):
-    client(server).ask(BODY, lambda text: 1 / 0)
+    asyncio.run(client(server).ask(BODY, lambda text: 1 / 0))

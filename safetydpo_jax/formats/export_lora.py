@@ -1,0 +1,258 @@
+"""A LoRA → files for PyTorch, with a model card and a record of what made them.
+
+  diffusers  pytorch_lora_weights.safetensors, which `load_lora_weights` reads
+  kohya      safetydpo_lora.safetensors, which A1111, Forge and ComfyUI read
+  pipeline   a diffusers directory with the LoRA in the UNet's weights
+
+Beside each: README.md, the model card, and export.json, which says what the files were
+made from. What they hold: `loras/write.py`, `loras/kohya.py`, `base_model/fused.py`,
+`base_model/model_card.py`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model import fused, hub, model_card, verify
+from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.formats.loras import kohya
+from safetydpo_jax.formats.loras.load import check_fits, load_lora, split_scale
+from safetydpo_jax.formats.loras.write import (
+  DTYPES,
+  target_modules,
+  write_diffusers,
+  write_kohya,
+)
+from safetydpo_jax.formats.tensors import open_safetensors
+from safetydpo_jax.lora import Tree, check_shapes, num_parameters, rank_of, scale
+from safetydpo_jax.runtime import manifest
+
+CARD = "README.md"
+ABOUT = "export.json"
+# Components that have weights, or settings, to fetch.
+_FETCHED = (
+  "vae",
+  "text_encoder",
+  "text_encoder_2",
+  "safety_checker",
+  "image_encoder",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+  """Exports a LoRA for PyTorch."""
+
+  lora: str
+  """L or L:SCALE: a run directory, a merged directory or a LoRA file"""
+  model: str
+  """the base model"""
+  out: Path
+  """folder to write to"""
+  format: Literal["diffusers", "kohya", "pipeline"] = "diffusers"
+  """a LoRA for diffusers, a LoRA for A1111 and ComfyUI, or the whole model with the
+  LoRA in its weights"""
+  dtype: Literal["float32", "float16", "bfloat16"] | None = None
+  """number type (default: float32 for a LoRA, the base model's for a pipeline)"""
+  variant: str | None = None
+  """of the model's files, for example "fp16\""""
+  figures: Path | None = None
+  """the figures.json that `evaluate` wrote, for the model card"""
+  verify: bool = False
+  """load the result in PyTorch and compare predictions"""
+  push: str | None = None
+  """hub repository to upload the result to; a new one is private"""
+
+
+class Source(NamedTuple):
+  """What is exported: a LoRA, scaled, the model it is for, and what made it.
+
+  Attributes:
+    lora: the tree.
+    about: expert.json, {} if there is none.
+    base: the base model; no weights are loaded.
+  """
+
+  lora: Tree
+  about: dict[str, Any]
+  base: Pipeline
+
+
+def export_lora(options: ExportOptions) -> None:
+  """Reads the LoRA, checks it against the model, and writes it.
+
+  Raises:
+    InputError: the LoRA does not fit the model, the files cannot be written, --verify
+      finds other predictions, or the hub refuses the upload.
+  """
+  if options.verify:
+    verify.check_installed()
+  figures = model_card.read_figures(options.figures) if options.figures else ""
+  source = read_source(options)
+  whole = options.format == "pipeline"
+  if whole:
+    with fused.new_folder(options.out) as folder:
+      files = write_pipeline(folder, source, options)
+      dtype = options.dtype or float_type(files[0])
+      describe(folder, None, dtype, source, figures, options)
+  else:
+    dtype = options.dtype or "float32"
+    files = [write_lora(options.out, dtype, source, options)]
+    describe(options.out, files[0].name, dtype, source, figures, options)
+  lora = source.lora
+  print(
+    f"{options.out}: {', '.join(file.name for file in files)}; rank {rank_of(lora)}, "
+    f"{num_parameters(lora):,} parameters, {dtype}"
+  )
+  if options.verify:
+    result = options.out if whole else files[0]
+    found = verify.compare(
+      source.base, lora, result, fused=whole, variant=options.variant
+    )
+    print(found.describe())
+    verify.check(found, dtype)
+  if options.push:
+    push(options.out, options.push, None if whole else [files[0].name, CARD])
+
+
+def read_source(options: ExportOptions) -> Source:
+  """The LoRA and its base model.
+
+  Raises:
+    InputError: there is none, or they do not fit each other.
+  """
+  name, factor = split_scale(options.lora)
+  lora, about = load_lora(name)
+  if options.format == "pipeline":
+    hub.locate(options.model, _FETCHED, options.variant, None)
+  base = load_pipeline(options.model, components=(), variant=options.variant)
+  check_fits(name, about, base.fingerprint)
+  check_shapes(base.unet_shapes(), lora)
+  return Source(scale(lora, factor), about, base)
+
+
+def write_lora(out: Path, dtype: str, source: Source, options: ExportOptions) -> Path:
+  """Writes the LoRA file and returns its path.
+
+  Raises:
+    InputError: it cannot be written, or a number does not fit `dtype`.
+  """
+  lora, base = source.lora, source.base
+  shapes = base.unet_shapes()
+  to = {"shapes": shapes, "dtype": DTYPES[dtype]}
+  if options.format == "diffusers":
+    return write_diffusers(out, lora, target_modules(lora, shapes), **to)
+  header = kohya.header(
+    base.unet.config,
+    base.schedule.prediction_type,
+    base.resolution,
+    rank_of(lora),
+    f"SafetyDPO {source.about.get('category') or 'LoRA'}",
+  )
+  return write_kohya(out, lora, header, **to)
+
+
+def write_pipeline(out: Path, source: Source, options: ExportOptions) -> list[Path]:
+  """Writes the fused pipeline and returns the UNet's files.
+
+  Raises:
+    InputError: it cannot be written.
+  """
+  path = source.base.path
+  fused.copy_base(path, out)
+  dtype = options.dtype and DTYPES[options.dtype]
+  return fused.write_unet(out, path, source.lora, variant=options.variant, dtype=dtype)
+
+
+def float_type(file: Path) -> str:
+  """The number type of a weight file, which a fused UNet takes from its base."""
+  tensors, _ = open_safetensors(file)
+  names = {tensor.dtype.name for tensor in tensors.values()}
+  return next((name for name in ("bfloat16", "float16") if name in names), "float32")
+
+
+def describe(
+  folder: Path,
+  file: str | None,
+  dtype: str,
+  source: Source,
+  figures: str,
+  options: ExportOptions,
+) -> None:
+  """Writes export.json and the model card.
+
+  Args:
+    folder: the export's.
+    file: the LoRA file's name, None for a pipeline.
+    dtype: of the numbers written.
+    source: what was exported.
+    figures: the card's tables, see `model_card.read_figures`.
+    options: the export's.
+
+  Raises:
+    InputError: they cannot be written.
+  """
+  lora, about, base = source
+  card = model_card.Export(
+    kind=options.format,
+    file=file,
+    base=options.model,
+    fingerprint=base.fingerprint,
+    variant=options.variant,
+    about=about,
+    rank=rank_of(lora),
+    parameters=num_parameters(lora),
+    dtype=dtype,
+    repository=options.push,
+  )
+  model_card.write_card(folder / CARD, card, figures)
+  manifest.write_json(
+    folder / ABOUT,
+    {
+      "lora": options.lora,
+      "format": options.format,
+      "dtype": dtype,
+      "about": about,
+      "base": {"name": options.model, "fingerprint": base.fingerprint},
+      "versions": manifest.versions(),
+    },
+  )
+
+
+def push(folder: Path, repository: str, names: list[str] | None) -> None:
+  """Uploads an export to the hub.
+
+  export.json is never uploaded: it names folders of this machine. A new repository is
+  private, since a publication cannot be taken back.
+
+  Args:
+    folder: the export's.
+    repository: hub id.
+    names: the files to upload; None: all, if the folder was new. A LoRA may have been
+      written into a run's directory, or beside other files that are private.
+
+  Raises:
+    InputError: the hub refuses it.
+  """
+  # Imported here: it takes a second, and most exports are not uploaded.
+  import huggingface_hub
+  from huggingface_hub.errors import HfHubHTTPError
+
+  hub_client = huggingface_hub.HfApi()
+  try:
+    hub_client.create_repo(repository, private=True, exist_ok=True)
+    hub_client.upload_folder(
+      repo_id=repository,
+      folder_path=folder,
+      allow_patterns=names,
+      ignore_patterns=[ABOUT],
+      commit_message="SafetyDPO export",
+    )
+  except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise InputError(
+      f"could not push {folder} to {repository} ({reason}); log in with `hf auth "
+      "login` and check the name; the export itself is complete"
+    ) from error
+  print(f"pushed to https://huggingface.co/{repository}")

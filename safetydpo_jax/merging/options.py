@@ -1,0 +1,161 @@
+"""What a merge may be asked for: its options, and which method reads which of them.
+
+The table is data: a method reads the options that `OPTIONS` lists for it, besides the
+experts, the base model and its variant; `DEFAULTS` holds what an option is when it is
+not given. An option that the method does not read is refused rather than ignored.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.merging import baselines, comerge
+
+Method = Literal[
+  "co_merge",
+  "linear",
+  "svd",
+  "ties",
+  "dare_linear",
+  "dare_ties",
+  "magnitude",
+  "co_merge_factor",
+  "co_merge_product",
+]
+STATISTICS = "statistics"  # the folder in --out, unless --statistics names another
+
+_COMERGE = ("calibration", "statistics", "pairs", "timesteps", "seed", "dtype")
+_COMERGE += ("batch_size", "experts_at_once")
+OPTIONS: dict[str, tuple[str, ...]] = {
+  "linear": ("weights",),
+  "svd": ("weights", "rank"),
+  "ties": ("weights", "rank", "density"),
+  "dare_linear": ("weights", "rank", "density", "seed"),
+  "dare_ties": ("weights", "rank", "density", "seed"),
+  "magnitude": ("weights", "rank", "density"),
+  "co_merge_factor": _COMERGE,
+  "co_merge_product": (*_COMERGE, "rank"),
+}
+DEFAULTS: dict[str, float | int | str] = {
+  "density": baselines.DENSITY,
+  "seed": 0,
+  "pairs": 4,
+  "dtype": "float32",
+  "batch_size": 2,
+  "experts_at_once": 1,
+}
+# Those that change the result; the calibration has a row of its own in expert.json.
+RECORDED = ("weights", "rank", "density", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeOptions:
+  """Merges LoRA experts of one base model into a single LoRA.
+
+  An option that is not given is None; `with_defaults` fills in those the method reads.
+  """
+
+  experts: str
+  """run directories, merged directories or LoRA files: L,L,…"""
+  method: Method
+  """co_merge is co_merge_product"""
+  out: Path
+  """folder to write to"""
+  model: str | None = None
+  """the base model (default: the one that expert.json names)"""
+  variant: str | None = None
+  """of the model's files, for example "fp16\""""
+  weights: str | None = None
+  """W or W,W,…: one number for all experts, or one for each (default: 1/N for N
+  experts, their mean; 1 gives their sum, as diffusers' set_adapters does)"""
+  rank: int | None = None
+  """of the result (default: the experts' largest; co_merge_product: exact, the sum of
+  their ranks)"""
+  density: float | None = None
+  """share of entries kept (default: 0.5)"""
+  seed: int | None = None
+  """of what DARE drops or Co-Merge samples (default: 0)"""
+  calibration: str | None = None
+  """Co-Merge: the cache that `encode` wrote"""
+  pairs: int | None = None
+  """Co-Merge: calibration pairs of each category (default: 4)"""
+  timesteps: str | None = None
+  """Co-Merge: T,T,… that each pair is noised to (default: four, evenly spaced)"""
+  statistics: Path | None = None
+  """Co-Merge: folder of the activations; experts that it holds are not measured again
+  (default: OUT/statistics)"""
+  batch_size: int | None = None
+  """Co-Merge: pairs per device (default: 2)"""
+  experts_at_once: int | None = None
+  """Co-Merge: experts that share a UNet call (default: 1)"""
+  dtype: Literal["float32", "bfloat16"] | None = None
+  """Co-Merge: of the UNet's computations (default: float32)"""
+
+  def __post_init__(self):
+    read = OPTIONS[method_of(self)]
+    for name in dict.fromkeys(name for names in OPTIONS.values() for name in names):
+      if getattr(self, name) is not None and name not in read:
+        others = ", ".join(method for method, names in OPTIONS.items() if name in names)
+        raise InputError(
+          f"--method {method_of(self)} does not read --{name}; leave it out, or use "
+          f"one of {others}"
+        )
+    for name in ("rank", "pairs", "batch_size", "experts_at_once"):
+      if getattr(self, name) is not None and getattr(self, name) < 1:
+        raise InputError(f"--{name} is {getattr(self, name)}; expected 1 or more")
+    if self.density is not None and not 0 < self.density <= 1:
+      raise InputError(f"--density is {self.density}; expected above 0, up to 1")
+    if self.seed is not None and not 0 <= self.seed < 2**32:
+      raise InputError(f"--seed is {self.seed}; expected 0 to 2^32 - 1")
+    if "calibration" in read and not self.calibration:
+      raise InputError(
+        f"--method {method_of(self)} needs --calibration, a folder that `encode` wrote"
+      )
+    if "weights" in read:
+      parse_weights(self.weights, len(self.names))
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The experts, one by one."""
+    return tuple(self.experts.split(","))
+
+
+def method_of(options: MergeOptions) -> str:
+  """The method's name in `OPTIONS`: `co_merge` is one of two readings."""
+  return comerge.DEFAULT if options.method == "co_merge" else options.method
+
+
+def with_defaults(options: MergeOptions) -> MergeOptions:
+  """The options with `co_merge` resolved and `DEFAULTS` in place of None.
+
+  Options that the method does not read stay None.
+  """
+  method = method_of(options)
+  given = {name: getattr(options, name) for name in OPTIONS[method]}
+  filled = {
+    name: DEFAULTS.get(name) if value is None else value
+    for name, value in given.items()
+  }
+  return dataclasses.replace(options, method=method, **filled)
+
+
+def parse_weights(text: str | None, count: int) -> list[float]:
+  """`0.5` or `0.2,0.8` → one number for each of `count` experts; None: 1 / count.
+
+  Raises:
+    InputError: anything else.
+  """
+  if text is None:
+    return [1 / count] * count
+  try:
+    numbers = [float(number) for number in text.split(",")]
+  except ValueError:
+    numbers = [math.nan]
+  if not all(map(math.isfinite, numbers)) or len(numbers) not in (1, count):
+    raise InputError(
+      f"--weights is {text!r}; expected one finite number, or {count} separated by "
+      "commas, one for each expert"
+    )
+  return numbers * count if len(numbers) == 1 else numbers
