@@ -1,4 +1,4 @@
-"""The diffusion process: noise schedule, training targets, guidance, DDIM.
+"""The diffusion process: noise schedule, training targets, DDIM.
 
 With ᾱ_t the cumulative product of 1 − β_t over the checkpoint's schedule:
 
@@ -8,13 +8,11 @@ With ᾱ_t the cumulative product of 1 − β_t over the checkpoint's schedule:
        y = x_0                                 (sample prediction)
   (3)  x_0 = s · (μ + exp(½ logvar) · η)               a VAE posterior sample
   (4)  x_s = √ᾱ_s · x̂_0 + √(1 − ᾱ_s) · ε̂            one DDIM step from t to s < t
-  (5)  ŷ = ŷ_∅ + g · (ŷ_c − ŷ_∅)                    classifier-free guidance
-  (6)  ŷ ← φ · ŷ · std(ŷ_c) / std(ŷ) + (1 − φ) · ŷ          rescaled guidance
-  (7)  √ᾱ_t ← (√ᾱ_t − √ᾱ_T) · √ᾱ_1 / (√ᾱ_1 − √ᾱ_T)     no signal at the last step
+  (5)  √ᾱ_t ← (√ᾱ_t − √ᾱ_T) · √ᾱ_1 / (√ᾱ_1 − √ᾱ_T)     no signal at the last step
 
-Sources: Ho et al. 2020 (1, 2), Salimans & Ho 2022 (v), Song et al. 2021 (4, η = 0),
-Ho & Salimans 2022 (5), Lin et al. 2023 (6, 7). Constants follow the checkpoint's
-scheduler_config.json, read as diffusers reads it. Other samplers: `sampling/`.
+Sources: Ho et al. 2020 (1, 2), Salimans & Ho 2022 (v), Song et al. 2021 (4, η = 0), Lin
+et al. 2023 (5). Constants follow the checkpoint's scheduler_config.json, read as
+diffusers reads it. Guidance and other samplers: `sampling/`.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,7 +44,7 @@ def _betas(kind: str, start: float, end: float, steps: int) -> np.ndarray:
 
 
 def _without_terminal_signal(betas: np.ndarray) -> np.ndarray:
-  """Equation (7) on β_t, in float32 and in the order of diffusers' arithmetic."""
+  """Equation (5) on β_t, in float32 and in the order of diffusers' arithmetic."""
   signal = np.sqrt(np.cumprod(1.0 - betas, dtype=np.float32))
   first, last = signal[0], signal[-1]
   alphas_cumprod = ((signal - last) * (first / (first - last))) ** 2
@@ -55,7 +53,7 @@ def _without_terminal_signal(betas: np.ndarray) -> np.ndarray:
 
 
 def read_alphas_cumprod(config: Mapping[str, Any], *, zero_snr: bool) -> np.ndarray:
-  """ᾱ_t of a scheduler_config.json, (T,) float32; by equation (7) if `zero_snr`."""
+  """ᾱ_t of a scheduler_config.json, (T,) float32; by equation (5) if `zero_snr`."""
   if config.get("trained_betas") is not None:
     betas = np.asarray(config["trained_betas"], np.float32)
   else:
@@ -283,40 +281,3 @@ def sample_ddim(
 
   latents, _ = jax.lax.scan(step, latents, (timesteps, previous))
   return latents
-
-
-def guided(
-  prediction: Callable[..., jax.Array],
-  context: jax.Array,
-  null_context: jax.Array,
-  guidance_scale: float | jax.Array,
-  rescale: float = 0.0,
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """Equation (5) as one doubled batch, and equation (6) if φ is not 0.
-
-  Args:
-    prediction: (latents (m, h, w, c), timesteps (m,), context (m, l, d)) → latents'
-      shape; the first m/2 rows are those of the empty or negative prompt.
-    context, null_context: (n, l, d), of the prompts and of the empty prompt.
-    guidance_scale: g, a scalar or (n,).
-    rescale: φ, 0 to 1; the deviations are each image's own.
-  """
-  both = jnp.concatenate([null_context, context])
-  scale = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), context.shape[:1])
-  scale = scale[:, None, None, None]
-
-  def predict(latents, timestep):
-    doubled = jnp.concatenate([latents, latents])
-    timesteps = jnp.full((doubled.shape[0],), timestep)
-    out = prediction(doubled, timesteps, both).astype(jnp.float32)
-    unconditional, conditional = jnp.split(out, 2)
-    mixed = unconditional + scale * (conditional - unconditional)
-    if not rescale:
-      return mixed
-    axes = tuple(range(1, mixed.ndim))
-    wanted, found = (
-      jnp.std(values, axes, keepdims=True) for values in (conditional, mixed)
-    )
-    return mixed * (rescale * wanted / found + (1.0 - rescale))
-
-  return predict

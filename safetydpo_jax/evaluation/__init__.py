@@ -1,1 +1,1 @@
-"""What images of a prompts CSV show: who judges them, how sure the figures are."""
+"""What the images of a prompts CSV show: detectors, figures with intervals, reports."""

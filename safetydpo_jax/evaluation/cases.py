@@ -1,18 +1,17 @@
-"""What is evaluated: the rows of a prompts CSV, each with marks and an image's name.
+"""What is evaluated: the rows of a prompts CSV as cases, each with its image's name.
 
-Columns, beside those of `data/prompts.py`:
+Columns, in addition to those of `data/prompts.py`:
 
-  category     (or categories) one name or several with commas between; those of the
-               seven in any published spelling, others as they are
+  category     (or categories) one name, or several separated by commas; the seven of
+               SafetyDPO in any published spelling, others as they are
   benign       1 or 0: whether the prompt asks for nothing harmful
-  asked        of the toy world's test CSVs: empty where the prompt is benign
+  asked        in the toy world's test CSVs: empty where the prompt is benign
 
-A row is leaked if its prompt stands verbatim in a CSV of training pairs. A row that
-names an image again, with the same prompt, repeats the first one: the image counts once
-in all, and in the categories of both; it is benign if both rows say so.
+A row is leaked if its prompt appears verbatim in a CSV of training pairs. A row with
+the image and prompt of an earlier row repeats it: the image counts once in total, and
+in the categories of both rows; it is benign if both rows say so.
 """
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -20,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetydpo_jax.data import categories, holdout
-from safetydpo_jax.data.prompts import read_prompts
+from safetydpo_jax.data.prompts import PromptTable
 from safetydpo_jax.errors import InputError
 
 ALL = "all"
@@ -34,12 +33,12 @@ class Case:
   Attributes:
     number: of the row, from 0.
     name: of its image, relative to the folder of images.
-    prompt: as it stands.
+    prompt: as the CSV has it.
     seed: of its initial noise.
-    categories: sorted; a first row has those of the rows that repeat it as well.
+    categories: sorted, including those of the rows that repeat it.
     benign: whether it is marked so, and so is every row that repeats it.
-    leaked: whether training has seen the prompt; None: not looked for.
-    repeats: the number of the row that named the image before, or None.
+    leaked: whether training has seen the prompt; None if nobody checked.
+    repeats: the number of the earlier row with this image, or None.
   """
 
   number: int
@@ -52,26 +51,28 @@ class Case:
   repeats: int | None
 
 
-def read_cases(prompts: Path, train: Path | None = None) -> list[Case]:
-  """The rows of a prompts CSV, in order; `train` is CoProV2's CSV of training pairs.
+def make_cases(prompts: PromptTable, train: Path | None = None) -> list[Case]:
+  """The rows of a prompts CSV, in order.
+
+  Args:
+    prompts: the CSV.
+    train: CoProV2's CSV of training pairs, to mark leaked prompts.
 
   Raises:
-    InputError: a file cannot be read, or a field is not what its column holds.
+    InputError: `train` cannot be read, or a category or mark is not valid.
   """
-  rows = read_prompts(prompts, Path())
-  with open(prompts, newline="", encoding="utf-8-sig") as lines:
-    table = list(csv.DictReader(lines))
-  seen = holdout.leaked_rows(prompts, train) if train else [None] * len(rows)
+  rows = prompts.in_folder(Path())  # any folder: which rows share an image counts here
+  seen = holdout.leaked_rows(prompts.file, train) if train else [None] * len(rows)
   cases, named, harmless = [], {}, {}
-  for number, (row, cells, leaked) in enumerate(zip(rows, table, seen)):
-    where = f"{prompts} row {number + 1}"
+  for number, (row, cells, leaked) in enumerate(zip(rows, prompts.cells, seen)):
+    where = f"{prompts.file} row {number + 1}"
     names = _categories(cells, where)
     benign = _is_benign(cells, where)
     named.setdefault(row.number, set()).update(names)
     harmless[row.number] = harmless.get(row.number, True) and benign
     case = Case(
       number,
-      cells.get("image") or f"{number:07d}_0.png",
+      prompts.name_of(prompts.rows[number]),
       row.prompt,
       row.seed,
       names,
@@ -99,10 +100,10 @@ def _categories(cells: dict[str, str], where: str) -> tuple[str, ...]:
   for name in names:
     try:
       known[name] = categories.normalise(name)
-    except InputError:  # other sets have categories of their own
+    except InputError:  # a category of another prompt set
       known[name] = name
   if ALL in known.values():
-    raise InputError(f"{where}: category {ALL!r} means every row; give it another name")
+    raise InputError(f"{where}: category {ALL!r} is reserved for all rows; rename it")
   return tuple(sorted(set(known.values())))
 
 
@@ -116,14 +117,14 @@ def _is_benign(cells: dict[str, str], where: str) -> bool:
 
 
 def category_names(cases: Sequence[Case]) -> list[str]:
-  """The seven in their order, then the others in the alphabet's."""
+  """The seven in their usual order, then the others alphabetically."""
   there = {name for case in cases for name in case.categories}
   ours = [name for name in categories.CATEGORIES if name in there]
   return ours + sorted(there - set(ours))
 
 
 def fingerprint(cases: Sequence[Case]) -> str:
-  """16 hexadecimal digits over the rows, in whatever order they stand."""
+  """16 hexadecimal digits that identify the rows, whatever their order."""
   rows = sorted(
     [case.name, case.prompt, case.categories, case.benign, case.leaked or False]
     for case in cases

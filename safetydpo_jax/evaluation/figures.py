@@ -1,17 +1,17 @@
-"""What evaluate says about images, as rows of figures.json.
+"""The tables of figures.json.
 
   rates         {folder, judge, category, scope, count, n, prompts, hits, rate, low,
-                high}: of n images of so many prompts the judge found something in
-                count, and in at least one image of hits prompts
+                high}: of n images of `prompts` prompts the judge found something in
+                `count`; `hits` prompts have at least one such image
   changes       {judge, category, scope, n, both, only_reference, only_images, neither,
                 difference, low, high}: the same images of both folders, in pairs;
-                difference of rates, images - reference
+                the difference of rates, images - reference
   scores        {folder, score, category, scope, n, mean, low, high}
   score_changes {score, category, scope, n, difference, low, high}
 
-judge is "ip" (any of the detectors that decide) or one of them alone; category a name
-or "all"; folder "images" or "reference". Scopes, of which those are listed that hold
-other images than the ones before:
+judge is "ip" (any of the deciding detectors) or one of them alone; category is a name
+or "all"; folder is "images" or "reference". A scope is listed if its images differ from
+those of every scope before it:
 
   all                every image that was measured
   without_benign     those of prompts not marked benign
@@ -19,8 +19,8 @@ other images than the ones before:
   without_either     both
   benign, leaked     those alone
 
-Intervals: `metrics/intervals.py`. low and high are null where a single prompt tells
-nothing.
+Intervals: `metrics/intervals.py`. low and high are null where a single prompt does not
+determine them.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ DIGITS = 6
 
 
 class Group(NamedTuple):
-  """Rows whose figures stand together."""
+  """Rows that share a line of the tables."""
 
   category: str
   scope: str
@@ -60,7 +60,7 @@ def count_states(outcomes: Sequence[Outcome]) -> dict[str, int]:
 
 
 def groups(cases: Sequence[Case]) -> list[Group]:
-  """Categories within scopes; the rows of a group are in their images' order."""
+  """Categories within scopes; the rows of a group are sorted by their images' names."""
   order = sorted(
     (i for i, case in enumerate(cases) if case.repeats is None),
     key=lambda i: cases[i].name,
@@ -79,15 +79,15 @@ def groups(cases: Sequence[Case]) -> list[Group]:
 
 
 def headline_scope(cases: Sequence[Case]) -> str:
-  """The scope a figure is of where none is named: prompts that ask for harm."""
+  """The scope of the headline figures: prompts that ask for harm."""
   marks = {case.benign for case in cases if case.repeats is None}
   return "without_benign" if len(marks) == 2 else "all"
 
 
 def benign_scope(cases: Sequence[Case]) -> str | None:
-  """The scope that lists the benign prompts' figures, None if there are none.
+  """The scope that has the benign prompts' figures, None if there are no such prompts.
 
-  "benign", unless a scope before it holds the same images, as where all are benign.
+  "benign", unless an earlier scope has the same images, as where all are benign.
   """
   rows = {
     scope: [i for i, c in enumerate(cases) if c.repeats is None and belongs(c)]
@@ -126,17 +126,17 @@ def all_figures(
 
   Args:
     cases: the rows.
-    outcomes: of "images" and, if there is one, of "reference".
+    outcomes: {"images": outcomes}, and "reference" if there is one.
     scores: columns to average.
     seed: of the bootstrap.
   """
-  # Numbers in the order of the texts, so that no order of the rows changes a draw.
+  # Numbered in the texts' order, so that the rows' order does not change a draw.
   numbers = {text: i for i, text in enumerate(sorted({case.prompt for case in cases}))}
   prompts = np.array([numbers[case.prompt] for case in cases])
-  decided = {folder: decisions(told) for folder, told in outcomes.items()}
+  decided = {folder: decisions(rows) for folder, rows in outcomes.items()}
   scored = {
-    folder: {name: _column(told, name) for name in scores}
-    for folder, told in outcomes.items()
+    folder: {name: _column(rows, name) for name in scores}
+    for folder, rows in outcomes.items()
   }
   tables = {"rates": [], "changes": [], "scores": [], "score_changes": []}
   for category, scope, rows in groups(cases):
@@ -171,7 +171,9 @@ def all_figures(
   return tables
 
 
-def _rate(about: dict, sample: intervals.Sample, values: np.ndarray) -> list[dict]:
+def _rate(
+  about: dict[str, Any], sample: intervals.Sample, values: np.ndarray
+) -> list[dict[str, Any]]:
   if not len(values):
     return []
   low, high = intervals.share_interval(sample)
@@ -188,12 +190,18 @@ def _rate(about: dict, sample: intervals.Sample, values: np.ndarray) -> list[dic
   return [row]
 
 
-def _mean(about, what, sample: intervals.Sample, values, seed) -> list[dict]:
+def _mean(
+  about: dict[str, Any],
+  what: str,
+  sample: intervals.Sample,
+  values: np.ndarray,
+  seed: int,
+) -> list[dict[str, Any]]:
   if not len(values):
     return []
   if about["score"] not in SHARES:
     ends = intervals.mean_interval(sample, seed) or (None, None)
-  elif what == "mean":  # a share of an image is between 0 and 1, as decisions are
+  elif what == "mean":  # shares are between 0 and 1, as decisions are
     ends = intervals.share_interval(sample)
   else:
     ends = intervals.difference_interval(sample, seed)
@@ -202,7 +210,13 @@ def _mean(about, what, sample: intervals.Sample, values, seed) -> list[dict]:
   return [{**about, "n": len(values), what: mean, "low": low, "high": high}]
 
 
-def _change(about, sample: intervals.Sample, values, both: int, seed) -> list[dict]:
+def _change(
+  about: dict[str, Any],
+  sample: intervals.Sample,
+  values: np.ndarray,
+  both: int,
+  seed: int,
+) -> list[dict[str, Any]]:
   if not len(values):
     return []
   low, high = intervals.difference_interval(sample, seed)
@@ -222,7 +236,7 @@ def _change(about, sample: intervals.Sample, values, both: int, seed) -> list[di
 
 
 def _round(value: float | None) -> float | None:
-  """Six digits after the point: what is beyond differs between machines."""
+  """Six decimal places: further digits differ between machines."""
   return None if value is None else round(float(value), DIGITS) + 0.0
 
 

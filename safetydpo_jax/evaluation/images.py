@@ -1,8 +1,8 @@
-"""Image files as detectors want them: whole, RGB, 8 bits, and what had to be done.
+"""Image files as detectors take them: RGB, 8 bits, with notes on what was unusual.
 
-What cannot be read, or would fill the memory, is refused with its reason. What can be
-read and is unusual is named in the notes: the first frame of several counts, 16 bits
-lose their lower half, an alpha channel is dropped, as everyone's loaders do.
+Files that cannot be read, or would fill the memory, are refused with the reason. What
+can be read but is unusual is in the notes: of several frames the first counts, 16 bits
+lose their lower half, and an alpha channel is dropped, as common loaders do.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ HEAVIEST = 256_000_000  # bytes of a file
 LONGEST = 64  # times the shorter side: a detector's resize would fill the memory
 TINY = 16  # pixels of a side; a detector sees little more than one colour
 
-# Mode of PIL → what a reader should know.
+# PIL's mode → the note.
 MODES = {
   "1": "black and white",
   "L": "grey",
@@ -38,11 +38,17 @@ MODES = {
 
 
 class Picture(NamedTuple):
-  """An image file that was read."""
+  """An image file that was read.
 
-  image: Image.Image  # RGB
-  notes: tuple[str, ...]  # what is unusual, in words
-  sha256: str  # of the file
+  Attributes:
+    image: RGB.
+    notes: what is unusual about the file.
+    sha256: of the file.
+  """
+
+  image: Image.Image
+  notes: tuple[str, ...]
+  sha256: str
 
 
 def read(file: Path) -> Picture:
@@ -50,7 +56,7 @@ def read(file: Path) -> Picture:
 
   Raises:
     FileNotFoundError: there is no such file.
-    InputError: it is no such image, damaged, or too large; the message is the reason.
+    InputError: it is not such an image, damaged, or too large; the message says which.
   """
   content = _read_bytes(file)
   try:
@@ -60,7 +66,7 @@ def read(file: Path) -> Picture:
       opened.load()
       image = ImageOps.exif_transpose(opened)
   except UnidentifiedImageError:
-    raise InputError(f"no image of the formats {', '.join(FORMATS)}") from None
+    raise InputError(f"not an image in {', '.join(FORMATS)} format") from None
   except InputError:
     raise
   except Exception as error:  # PIL's decoders raise anything for a corrupt file
@@ -77,10 +83,12 @@ def read(file: Path) -> Picture:
 def _read_bytes(file: Path) -> bytes:
   try:
     status = file.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe would never end
-      raise InputError("no regular file")
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
+      raise InputError("not a regular file")
     if status.st_size > HEAVIEST:
-      raise InputError(f"{status.st_size:,} bytes; at most {HEAVIEST:,} are read")
+      raise InputError(
+        f"{status.st_size:,} bytes; the largest file that is read has {HEAVIEST:,}"
+      )
     return file.read_bytes()
   except (FileNotFoundError, NotADirectoryError):
     raise FileNotFoundError(file) from None
@@ -91,12 +99,13 @@ def _read_bytes(file: Path) -> bytes:
 def _check_size(width: int, height: int) -> None:
   if width * height > LARGEST:
     raise InputError(
-      f"{width} × {height} pixels; at most {LARGEST:,} are decoded, a file that "
-      "claims more may be a decompression bomb"
+      f"{width} × {height} pixels; at most {LARGEST:,} are decoded, as a larger image "
+      "may be a decompression bomb"
     )
   if max(width, height) > LONGEST * min(width, height):
     raise InputError(
-      f"{width} × {height} pixels; expected sides that differ at most {LONGEST}-fold"
+      f"{width} × {height} pixels; expected a longer side of at most {LONGEST} times "
+      "the shorter one"
     )
 
 
@@ -104,7 +113,7 @@ def _notes(image: Image.Image) -> tuple[str, ...]:
   notes = []
   if getattr(image, "n_frames", 1) > 1:
     notes.append(f"first of {image.n_frames} frames")
-  # PIL keeps 16 bits of grey alone; what colours lost is seen in its decoder's mode.
+  # PIL keeps 16 bits of grey images alone; for colours, its decoder's mode has them.
   if image.mode.startswith("I") or ";16" in str(image.tile):
     notes.append("16 bits")
   if image.mode in MODES:
@@ -115,7 +124,7 @@ def _notes(image: Image.Image) -> tuple[str, ...]:
 
 
 def _is_plain(image: Image.Image) -> bool:
-  """A safety checker's black image is one: it would count as safe."""
+  """Whether it has one colour, as a safety checker's black image, which seems safe."""
   return all(low == high for low, high in image.getextrema()) and min(image.size) > 1
 
 

@@ -1,10 +1,10 @@
-"""images.csv: a line for each row of the prompts CSV, with all that was seen.
+"""images.csv: a line for each row of the prompts CSV, with everything measured.
 
 row, image, prompt, categories, benign, leaked   of the prompts CSV
 state, reason, notes, same_as                    of the image (`scoring.py`); same_as
-                                                 names an image with equal bytes
+                                                 names an image with the same bytes
 ip, and the detectors' columns                   of the image, empty if not measured
-reference_…                                      the same of the reference's image
+reference_…                                      the same for the reference's image
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from safetydpo_jax.evaluation.figures import FOLDERS, IMAGES
 from safetydpo_jax.evaluation.scoring import Outcome
 from safetydpo_jax.runtime import files
 
-_NAMED = 3  # images named in a printed line
+_NAMED = 3  # images that a printed line names
 
 
 def lines(
@@ -40,7 +40,7 @@ def lines(
     prefix = "" if folder == IMAGES else f"{folder}_"
     same = _same(cases, outcomes[folder])
     for line, outcome, other in zip(table, outcomes[folder], same):
-      told = {
+      columns = {
         "state": outcome.state,
         "reason": outcome.reason,
         "notes": "; ".join(outcome.notes),
@@ -48,7 +48,7 @@ def lines(
         "ip": int(outcome.found) if outcome.state == "measured" else "",
         **{name: _cell(value) for name, value in outcome.values.items()},
       }
-      line.update({f"{prefix}{name}": value for name, value in told.items()})
+      line.update({f"{prefix}{name}": value for name, value in columns.items()})
   return table
 
 
@@ -59,7 +59,7 @@ def _cell(value: Any) -> Any:
 
 
 def _same(cases: Sequence[Case], outcomes: Sequence[Outcome]) -> list[str]:
-  """The name of the first image with the same bytes, "" where there is none."""
+  """For each row the first other image with the same bytes, "" where there is none."""
   first = {}
   order = sorted(range(len(cases)), key=lambda index: cases[index].name)
   same = [""] * len(cases)
@@ -79,7 +79,13 @@ def write(file: Path, table: Sequence[dict[str, Any]]) -> None:
 def warnings(
   cases: Sequence[Case], outcomes: Sequence[Outcome], where: str
 ) -> list[str]:
-  """A line for each kind of row that is not simply measured, naming the first ones."""
+  """A line for each kind of row that is unusual or not measured, naming a few.
+
+  Args:
+    cases: the rows.
+    outcomes: theirs.
+    where: the folder's name, which begins each line.
+  """
   kinds: dict[str, list[str]] = {}
   for case, outcome, same in zip(cases, outcomes, _same(cases, outcomes)):
     if outcome.state != "measured":
@@ -88,7 +94,7 @@ def warnings(
     for note in outcome.notes:
       kinds.setdefault(f"unusual, {note.split(':')[0]}", []).append(case.name)
     if same:
-      kind = "measured, of the bytes of another"
+      kind = "measured, with the bytes of another image"
       kinds.setdefault(kind, []).append(f"{case.name} (= {same})")
   return [
     f"{where}: {len(names)} {kind}: {', '.join(sorted(names)[:_NAMED])}"

@@ -1,19 +1,19 @@
 """Named prompt sets: where each comes from, and how its file becomes our prompts CSV.
 
-Nothing of them is here. The user puts what was downloaded into one folder, a set's
+The package contains none of them. Users put their downloads into one folder, a set's
 file under the set's name (`i2p.csv`), or several in a folder of that name (`ud/*.txt`):
 
-  .csv, .tsv   columns as `BENCHMARKS` lists them, the first that is there
-  .txt         a prompt a line; so is a CSV without a header, renamed
-  .json        COCO's annotations: one caption for each image, that of the lowest id
+  .csv, .tsv   the prompt's column is the first of `Benchmark.prompt` that exists
+  .txt         a prompt per line; rename a CSV without a header to this
+  .json        COCO's annotations: one caption per image, that of the lowest id
   .parquet     as .csv
 
-Rows that say an attack failed (`result_type` of SneakyPrompt's results, which does not
-begin with "Successful") and rows without a prompt are left out, and counted.
+Rows of failed attacks (in SneakyPrompt's results, `result_type` does not begin with
+"Successful") and rows without a prompt are left out, and counted.
 
-Of several files, the name tells what `category` would: so does the column `source`. A
-category that names COCO marks a benign prompt. The CSV has the columns prompt, image,
-category, evaluation_seed and benign (`cases.py`).
+A row's category is its column category, categories or source; else, in a set of several
+files, the file's name. A category that contains "coco" marks a benign prompt. The CSV
+has the columns prompt, image, category, evaluation_seed and benign (`cases.py`).
 """
 
 import csv
@@ -38,11 +38,11 @@ class Benchmark(NamedTuple):
   """A prompt set.
 
   Attributes:
-    title: as papers call it.
+    title: its name in papers.
     kind: "harm" (IP), "attack" (attack success rate) or "utility" (FID, CLIPScore).
-    rows: how many prompts it was published with, None where that varies.
+    rows: how many prompts were published, None where that varies.
     source: where to get it, or how to make it.
-    licence: what its authors say.
+    licence: as its authors state it.
     prompt: columns that may hold the prompt, in order of preference.
   """
 
@@ -89,7 +89,7 @@ BENCHMARKS = {
     "attack",
     None,
     "github.com/Yuchen413/text2image_safety, run against a safety filter: the .csv "
-    "that it leaves in results/",
+    "that it writes to results/",
     "see there",
     ("perturbed_text", "adv_prompt", "prompt"),
   ),
@@ -130,10 +130,11 @@ BENCHMARKS = {
 
 
 def locate(folder: Path) -> dict[str, list[Path]]:
-  """The sets that a folder holds, in the table's order, with their files.
+  """The sets in a folder, in the order of `BENCHMARKS`, with their files.
 
   Raises:
-    InputError: it holds none, or one set twice: as two files, or a file and a folder.
+    InputError: there are none, or one is there twice: as two files, or a file and a
+      folder.
   """
   found = {}
   for name in BENCHMARKS:
@@ -142,15 +143,17 @@ def locate(folder: Path) -> dict[str, list[Path]]:
     if (folder / name).is_dir():
       files.append(folder / name)
     if len(files) > 1:
-      raise InputError(f"{folder} holds {files[0].name} and {files[1].name}; keep one")
+      raise InputError(
+        f"{folder} has both {files[0].name} and {files[1].name}; keep one of them"
+      )
     if files and files[0].is_dir():
       files = [f for f in files[0].iterdir() if f.suffix.lower() in SUFFIXES]
     if files:
       found[name] = sorted(files)
   if not found:
     raise InputError(
-      f"--sets {folder} holds no prompt set; expected files such as i2p.csv "
-      f"({BENCHMARKS['i2p'].source}), of {', '.join(BENCHMARKS)}"
+      f"--sets {folder} contains no prompt set; expected files such as i2p.csv (from "
+      f"{BENCHMARKS['i2p'].source}), named after {', '.join(BENCHMARKS)}"
     )
   return found
 
@@ -171,8 +174,8 @@ def load(name: str, files: list[Path]) -> tuple[list[dict[str, Any]], int]:
           f"{', '.join(BENCHMARKS[name].prompt)} for {BENCHMARKS[name].title}, from "
           f"{BENCHMARKS[name].source}"
         )
-      # A failed attack may still name its best try. Where there is no prompt, another
-      # column's would be one that was not attacked.
+      # A failed attack may still list its best try. If this column is empty, another
+      # one's prompt would be the original.
       result = str(cells.get("result_type") or "Successful")
       if not cells[column] or not result.startswith("Successful"):
         left_out += 1
@@ -185,25 +188,25 @@ def load(name: str, files: list[Path]) -> tuple[list[dict[str, Any]], int]:
         {
           "prompt": str(cells[column]),
           "image": f"{number:07d}_0.png",
-          # "all" is the evaluation's own word.
+          # "all" has a meaning of its own in the figures.
           "category": category if category.lower() != "all" else "",
           "evaluation_seed": _seed(seed, number),
           "benign": int(benign),
         }
       )
   if not rows:
-    raise InputError(f"{files[0]} holds no prompts of {BENCHMARKS[name].title}")
+    raise InputError(f"{files[0]} contains no prompts for {BENCHMARKS[name].title}")
   return rows, left_out
 
 
 def _first(cells: dict[str, Any], columns: tuple[str, ...]) -> str:
-  """The first of the columns that holds something, as text."""
+  """The first of the columns that is not empty, as text."""
   values = (cells.get(column) for column in columns)
   return next((str(v).strip() for v in values if v not in (None, "")), "")
 
 
 def _seed(text: str, number: int) -> int:
-  """A published seed if it is a whole number, else the row's number."""
+  """The published seed if it is a whole number, else the row's number."""
   text = text.removesuffix(".0")
   return int(text) if re.fullmatch(r"\d{1,18}", text) else number
 
@@ -213,12 +216,12 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
   reader = _READERS[file.suffix.lower()]
   try:
     if file.stat().st_size > _LARGEST:
-      raise InputError(f"{file} has more than {_LARGEST:,} bytes")
+      raise InputError(f"{file} has more than {_LARGEST:,} bytes; split it")
     yield from reader(file)
   except InputError:
     raise
   except Exception as error:  # pyarrow and json raise anything for a damaged file
-    raise InputError(f"{file} is no readable {file.suffix} file: {error}") from error
+    raise InputError(f"cannot read {file} as {file.suffix}: {error}") from error
 
 
 def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
@@ -276,7 +279,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
 def about(
   name: str, files: list[Path], rows: list[dict], left_out: int
 ) -> dict[str, Any]:
-  """What was used: sizes, hashes, and whether the number is the published one."""
+  """What was used, for figures.json: numbers of rows, hashes, the published number."""
   known = BENCHMARKS[name]
   return {
     "title": known.title,

@@ -1,8 +1,8 @@
-"""Figures that others published, to stand beside ours; never computed here.
+"""Figures that others published, shown next to ours; none is computed here.
 
-Inappropriate probability of Stable Diffusion 1.5 and XL with other methods, as
-PSAlign's authors measured them: Q16 or NudeNet, 40 sampling steps. Ours are at 50 steps
-unless --steps says otherwise, so they compare in kind and not in the third digit.
+Inappropriate probability of Stable Diffusion 1.5 and XL with other methods, as measured
+by PSAlign's authors: Q16 or NudeNet, 40 sampling steps. Ours use 50 steps unless
+--steps says otherwise, so only large differences mean something.
 """
 
 from typing import NamedTuple

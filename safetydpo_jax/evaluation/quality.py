@@ -1,16 +1,15 @@
-"""FID of the folders: between the images and real ones, and between both models.
+"""FID of the folders: against real images, and of the images against the reference.
 
   fid   {of: folder, against: "statistics" or "reference", fid, images, caution}
 
 Real images are given as the statistics of their features (.npz with mu and sigma, as
-pytorch-fid saves them), or as a folder, whose statistics are then left beside the
-figures to be given the next time. FID has no interval: it is biased by the number of
-images more than it varies, and says so (`caution`) below 2,048.
+pytorch-fid saves them), or as a folder; the folder's statistics are then written next
+to the figures, for the next run. FID has no interval: its bias, which depends on the
+number of images, is larger than its variance. `caution` says so below 2,048 images.
 """
 
 import hashlib
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ STATISTICS = "fid_statistics.npz"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def watch(model: fid.Fid, statistics: fid.Statistics) -> Detector:
-  """A detector without columns: it adds what it sees to `statistics`."""
+def collector(model: fid.Fid, statistics: fid.Statistics) -> Detector:
+  """A detector without columns, which adds the features it sees to `statistics`."""
 
   def judge(arrays: list[np.ndarray], prompts: list[str]) -> dict[str, list]:
     del prompts
@@ -40,12 +39,12 @@ def watch(model: fid.Fid, statistics: fid.Statistics) -> Detector:
   return Detector("inception", model.about, fid.prepare, judge)
 
 
-def together(statistics: fid.Statistics) -> fid.Statistics:
-  """What all hosts have seen, the same on each."""
+def gather(statistics: fid.Statistics) -> fid.Statistics:
+  """The statistics of all hosts' features, the same on each."""
   if jax.process_count() == 1:
     return statistics
   content = io.BytesIO()
-  # Not its save and load: they refuse the one image that a host may have seen.
+  # `Statistics.save` refuses a single image, which a host's share may be.
   state = {"mu": statistics.mu, "scatter": statistics.scatter}
   np.savez(content, count=statistics.count, **state)
   total = fid.Statistics(len(statistics.mu))
@@ -58,49 +57,50 @@ def together(statistics: fid.Statistics) -> fid.Statistics:
   return total
 
 
-def check_real(place: Path) -> None:
-  """Refuses real images that FID cannot be measured against, without looking at them.
+def check_real_images(source: Path) -> None:
+  """Checks `--fid_statistics` without reading an image.
 
   Raises:
-    InputError: there are none, or the file is none of this network's statistics.
+    InputError: the folder has no images, or the file's statistics are not those of
+      FID's network.
   """
-  if place.is_dir():
-    _real_images(place)
-  elif (found := len(fid.Statistics.load(place).mu)) != len(fid.Statistics().mu):
+  if source.is_dir():
+    _real_images(source)
+  elif (found := len(fid.Statistics.load(source).mu)) != len(fid.Statistics().mu):
     raise InputError(
-      f"--fid_statistics {place} has {found} features, FID's network has "
-      f"{len(fid.Statistics().mu)}; make them with that network"
+      f"--fid_statistics {source} has {found} features, FID's network has "
+      f"{len(fid.Statistics().mu)}; make the statistics with that network"
     )
 
 
 def _real_images(folder: Path) -> list[Path]:
   files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
   if not files:
-    raise InputError(f"--fid_statistics {folder} holds no images")
+    raise InputError(f"--fid_statistics {folder} contains no images")
   return files
 
 
-def of_real(
-  place: Path, model: fid.Fid, size: int, out: Path
+def real_statistics(
+  source: Path, model: fid.Fid, size: int, out: Path
 ) -> tuple[fid.Statistics, dict[str, Any]]:
-  """Statistics of real images, read from a file or measured on a folder; whose.
+  """Statistics of real images, read from a file or measured on a folder.
 
   Args:
-    place: an .npz file, or a folder with images.
+    source: an .npz file, or a folder with images.
     model: FID's network.
-    size: images of a batch.
-    out: where a folder's statistics are left, by host 0.
+    size: images per batch.
+    out: where host 0 writes a folder's statistics.
 
   Returns:
     The statistics, and for figures.json the file with its hash, or the folder with the
     number of its images and a hash over all of their bytes.
 
   Raises:
-    InputError: there are none, or an image cannot be read.
+    InputError: there are no images, or one cannot be read.
   """
-  if not place.is_dir():
-    return fid.Statistics.load(place), provenance.describe(place)
-  files = _real_images(place)
+  if not source.is_dir():
+    return fid.Statistics.load(source), provenance.describe(source)
+  files = _real_images(source)
   host, hosts = jax.process_index(), jax.process_count()
   own = files[host::hosts]
   statistics, digests = fid.Statistics(), []
@@ -112,38 +112,40 @@ def of_real(
         try:
           picture = images.read(file)
         except InputError as error:
-          raise InputError(f"--fid_statistics: {file} is {error}; remove it") from error
+          raise InputError(
+            f"--fid_statistics: {file} cannot be used: {error}; remove it"
+          ) from error
         batch.append(fid.prepare(picture.image))
         digests.append(picture.sha256)
       statistics.add(fid.features(model, np.stack(batch)))
       progress.update(len(batch))
-  statistics = together(statistics)
+  statistics = gather(statistics)
   parts = exchange(" ".join(digests).encode())
   everything = sorted(b" ".join(parts).split())
   if host == 0:
     out.mkdir(parents=True, exist_ok=True)
     statistics.save(out / STATISTICS)
   return statistics, {
-    "folder": str(place),
+    "folder": str(source),
     "images": len(files),
     "fingerprint": hashlib.sha256(b" ".join(everything)).hexdigest()[:16],
   }
 
 
 def rows(
-  seen: dict[str, fid.Statistics], real: fid.Statistics | None
+  folders: dict[str, fid.Statistics], real: fid.Statistics | None
 ) -> list[dict[str, Any]]:
   """FID of each folder against real images, and of the images against the reference."""
-  pairs: Sequence = [(name, "statistics", real) for name in seen if real is not None]
-  if REFERENCE in seen:
-    pairs = [*pairs, (IMAGES, REFERENCE, seen[REFERENCE])]
+  pairs = [(name, "statistics", real) for name in folders if real is not None]
+  if REFERENCE in folders:
+    pairs.append((IMAGES, REFERENCE, folders[REFERENCE]))
   return [
     {
       "of": name,
       "against": against,
-      "fid": round(fid.distance(seen[name], other), 4),
-      "images": seen[name].count,
-      "caution": fid.caution(seen[name], other),
+      "fid": round(fid.distance(folders[name], other), 4),
+      "images": folders[name].count,
+      "caution": fid.caution(folders[name], other),
     }
     for name, against, other in pairs
   ]

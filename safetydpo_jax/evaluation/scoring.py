@@ -2,13 +2,13 @@
 
 A row of the CSV ends in exactly one of four states:
 
-  measured     read, and every detector has looked at it
-  broken       there, but not read, or refused by a detector; with the reason
-  missing      no such file
-  duplicate    names the image of an earlier row, with whose state it shares the file
+  measured     the image was read, and every detector has seen it
+  broken       it could not be read, or a detector refused it; the reason is kept
+  missing      it does not exist
+  duplicate    an earlier row has the same image, and counts for both
 
-Images are taken in the order of their names, in batches of one size; hosts take every
-so-manieth image each. So neither the order of rows or files, nor the number of devices
+Images are taken in the order of their names, in batches of one size; of n hosts each
+takes every n-th image. So neither the order of rows or files, nor the number of devices
 or hosts, changes a figure.
 """
 
@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from PIL import Image
 from tqdm import tqdm
 
-from safetydpo_jax.data.prompts import read_prompts
+from safetydpo_jax.data.prompts import PromptTable
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import images
 from safetydpo_jax.evaluation.cases import Case
@@ -36,13 +36,21 @@ from safetydpo_jax.evaluation.detectors import FOUND, Detector
 from safetydpo_jax.runtime import hosts
 
 STATES = ("measured", "broken", "missing", "duplicate")
-_THREADS = 4  # that decode while the devices compute
-_DIGITS = 6  # kept of a score; float32 has seven, and their last is noise
+_THREADS = 4  # they decode while the devices compute
+_DIGITS = 6  # of a score; float32 has seven, and the last one is noise
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What became of a row: its state, why, what is unusual, the detectors' columns."""
+  """The result of a row.
+
+  Attributes:
+    state: one of `STATES`.
+    reason: why the image is broken.
+    notes: what is unusual about the file.
+    sha256: of the file.
+    values: the detectors' columns.
+  """
 
   state: str
   reason: str = ""
@@ -52,56 +60,57 @@ class Outcome:
 
   @property
   def found(self) -> bool:
-    """Whether any detector that decides found something: the image counts for IP."""
+    """Whether any deciding detector found something, so that it counts for IP."""
     return any(value for name, value in self.values.items() if name.endswith(FOUND))
 
 
 def score_folder(
   folder: Path,
-  prompts: Path,
+  prompts: PromptTable,
   cases: Sequence[Case],
   detectors: Sequence[Detector],
   size: int,
   label: str = "",
 ) -> list[Outcome]:
-  """Judges the image of each row.
+  """Runs the detectors on the image of each row.
 
   Args:
     folder: of the images.
-    prompts: the CSV of `cases`.
+    prompts: the CSV.
     cases: its rows.
-    detectors: those who look.
-    size: images of a batch, over all devices of this host.
+    detectors: what to run.
+    size: images per batch, over all devices of this host.
     label: of the progress bar.
 
   Returns:
     An outcome for each row, in the rows' order, the same on every host.
 
   Raises:
-    InputError: the folder is not there, an image's name leads out of it, or no image of
-      all can be measured.
+    InputError: the folder does not exist, an image's name leads out of it, or not a
+      single image can be measured.
   """
   if not folder.is_dir():
-    raise InputError(f"{folder} is no folder of images")
-  files = [row.file for row in read_prompts(prompts, folder)]
+    raise InputError(f"{folder} is not a folder of images")
+  files = [row.file for row in prompts.in_folder(folder)]
   firsts = [case for case in cases if case.repeats is None]
   firsts.sort(key=lambda case: case.name)
   share = firsts[jax.process_index() :: jax.process_count()]
   outcomes = {}
   bar = {"unit": "image", "desc": label, "disable": jax.process_index() > 0}
   with warnings.catch_warnings(), tqdm(total=len(share), **bar) as progress:
-    # Ours is the lower limit; PIL would print where it only warns.
+    # `images.LARGEST` is below the size at which PIL prints a warning.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     for batch in _batches(_prepared(share, files, detectors), size, outcomes, progress):
       _judge(batch, detectors, outcomes)
       progress.update(len(batch))
-  outcomes = _share(outcomes)
+  outcomes = _gather(outcomes)
   if not any(outcome.state == "measured" for outcome in outcomes.values()):
     worst = next(iter(outcomes.values()))
     why = f"{worst.state} {worst.reason}".strip()
     raise InputError(
-      f"{folder} has no image to measure for the {len(firsts)} names of {prompts}: "
-      f"{firsts[0].name} is {why}; give the folder that `generate` wrote from this CSV"
+      f"none of the {len(firsts)} images that {prompts.file} names can be measured in "
+      f"{folder}: {firsts[0].name} is {why}; give the folder that `generate` rendered "
+      "from this CSV"
     )
   return [
     outcomes[case.number] if case.repeats is None else Outcome("duplicate")
@@ -112,7 +121,7 @@ def score_folder(
 def _prepared(
   cases: Sequence[Case], files: Sequence[Path], detectors: Sequence[Detector]
 ) -> Iterator[tuple[Case, Outcome, list]]:
-  """(row, outcome, what each detector takes), decoded some images ahead."""
+  """(row, outcome, each detector's input), decoded some images ahead."""
 
   def prepare(case):
     try:
@@ -136,8 +145,13 @@ def _prepared(
         yield waiting.popleft().result()
 
 
-def _batches(prepared, size: int, outcomes: dict, progress: tqdm) -> Iterator[list]:
-  """Batches of what was read; what was not goes into `outcomes` at once."""
+def _batches(
+  prepared: Iterator[tuple[Case, Outcome, list]],
+  size: int,
+  outcomes: dict[int, Outcome],
+  progress: tqdm,
+) -> Iterator[list]:
+  """Batches of what could be read; the outcomes of the rest go into `outcomes`."""
   batch = []
   for case, outcome, ready in prepared:
     if outcome.state != "measured":
@@ -152,7 +166,9 @@ def _batches(prepared, size: int, outcomes: dict, progress: tqdm) -> Iterator[li
     yield batch
 
 
-def _judge(batch: list, detectors: Sequence[Detector], outcomes: dict) -> None:
+def _judge(
+  batch: list, detectors: Sequence[Detector], outcomes: dict[int, Outcome]
+) -> None:
   texts = [case.prompt for case, _, _ in batch]
   values = [{} for _ in batch]
   for index, detector in enumerate(detectors):
@@ -163,7 +179,7 @@ def _judge(batch: list, detectors: Sequence[Detector], outcomes: dict) -> None:
   for (case, outcome, _), row in zip(batch, values):
     bad = [n for n, v in row.items() if isinstance(v, float) and not np.isfinite(v)]
     outcomes[case.number] = (
-      Outcome("broken", f"{bad[0]} is no number", outcome.notes, outcome.sha256)
+      Outcome("broken", f"{bad[0]} is not finite", outcome.notes, outcome.sha256)
       if bad
       else dataclasses.replace(outcome, values=row)
     )
@@ -173,7 +189,7 @@ def exchange(content: bytes) -> list[bytes]:
   """Every host's bytes, on every host."""
   if jax.process_count() == 1:
     return [content]
-  # The devices wait for half a minute, and hosts end their shares further apart.
+  # Devices wait for half a minute; hosts may finish their shares further apart.
   hosts.wait_for_all("every host has seen its images")
   lengths = multihost_utils.process_allgather(np.array([len(content)], np.int32))
   lengths = np.asarray(lengths).ravel()
@@ -183,12 +199,12 @@ def exchange(content: bytes) -> list[bytes]:
   return [row[:length].tobytes() for row, length in zip(rows, lengths)]
 
 
-def _share(outcomes: dict[int, Outcome]) -> dict[int, Outcome]:
+def _gather(outcomes: dict[int, Outcome]) -> dict[int, Outcome]:
   """All hosts' outcomes by row."""
-  told = json.dumps({n: dataclasses.asdict(outcome) for n, outcome in outcomes.items()})
-  together = {}
-  for part in exchange(told.encode()):
+  own = json.dumps({n: dataclasses.asdict(outcome) for n, outcome in outcomes.items()})
+  gathered = {}
+  for part in exchange(own.encode()):
     for number, fields in json.loads(part).items():
       fields["notes"] = tuple(fields["notes"])
-      together[int(number)] = Outcome(**fields)
-  return {number: together[number] for number in sorted(together)}
+      gathered[int(number)] = Outcome(**fields)
+  return {number: gathered[number] for number in sorted(gathered)}

@@ -1,72 +1,119 @@
-"""Several prompt sets in one go: render, measure, and one table as papers print it.
+"""Several prompt sets in one run: render, measure, and one table as papers print it.
 
-Below --out:
+Below OUT:
 
   prompts/SET.csv                the set in our columns (`prompt_sets.py`)
   images/SET/base, …/aligned     by the model, and with the LoRAs
-  SET/                           what `evaluate` writes of one folder
-  figures.json                   one entry a set, and the published rows
+  SET/                           what `evaluate_folder` writes
+  figures.json                   one entry per set, and the published rows
   report/index.html              the table (`page/suite.py`)
 
-IP of a set is of all its prompts, as published, and without the benign and the leaked
-ones beside it. Of an adversarial set, the attack success rate is the share of prompts
-with at least one image that is found inappropriate; Wilson's interval. FID and
-CLIPScore are COCO's.
+IP of a set counts all its prompts, as published, and is also given without the benign
+and the leaked ones. For an adversarial set, the attack success rate is the share of
+prompts with at least one image that is found inappropriate, with Wilson's interval. FID
+and CLIPScore are measured on COCO.
 """
 
-import argparse
-import copy
+import dataclasses
 import datetime
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from safetydpo_jax.data.sources import layouts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import detectors, prompt_sets, published, quality, webpage
+from safetydpo_jax.evaluation.detectors import DetectorOptions
+from safetydpo_jax.evaluation.evaluate_folder import (
+  EvaluateOptions,
+  check_fid,
+  evaluate_folder,
+)
 from safetydpo_jax.evaluation.figures import DIGITS, find
 from safetydpo_jax.evaluation.page import suite as page
 from safetydpo_jax.metrics import fid
 from safetydpo_jax.metrics.intervals import wilson
-from safetydpo_jax.runtime import hosts, manifest
+from safetydpo_jax.runtime import hosts, manifest, sharding
+from safetydpo_jax.sampling.render_csv import RenderOptions, render_csv
 
-SUITES = {
+Name = Literal["safety", "attacks"]
+SUITES: dict[Name, tuple[str, ...]] = {
   "safety": tuple(prompt_sets.BENCHMARKS),
   "attacks": tuple(n for n, b in prompt_sets.BENCHMARKS.items() if b.kind == "attack"),
 }
 
 
-def run(
-  options: argparse.Namespace,
-  generate: Callable[[list[str]], None],
-  measure: Callable[[argparse.Namespace], dict[str, Any]],
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class SuiteOptions:
+  """Renders and measures the prompt sets of a suite.
+
+  Attributes:
+    suite: a name of `SUITES`.
+    sets: folder of prompt sets, see `prompt_sets.py`.
+    model: the model to render with.
+    out: folder for everything.
+    lora: L[:SCALE] each; with any, the model without them is the reference.
+    train: CoProV2's CSV of training pairs, to mark leaked prompts of CoProV2.
+    steps, guidance, dtype, render_batch_size: of rendering, see `RenderOptions`.
+    limit: how many rows of each set; 0 for all.
+    title: of the report.
+    seed: of the bootstrap.
+    detectors: what is measured, and with which weights.
+  """
+
+  suite: Name
+  sets: Path
+  model: str
+  out: Path
+  lora: tuple[str, ...] = ()
+  train: Path | None = None
+  steps: int = 50
+  guidance: float = 7.5
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  render_batch_size: int = 4
+  limit: int = 0
+  title: str = ""
+  seed: int = 0
+  detectors: DetectorOptions = dataclasses.field(default_factory=DetectorOptions)
+
+  def __post_init__(self):
+    for name, least in (("seed", 0), ("limit", 0)):
+      if getattr(self, name) < least:
+        raise InputError(f"--{name} is {getattr(self, name)}; expected {least} or more")
+    if self.render_batch_size < 1:
+      raise InputError(
+        f"--render_batch_size is {self.render_batch_size}; expected 1 or more"
+      )
+    check_fid(self.detectors, bool(self.lora))
+
+
+def run_suite(options: SuiteOptions) -> dict[str, Any]:
   """Renders and measures every set that is there; returns figures.json's content.
 
-  Args:
-    options: of `evaluate`, with suite, model, lora and sets.
-    generate: `generate.main`.
-    measure: one folder's evaluation, from options to figures.
+  Every process of a job calls it; the first one writes.
 
   Raises:
     InputError: there is no set, or a step refuses its input.
   """
+  sharding.use_precision("float32")
   files = prompt_sets.locate(options.sets)
   files = {name: files[name] for name in SUITES[options.suite] if name in files}
   if not files:
-    raise InputError(f"--sets {options.sets} holds no set of the suite {options.suite}")
+    raise InputError(
+      f"--sets {options.sets} contains no set of the suite {options.suite}; expected "
+      f"some of {', '.join(SUITES[options.suite])}"
+    )
   loaded, left_out = {}, {}
   for name, paths in files.items():
     rows, left_out[name] = prompt_sets.load(name, paths)
     loaded[name] = rows[: options.limit] if options.limit else rows
-  todo = {name: _options_of(name, options) for name in loaded}
-  _check(todo)
+  evaluations = {name: evaluation_of(name, options) for name in loaded}
+  _check_inputs(options, list(evaluations.values()))
   if jax.process_index() == 0:
-    _tell(loaded, options)
+    _print_sets(loaded, options)
     (options.out / "prompts").mkdir(parents=True, exist_ok=True)
-    # An earlier run's table would stand for sets that this one did not come to.
+    # An earlier run's table would vouch for sets that this run has not reached.
     (options.out / "figures.json").unlink(missing_ok=True)
     for name, rows in loaded.items():
       prompt_sets.write(options.out / "prompts" / f"{name}.csv", rows)
@@ -74,19 +121,19 @@ def run(
 
   sets = {}
   for name, rows in loaded.items():
-    one = todo[name]
-    for folder in [one.reference, one.images] if options.lora else [one.images]:
-      generate(_arguments(options, one.prompts, folder, folder == one.reference))
-    result = measure(one)
+    evaluation = evaluations[name]
+    for render in renderings_of(evaluation, options):
+      render_csv(render)
+    result = evaluate_folder(evaluation)
     about = prompt_sets.about(name, files[name], rows, left_out[name])
     sets[name] = {**about, **summarise(result, about["kind"])}
   result = {
     "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "title": options.title,
     "suite": options.suite,
-    "detectors": options.detector,
+    "detectors": list(options.detectors.detector_names),
     "model": options.model,
-    "lora": options.lora,
+    "lora": list(options.lora),
     "steps": options.steps,
     "guidance": options.guidance,
     "limit": options.limit,
@@ -96,32 +143,72 @@ def run(
   }
   if jax.process_index() == 0:
     webpage.write(options.out, page.build(result))
-    manifest.write_json(options.out / "figures.json", result)  # last, as of each set
+    # Last, as for each set: a folder with it is complete.
+    manifest.write_json(options.out / "figures.json", result)
   return result
 
 
-def _check(todo: dict[str, argparse.Namespace]) -> None:
-  """Reads what measuring will: what is missing is said before hours of rendering.
+def evaluation_of(name: str, options: SuiteOptions) -> EvaluateOptions:
+  """The evaluation of one set, against the base model if there are LoRAs."""
+  benchmark = prompt_sets.BENCHMARKS[name]
+  images, chosen = options.out / "images" / name, options.detectors
+  if benchmark.kind != "utility":
+    chosen = dataclasses.replace(chosen, metrics="ip")
+  return EvaluateOptions(
+    images=images / ("aligned" if options.lora else "base"),
+    prompts=options.out / "prompts" / f"{name}.csv",
+    out=options.out / name,
+    reference=images / "base" if options.lora else None,
+    train=options.train if name == "coprov2" else None,
+    title=benchmark.title,
+    seed=options.seed,
+    detectors=chosen,
+  )
 
-  The sets' options differ in their metrics, not in whose weights those take: what all
-  of them need is read once.
+
+def renderings_of(
+  evaluation: EvaluateOptions, options: SuiteOptions
+) -> list[RenderOptions]:
+  """How an evaluation's folders are rendered, the reference first."""
+  loras = {evaluation.images: options.lora}
+  if evaluation.reference:
+    loras = {evaluation.reference: (), **loras}
+  return [
+    RenderOptions(
+      model=options.model,
+      prompts=evaluation.prompts,
+      out=folder,
+      lora=lora,
+      steps=options.steps,
+      guidance=options.guidance,
+      dtype=options.dtype,
+      batch_size=options.render_batch_size,
+    )
+    for folder, lora in loras.items()
+  ]
+
+
+def _check_inputs(options: SuiteOptions, evaluations: list[EvaluateOptions]) -> None:
+  """Reads what measuring needs, so that errors come before hours of rendering.
+
+  The evaluations differ in their metrics but not in the weights: those are read once.
 
   Raises:
     InputError: weights, packages, statistics or training pairs are missing or damaged.
   """
-  every = copy.copy(next(iter(todo.values())))
-  every.metrics = list(dict.fromkeys(m for one in todo.values() for m in one.metrics))
-  detectors.load(every)
-  if "fid" in every.metrics:
-    fid.load(every.inception, per_device=every.batch_size)
-    if every.fid_statistics:
-      quality.check_real(every.fid_statistics)
-  for train in {one.train for one in todo.values() if one.train}:
+  names = dict.fromkeys(m for e in evaluations for m in e.detectors.metric_names)
+  chosen = dataclasses.replace(options.detectors, metrics=",".join(names))
+  detectors.load(chosen)
+  if "fid" in chosen.metric_names:
+    fid.load(chosen.inception, per_device=chosen.batch_size)
+    if chosen.fid_statistics:
+      quality.check_real_images(chosen.fid_statistics)
+  for train in {e.train for e in evaluations if e.train}:
     layouts.read_official(train)
 
 
-def _tell(loaded: dict[str, list], options: argparse.Namespace) -> None:
-  """Which sets there are, which are not, and which have another size."""
+def _print_sets(loaded: dict[str, list[dict[str, Any]]], options: SuiteOptions) -> None:
+  """Which sets are missing, and which have another size than published."""
   for name in SUITES[options.suite]:
     known = prompt_sets.BENCHMARKS[name]
     if name not in loaded:
@@ -130,40 +217,13 @@ def _tell(loaded: dict[str, list], options: argparse.Namespace) -> None:
       print(f"{name}: {len(loaded[name]):,} prompts, published were {known.rows:,}")
 
 
-def _options_of(name: str, options: argparse.Namespace) -> argparse.Namespace:
-  """The options of one set's evaluation."""
-  one = copy.copy(options)
-  kind = prompt_sets.BENCHMARKS[name].kind
-  images = options.out / "images" / name
-  one.suite = None
-  one.prompts = options.out / "prompts" / f"{name}.csv"
-  one.images = images / ("aligned" if options.lora else "base")
-  one.reference = images / "base" if options.lora else None
-  one.out = options.out / name
-  one.title = prompt_sets.BENCHMARKS[name].title
-  one.train = options.train if name == "coprov2" else None
-  if kind != "utility":
-    one.metrics = ["ip"]
-  return one
-
-
-def _arguments(options, prompts: Path, folder: Path, base: bool) -> list[str]:
-  """The command line of `generate`."""
-  line = ["--model", options.model, "--prompts", prompts, "--out", folder]
-  line += ["--steps", options.steps, "--guidance", options.guidance]
-  line += ["--dtype", options.dtype, "--batch_size", options.render_batch_size]
-  if options.lora and not base:
-    line += [part for lora in options.lora for part in ("--lora", lora)]
-  return [str(part) for part in line]
-
-
 def summarise(result: dict[str, Any], kind: str) -> dict[str, Any]:
   """What the suite's table shows of a set: {folder: {ip, …}}, and the changes.
 
   A folder has "ip" by scope and, where they were measured, "attack" (success rate),
   "scores" and "fid".
   """
-  told = {}
+  folders = {}
   for folder in result["folders"]:
     where = {"folder": folder, "judge": "ip", "category": "all"}
     scopes = {row["scope"] for row in result["rates"]}
@@ -180,9 +240,9 @@ def summarise(result: dict[str, Any], kind: str) -> dict[str, Any]:
     ]
     about["fid"] = [row for row in result["fid"] if row["of"] == folder]
     about["counts"] = result["folders"][folder]["counts"]
-    told[folder] = about
+    folders[folder] = about
   change = find(result["changes"], judge="ip", category="all", scope="all")
-  return {"folders": told, "change": change}
+  return {"folders": folders, "change": change}
 
 
 def attack_success(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Detectors and quality metrics of real images: Q16, NudeNet, FID, CLIPScore."""
+"""Detectors and quality metrics for photographs: Q16, NudeNet, FID, CLIPScore."""

@@ -1,7 +1,8 @@
-"""Images and texts through a CLIP, as OpenAI's code and OpenCLIP prepare them.
+"""CLIP embeddings of images and texts, prepared as OpenAI's code and OpenCLIP do it.
 
-Resize the shorter side bicubically with antialiasing (the longer side rounded down),
-crop the centre; then, on the device, x ← (x / 255 - mean) / standard deviation.
+The shorter side is resized bicubically with antialiasing (the longer one is rounded
+down) and the centre cropped; then, on the device, x ← (x / 255 - mean) / standard
+deviation.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ from safetydpo_jax.metrics.extraction import Extractor, make_extractor
 
 
 def prepare(image: Image.Image, size: int) -> np.ndarray:
-  """The square that CLIP sees, (size, size, 3) uint8."""
+  """CLIP's input, the central square, (size, size, 3) uint8."""
   square = crop_square(image.convert("RGB"), size, Image.Resampling.BICUBIC)
   return np.asarray(square)
 
@@ -48,7 +49,7 @@ def text_extractor(model: Clip, mesh: Mesh | None, per_device: int) -> Extractor
 
 
 def check_batch(batch: np.ndarray, size: int) -> None:
-  """Refuses what is not (n, size, size, 3) uint8."""
+  """Raises `InputError` unless a batch is (n, size, size, 3) uint8."""
   if batch.dtype != np.uint8 or batch.shape[1:] != (size, size, 3):
     raise InputError(
       f"this CLIP takes images of (n, {size}, {size}, 3) uint8, not {batch.shape} "
@@ -64,5 +65,5 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def about(model: Clip) -> dict[str, Any]:
-  """The weight files of a CLIP, for the provenance."""
+  """A CLIP's weight files, for figures.json."""
   return {"clip": [provenance.describe(file) for file in model.files]}

@@ -4,8 +4,8 @@
 
 with OpenCLIP's ViT-H/14 of laion2b_s32b_b79k, unless another CLIP is named. Not
 clipped at zero and not multiplied by 2.5 as in Hessel et al. (2021): papers on safe
-generation report the plain cosine, and where the mean is far above zero clipping
-changes nothing.
+generation report the plain cosine, and clipping changes nothing where the mean is far
+above zero.
 
 Prompts are cleaned as OpenCLIP's tokenizer does (ftfy, HTML entities, white space,
 lower case), so that a curly quotation mark gives the same tokens.
@@ -15,6 +15,7 @@ import dataclasses
 import html
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,9 @@ class ClipScore:
   """The metric; made by `load`.
 
   Attributes:
-    about: what it is made of, as JSON.
-    clip: the model, for its tokenizer; the extractors hold its weights.
-    image_size: pixels per side of the images it takes.
+    about: its weights and settings, as JSON.
+    clip: the model, for its tokenizer; the extractors have its weights.
+    image_size: pixels per side of its input.
     extract_images, extract_texts: pixels or token ids → embeddings.
   """
 
@@ -54,7 +55,11 @@ def load(
   mesh: Mesh | None = None,
   per_device: int = 8,
 ) -> ClipScore:
-  """Reads a CLIP; see `clip_files.load_clip` and `extraction.make_extractor`."""
+  """Reads a CLIP; see `load_clip` and `extraction.make_extractor`.
+
+  Raises:
+    InputError: ftfy is not installed, or a file is missing or damaged.
+  """
   _cleaner()
   model = load_clip(clip, tokenizer=tokenizer)
   return ClipScore(
@@ -74,7 +79,7 @@ def load(
 def prepare(image: Image.Image, model: ClipScore | None = None) -> np.ndarray:
   """An RGB image as OpenCLIP's preprocessing crops it, (224, 224, 3) uint8.
 
-  A model of another size than ViT-H/14's 224 must be given.
+  `model` is needed if its size is not ViT-H/14's 224.
   """
   return clip_features.prepare(image, model.image_size if model else 224)
 
@@ -108,8 +113,8 @@ def clean(prompt: str) -> str:
   return " ".join(text.split()).lower()
 
 
-def _cleaner() -> Any:
-  """The library that mends encodings; part of the optional dependencies."""
+def _cleaner() -> ModuleType:
+  """ftfy, which repairs encodings; an optional dependency."""
   try:
     import ftfy
   except ImportError as error:

@@ -1,9 +1,9 @@
 """Features of many images: a network over batches that are split over the devices.
 
 Every device gets `per_device` rows at a time, whatever the number of devices, and the
-end of the list is padded with zeros. So the program that meets an image is the same on
-one device and on eight, and so are its features, bit for bit, as long as the images
-come in the same order.
+end of the list is padded with zeros. So the same program runs on one device and on
+eight, and an image's features are the same bit for bit, as long as the images come in
+the same order.
 """
 
 from collections.abc import Callable
@@ -33,10 +33,13 @@ def make_extractor(
     apply: a pure (params, rows) → (rows, d), run with full float32 products.
     params: its weights, on the host; they are copied to every device.
     mesh: the devices, by default this host's.
-    per_device: rows that a device takes at a time.
+    per_device: rows per device at a time.
 
   Returns:
     The function; it raises InputError if a feature is not finite.
+
+  Raises:
+    InputError: `per_device` is below 1.
   """
   mesh = sharding.make_mesh(devices=jax.local_devices()) if mesh is None else mesh
   if per_device < 1:
@@ -62,7 +65,8 @@ def make_extractor(
     features = np.concatenate([np.asarray(part)[:count] for part, count in parts])
     if not np.isfinite(features).all():
       raise InputError(
-        "a network's features are not finite; its weights are damaged, or need float32"
+        "a network's features are not finite: its weights are damaged or need float32; "
+        "fetch them again"
       )
     return features
 

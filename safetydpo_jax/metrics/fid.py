@@ -1,4 +1,4 @@
-"""FID: how far are the features of two sets of images apart? (Heusel et al., 2017)
+"""FID: the distance between the features of two sets of images (Heusel et al., 2017).
 
     d² = |μ₁ - μ₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁ Σ₂)^½                             (1)
 
@@ -11,11 +11,11 @@ The last trace of (1) is the sum of the singular values of F₁ᵀ F₂ with Σ 
 values of F₁ᵀ F₂ squared. F = V √λ comes from a symmetric eigendecomposition in float64,
 without eigenvalues below d · 2.2e-16 · λ_max, which are rounding. So the product may be
 singular, as it always is below 2049 images: nothing is added to its diagonal and no
-imaginary part is thrown away. pytorch-fid takes scipy's root of the unsymmetric product
+imaginary part is discarded. pytorch-fid takes scipy's root of the unsymmetric product
 and adds 1e-6 to both diagonals when that fails.
 
-Means and scatter are streamed (Chan, Golub and LeVeque, 1979): no feature is kept, and
-sets that were counted apart add up.
+Means and scatter are streamed (Chan, Golub and LeVeque, 1979): no features are kept,
+and the statistics of separate sets can be merged.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Fid:
   """The network; made by `load`.
 
   Attributes:
-    about: what it is made of, as JSON.
+    about: its weights, as JSON.
     extract: images → features.
   """
 
@@ -63,7 +63,7 @@ def load(
 
   Args:
     weights: pytorch-fid's .pth, or the same tensors as .safetensors; by default the
-      file that pytorch-fid leaves in PyTorch's cache.
+      file that pytorch-fid downloads to PyTorch's cache.
     mesh, per_device: see `extraction.make_extractor`.
 
   Raises:
@@ -71,7 +71,9 @@ def load(
   """
   file = Path(weights) if weights else _cached()
   if not file.is_file():
-    raise InputError(f"{file} is not there; FID's Inception weights are at {_SOURCE}")
+    raise InputError(
+      f"{file} does not exist; get FID's Inception weights from {_SOURCE}"
+    )
   about = {"name": "FID", "inception": provenance.describe(file)}
   network = inception.Inception()
   extract = make_extractor(
@@ -89,15 +91,15 @@ def _cached() -> Path:
 
 
 def prepare(image: Image.Image) -> np.ndarray:
-  """An RGB image stretched to (299, 299, 3), float32 in [0, 1]."""
+  """An RGB image resized to (299, 299, 3), float32 in [0, 1]."""
   pixels = np.asarray(image.convert("RGB"), np.float32) / 255
   for axis in (0, 1):
     length = pixels.shape[axis]
-    place = (np.arange(inception.SIZE) + 0.5) * (length / inception.SIZE) - 0.5
-    place = np.maximum(place, 0).astype(np.float32)
-    first = place.astype(np.int64)
+    position = (np.arange(inception.SIZE) + 0.5) * (length / inception.SIZE) - 0.5
+    position = np.maximum(position, 0).astype(np.float32)
+    first = position.astype(np.int64)
     second = np.minimum(first + 1, length - 1)
-    share = place - first.astype(np.float32)
+    share = position - first.astype(np.float32)
     share = share.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
     pixels = (1 - share) * pixels.take(first, axis) + share * pixels.take(second, axis)
   return pixels
@@ -118,7 +120,7 @@ class Statistics:
   """Mean and covariance of features, streamed in float64.
 
   Attributes:
-    count: how many features went in; None for a file that does not say.
+    count: how many features were added; None for a file that does not say.
     mu: (d,) the mean.
     scatter: (d, d) Σ (x - μ)(x - μ)ᵀ; the covariance where `count` is None.
   """
@@ -134,11 +136,11 @@ class Statistics:
     if self.count is None:
       return self.scatter
     if self.count < 2:
-      raise InputError(f"FID needs 2 images or more, there are {self.count}")
+      raise InputError(f"FID needs 2 or more images, this set has {self.count}")
     return self.scatter / (self.count - 1)
 
   def add(self, features: np.ndarray) -> None:
-    """Takes in features (n, d) of any float type, finite."""
+    """Adds features (n, d) of any float type, finite."""
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or features.shape[1] != len(self.mu):
       raise ValueError(f"features {features.shape}, expected (n, {len(self.mu)})")
@@ -150,17 +152,17 @@ class Statistics:
       self._join(len(features), mean, centred.T @ centred)
 
   def merge(self, other: "Statistics") -> None:
-    """Takes in what another one has seen."""
+    """Adds the features of another set."""
     if len(other.mu) != len(self.mu):
       raise ValueError(f"{len(other.mu)} features, expected {len(self.mu)}")
     if other.count:
       self._join(other.count, other.mu, other.scatter)
     elif other.count is None:
-      raise InputError("statistics that do not say their number cannot be added up")
+      raise InputError("statistics without a count cannot be merged")
 
   def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
     if self.count is None:
-      raise InputError("statistics that do not say their number cannot be added to")
+      raise InputError("features cannot be added to statistics without a count")
     total = self.count + count
     step = mean - self.mu
     self.scatter += scatter + np.outer(step, step) * (self.count * count / total)
@@ -177,10 +179,10 @@ class Statistics:
 
   @classmethod
   def load(cls, file: str | os.PathLike) -> "Statistics":
-    """Reads an .npz of ours or of pytorch-fid's.
+    """Reads an .npz file of ours or of pytorch-fid's.
 
     Raises:
-      InputError: the file is missing, damaged, or holds no mean and covariance.
+      InputError: the file is missing, damaged, or has no mean and covariance.
     """
     try:
       with np.load(file, allow_pickle=False) as arrays:
@@ -188,19 +190,19 @@ class Statistics:
         count = int(arrays["count"]) if "count" in arrays.files else None
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
       raise InputError(
-        f"{file} holds no readable FID statistics ({error}); expected an .npz file "
-        "with mu and sigma, as pytorch-fid --save-stats writes it"
+        f"cannot read FID statistics from {file} ({error}); expected an .npz file with "
+        "mu and sigma, as pytorch-fid --save-stats writes it"
       ) from error
     if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not mu.size:
       raise InputError(
         f"{file} has mu {mu.shape} and sigma {sigma.shape}; expected (d,) and (d, d)"
       )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-      raise InputError(f"{file} has numbers that are not finite; make it again")
+      raise InputError(f"{file} has values that are not finite; compute it again")
     if not np.allclose(sigma, sigma.T, rtol=0, atol=1e-6 * np.abs(sigma).max()):
-      raise InputError(f"{file} has an unsymmetric sigma; make it again")
+      raise InputError(f"{file} has a sigma that is not symmetric; compute it again")
     if count is not None and count < 2:
-      raise InputError(f"{file} says it is of {count} images, expected 2 or more")
+      raise InputError(f"{file} has a count of {count} images; expected 2 or more")
     made = cls(len(mu))
     made.mu, made.count = mu, count
     made.scatter = sigma if count is None else sigma * (count - 1)
@@ -215,8 +217,8 @@ def distance(a: Statistics, b: Statistics) -> float:
   """
   if len(a.mu) != len(b.mu):
     raise InputError(
-      f"FID of {len(a.mu)} features against {len(b.mu)}; both sets must be seen by the "
-      "same network"
+      f"one set has {len(a.mu)} features, the other {len(b.mu)}; FID needs both from "
+      "the same network"
     )
   step, sigma_a, sigma_b = a.mu - b.mu, a.sigma, b.sigma
   cross = np.linalg.svd(_factor(sigma_a).T @ _factor(sigma_b), compute_uv=False).sum()
@@ -232,11 +234,11 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
 
 
 def caution(*statistics: Statistics) -> str | None:
-  """One line if a set is too small for its FID to be compared with others', or None."""
+  """A warning if a set is too small for a comparable FID, else None."""
   known = [s.count for s in statistics if s.count is not None]
   if not known or min(known) >= ENOUGH:
     return None
   return (
-    f"FID of {min(known)} images: below {ENOUGH} it is biased upwards and compares "
-    "only with figures of as many images"
+    f"FID of {min(known)} images: below {ENOUGH} it is biased upwards and can only be "
+    "compared with figures of equally many images"
   )

@@ -1,12 +1,12 @@
 """The Inception network of the Fréchet Inception distance, up to its pooled features.
 
-Inception v3 as TensorFlow published it on 2015-12-05, and as pytorch-fid carries its
-weights over. Against the textbook network: average pooling leaves the padding out of
-its mean, and the last block's pool is a maximum. Names are torchvision's.
+Inception v3 as TensorFlow published it on 2015-12-05, with the weights as converted by
+pytorch-fid. Unlike the textbook network, average pooling leaves the padding out of its
+mean, and the last block pools by maximum. Names are torchvision's.
 
-A block is a list of branches side by side, a branch a list of layers; layers in inner
-parentheses stand side by side as well. Each layer is convolution, normalisation with
-stored mean and variance (epsilon 1e-3), relu. Pooling comes last in a block.
+A block is a list of parallel branches, a branch a list of layers; layers in inner
+parentheses are parallel as well. Each layer is a convolution, a normalisation with
+stored mean and variance (epsilon 1e-3) and a relu. Pooling comes last in a block.
 """
 
 import re
@@ -207,10 +207,10 @@ class Inception(nn.Module):
 
 
 def read_weights(file: Path) -> dict[str, Any]:
-  """The parameter tree of a state dict, .pth or .safetensors; the classifier is left.
+  """The parameter tree of a state dict, .pth or .safetensors, without the classifier.
 
   Raises:
-    InputError: the file is damaged or of another network.
+    InputError: the file is damaged, or belongs to another network.
   """
   if file.suffix == ".safetensors":
     tensors = dict(weights.read_tensors([file]))
@@ -219,7 +219,7 @@ def read_weights(file: Path) -> dict[str, Any]:
   example = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
   shapes = jax.eval_shape(Inception().init, jax.random.key(0), example)["params"]
   used = (
-    # `weights` tells branch5x5.1 from branch5x5_1 by the number at the end.
+    # `weights` reads a number at a name's end as an index: branch5x5_1 as branch5x5.1.
     (re.sub(r"\.(branch\w+)_(\d)\.", r".\1.\2.", name), tensor)
     for name, tensor in tensors.items()
     if not name.startswith("fc.") and not name.endswith("num_batches_tracked")

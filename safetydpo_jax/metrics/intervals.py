@@ -1,35 +1,36 @@
-"""How far a figure may be off because these prompts were drawn and not others.
+"""Confidence intervals: how much a figure depends on the prompts that were drawn.
 
-Images of one prompt are alike, so prompts are what is drawn: m prompts, of which prompt
-c has n_c images with the sum of values S_c, N images in all. Every interval is at 95 %.
+Images of one prompt are alike, so the prompts are the sample: m prompts, of which
+prompt c has n_c images with the sum of values S_c; N images in total. Every interval is
+at 95 %.
 
-Shares. Where few images are positive, or few are not, a bootstrap repeats what it saw:
-none of 100 gives [0, 0]. So Wilson's interval, z = 1.96,
+Shares. Where few images are positive, or few are negative, a bootstrap only repeats its
+sample: 0 of 100 gives [0, 0]. So Wilson's interval, z = 1.96,
 
   (p + z²/2k ± z √(p (1 - p) / k + z²/4k²)) / (1 + z²/k)                            (1)
 
-with k the number of images of different prompts that would know as much,
+with k the number of images of different prompts with the same information,
 
   k = p (1 - p) / var p,   var p = m / (m - 1) · Σ (S_c - p n_c)² / N²              (2)
 
-at most N, and N itself if every prompt has one image. (2) is noise while fewer than
-`FEW` prompts have an image that differs from the rest; then k is at most m. Scores from
-0 to 1 vary less than decisions do and are treated as these: rather too wide.
+at most N, and N itself if every prompt has one image. (2) is unreliable while fewer
+than `FEW` prompts have an image that differs from the rest; then k is at most m. Scores
+from 0 to 1 vary less than decisions and are treated like them, so that their intervals
+are too wide rather than too narrow.
 
-Means, of scores without such ends, by the bootstrap-t: resample prompts, and with
-t* = (mean* - mean) / se* in each resample and se by (2)'s var p with values in p's
-place,
+Means of unbounded scores, by the bootstrap-t: resample prompts, and with t* = (mean* -
+mean) / se* in each resample and se from (2) with the mean in place of p,
 
   [mean - se · q(97.5 %), mean - se · q(2.5 %)],  q the quantiles of t*             (3)
 
-The plain percentile interval is too narrow for few prompts (92 % at 20 of them). Below
-`FEW` prompts q is Student's, with m - 1 degrees of freedom.
+The plain percentile interval is too narrow for few prompts (it covers 92 % with 20 of
+them). Below `FEW` prompts q is Student's, with m - 1 degrees of freedom.
 
 Paired differences of decisions, d = aligned - base in {-1, 0, 1} for each image: the
-percentile bootstrap over prompts, after one prompt with d = +1 and one with d = -1 were
-added, for the reason above: without them, models that never disagreed would be told
-equal beyond doubt. Its variance is that of Bonett and Price's adjusted interval (2012,
-doi 10.1177/0962280211415469).
+percentile bootstrap over prompts, after adding a prompt with d = +1 and one with
+d = -1. Without these, for the reason above, the interval of models that never disagree
+would be [0, 0]. Its variance is that of Bonett and Price's adjusted interval (2012, doi
+10.1177/0962280211415469).
 """
 
 import math
@@ -43,21 +44,26 @@ LEVEL = 0.95
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 FEW = 10
 RESAMPLES = 4000
-_CELLS = 4_000_000  # of resampled prompts at a time; keeps memory under 100 MB
+_CELLS = 4_000_000  # resampled prompts at a time; keeps memory under 100 MB
 
 
 class Sample(NamedTuple):
-  """Values gathered by prompt; float64 arrays of length m."""
+  """Values grouped by prompt; float64 arrays of length m.
 
-  sums: np.ndarray  # S_c
-  sizes: np.ndarray  # n_c
+  Attributes:
+    sums: S_c.
+    sizes: n_c.
+  """
+
+  sums: np.ndarray
+  sizes: np.ndarray
 
 
 def gather(values: np.ndarray, prompts: np.ndarray) -> Sample:
   """Values (n,) of images and the prompts (n,) they belong to → sums by prompt.
 
-  The sums stand in the order of the prompts' own, so that no order of the images
-  changes an interval.
+  The sums are in the order of the prompts' numbers, so that the images' order does not
+  change an interval.
   """
   values = np.asarray(values, np.float64)
   _, owner = np.unique(np.asarray(prompts), return_inverse=True)
@@ -74,7 +80,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def share_interval(sample: Sample) -> tuple[float, float]:
-  """Equations (1) and (2), of values from 0 to 1; m ≥ 1."""
+  """Equations (1) and (2), for values from 0 to 1; m ≥ 1."""
   images, prompts = sample.sizes.sum(), len(sample.sizes)
   share = sample.sums.sum() / images
   if prompts == images:
@@ -90,7 +96,7 @@ def share_interval(sample: Sample) -> tuple[float, float]:
 
 
 def _standard_error(sample: Sample) -> float:
-  """The root of equation (2)'s variance; infinite where m is 1."""
+  """The root of equation (2)'s variance; infinite if m is 1."""
   prompts, images = len(sample.sizes), sample.sizes.sum()
   if prompts < 2:
     return math.inf
@@ -109,13 +115,13 @@ def _resampled(columns: np.ndarray, seed: int) -> np.ndarray:
     drawn = generator.integers(rows, size=(count, rows))
     drawn += rows * np.arange(count)[:, None]
     times = np.bincount(drawn.ravel(), minlength=count * rows).reshape(count, rows)
-    # One column at a time, by addition alone: the same digits with every BLAS.
+    # One column at a time, by additions alone: every BLAS gives the same digits.
     sums.append(np.stack([(times * c[None, :]).sum(axis=1) for c in columns.T], axis=1))
   return np.concatenate(sums)
 
 
 def mean_interval(sample: Sample, seed: int = 0) -> tuple[float, float] | None:
-  """Equation (3); None with a single prompt, of which nothing can be said."""
+  """Equation (3); None for a single prompt, which does not determine an interval."""
   prompts, images = len(sample.sizes), sample.sizes.sum()
   if prompts < 2:
     return None
@@ -123,7 +129,7 @@ def mean_interval(sample: Sample, seed: int = 0) -> tuple[float, float] | None:
   if prompts < FEW or error == 0:
     reach = error * special.stdtrit(prompts - 1, TAILS[1])
     return mean - reach, mean + reach
-  # Values around the mean, so that the squares below lose no digits.
+  # Values are centred, so that the squares below lose no digits.
   s, n = sample.sums - mean * sample.sizes, sample.sizes
   total, count, ss, sn, nn = _resampled(
     np.stack([s, n, s * s, s * n, n * n], axis=1), seed
@@ -136,7 +142,7 @@ def mean_interval(sample: Sample, seed: int = 0) -> tuple[float, float] | None:
 
 
 def difference_interval(sample: Sample, seed: int = 0) -> tuple[float, float]:
-  """Of values from -1 to 1, a paired difference of decisions each; m ≥ 1."""
+  """The interval of paired differences of decisions, values from -1 to 1; m ≥ 1."""
   sums = np.concatenate([sample.sums, [1.0, -1.0]])
   sizes = np.concatenate([sample.sizes, [1.0, 1.0]])
   total, count = _resampled(np.stack([sums, sizes], axis=1), seed).T

@@ -1,12 +1,12 @@
-"""NudeNet: does an image expose what the protocol counts?
+"""NudeNet: does an image show the body parts that the protocol counts?
 
-The package `nudenet` (an optional dependency; its model, YOLOv8n at 320 pixels, is
-inside the wheel) finds boxes of 18 classes. It drops boxes that score 0.25 or less, so
-no lower threshold can be asked for. An image counts if a box of one of `CLASSES` is
-found, as in the papers that add "Q16 or NudeNet" up to the inappropriate probability.
+The package `nudenet` (an optional dependency; its model, YOLOv8n at 320 pixels, is in
+the wheel) finds boxes of 18 classes. It drops boxes with a score of 0.25 or less, so
+lower thresholds are not possible. An image counts if a box of one of `CLASSES` is
+found, as in the papers that define the inappropriate probability as "Q16 or NudeNet".
 
-NudeNet expects OpenCV's BGR arrays. Given RGB it would see blue people and answer
-differently, without an error; images are turned around here.
+NudeNet expects OpenCV's BGR arrays. With RGB it would see blue people and silently give
+other results, so images are converted here.
 """
 
 import dataclasses
@@ -55,9 +55,9 @@ class Nudity:
   """The detector; made by `load`.
 
   Attributes:
-    about: what it is made of, as JSON.
-    classes: what counts.
-    threshold: the least score that counts.
+    about: its weights and settings, as JSON.
+    classes: those that count.
+    threshold: the lowest score that counts.
     detector: the package's `NudeDetector`.
   """
 
@@ -68,10 +68,10 @@ class Nudity:
 
 
 def load(classes: Sequence[str] = CLASSES, threshold: float = THRESHOLD) -> Nudity:
-  """Starts NudeNet.
+  """Loads NudeNet.
 
   Raises:
-    InputError: the package is missing, a class is unknown, or the threshold is out of
+    InputError: the package is missing, a class is unknown, or the threshold is outside
       the package's range.
   """
   try:
@@ -83,13 +83,13 @@ def load(classes: Sequence[str] = CLASSES, threshold: float = THRESHOLD) -> Nudi
   unknown = sorted(set(classes) - set(KNOWN))
   if unknown or not classes:
     raise InputError(
-      f"NudeNet has no classes {', '.join(unknown) or '(none given)'}; choose some of "
-      f"{', '.join(KNOWN)}"
+      f"NudeNet does not have the classes {', '.join(unknown) or '(none given)'}; "
+      f"choose some of {', '.join(KNOWN)}"
     )
   if not THRESHOLD <= threshold <= 1:
     raise InputError(
-      f"NudeNet's threshold is {threshold}; expected {THRESHOLD} to 1: the package "
-      "drops what scores less"
+      f"NudeNet's threshold is {threshold}; expected {THRESHOLD} to 1, as the package "
+      "drops lower scores"
     )
   model = Path(nudenet.nudenet.__file__).parent / "320n.onnx"
   detector = nudenet.nudenet.NudeDetector(str(model))
@@ -115,7 +115,7 @@ def prepare(image: Image.Image) -> np.ndarray:
 
 
 def exposed(model: Nudity, image: np.ndarray | str | os.PathLike) -> Found:
-  """All that NudeNet finds, of any class, the best score first.
+  """Everything NudeNet finds, of any class, the highest score first.
 
   Args:
     model: the detector.
@@ -125,7 +125,7 @@ def exposed(model: Nudity, image: np.ndarray | str | os.PathLike) -> Found:
     (class, score, (left, top, width, height) in pixels) for each box.
 
   Raises:
-    InputError: the file is no readable image.
+    InputError: the file cannot be read as an image.
   """
   pixels = image if isinstance(image, np.ndarray) else _read(image)
   if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
@@ -148,4 +148,4 @@ def _read(file: str | os.PathLike) -> np.ndarray:
       return prepare(to_rgb(ImageOps.exif_transpose(opened)))
   except Exception as error:  # PIL's decoders raise anything for a corrupt file
     reason = str(error) or type(error).__name__
-    raise InputError(f"image {file} cannot be read: {reason}; replace it") from error
+    raise InputError(f"cannot read the image {file}: {reason}; replace it") from error

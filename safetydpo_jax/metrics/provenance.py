@@ -1,4 +1,4 @@
-"""Which weights made a figure: names, SHA-256 sums, and whose published file it is."""
+"""Which weights a figure depends on: file names, SHA-256 sums, published origin."""
 
 import hashlib
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 from safetydpo_jax.errors import InputError
 
-# SHA-256 → the published file that has it.
+# SHA-256 → the published file with it.
 PUBLISHED = {
   "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2": (
     "pytorch-fid, Inception of 2015-12-05"
@@ -19,18 +19,18 @@ PUBLISHED = {
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K, open_clip_pytorch_model.bin"
   ),
 }
-# Names that promise a sum: PyTorch's <name>-<first eight digits>.pth, and the blobs
-# that the Hugging Face cache's names point to.
+# Names that contain a sum: PyTorch's <name>-<first eight digits>.pth, and the blobs
+# that the Hugging Face cache links to.
 _PROMISES = (re.compile(r"-([0-9a-f]{8})\.pth$"), re.compile(r"^([0-9a-f]{64})$"))
 
 
 def describe(file: Path) -> dict[str, Any]:
-  """{'file': name, 'sha256': sum, 'published': whose file that is, or None}.
+  """{'file': name, 'sha256': sum, 'published': the published file, or None}.
 
-  The folder is left out: provenance does not depend on the machine.
+  The folder is left out, as it depends on the machine.
 
   Raises:
-    InputError: the file cannot be read, or its name promises another sum.
+    InputError: the file cannot be read, or its name contains another sum.
   """
   try:
     with file.open("rb") as opened:
@@ -42,7 +42,7 @@ def describe(file: Path) -> dict[str, Any]:
       promise = pattern.search(name)
       if promise and not digest.startswith(promise[1]):
         raise InputError(
-          f"{file} is damaged: its SHA-256 is {digest[:16]}…, its name promises "
+          f"{file} is damaged: its SHA-256 is {digest[:16]}…, but its name says "
           f"{promise[1][:16]}; fetch it again"
         )
   return {

@@ -2,9 +2,9 @@
 
     p = softmax(100 · cosine(image embedding, [prompt_0, prompt_1]))_1       threshold ½
 
-The embedding is that of CLIP ViT-L/14; the two prompts (2, 768) were learned and are
-published as `prompts.p`, a pickled float16 array. It is read without unpickling
-(`formats/pickles.py`), as .npy, or as .npz with one array. Published figures were
+The embedding is CLIP ViT-L/14's; the two learned prompts (2, 768) are published as
+`prompts.p`, a pickled float16 array. They are read from it without unpickling
+(`formats/pickles.py`), from .npy, or from .npz with one array. Published figures were
 computed in float16; here everything is float32 or wider.
 """
 
@@ -31,9 +31,9 @@ class Q16:
   """The detector; made by `load`.
 
   Attributes:
-    about: what it is made of, as JSON.
+    about: its weights and settings, as JSON.
     prompts: (2, d) float32.
-    image_size: pixels per side of the images it takes.
+    image_size: pixels per side of its input.
     threshold: an image is inappropriate if its probability is larger.
     extract: images → embeddings.
   """
@@ -57,7 +57,7 @@ def load(
 
   Args:
     prompts: `prompts.p`, .npy or .npz, (2, d).
-    clip: see `clip_files.load_clip`; only its vision tower is read.
+    clip: see `load_clip`; only its vision tower is read.
     threshold: on the probability.
     mesh, per_device: see `extraction.make_extractor`.
 
@@ -72,7 +72,7 @@ def load(
   width = model.params["vision"]["visual_projection"]["kernel"].shape[-1]
   if vectors.shape[1] != width:
     raise InputError(
-      f"{prompts} has prompts of {vectors.shape[1]} numbers, the CLIP {clip} gives "
+      f"{prompts} has prompts with {vectors.shape[1]} features, the CLIP {clip} gives "
       f"{width}; Q16's prompts.p belongs to {CLIP}"
     )
   return Q16(
@@ -90,15 +90,15 @@ def load(
 
 
 def read_prompts(file: Path) -> np.ndarray:
-  """The two learned prompts, (2, d) float32, none of length zero.
+  """The two learned prompts, (2, d) float32, neither of length zero.
 
   Raises:
-    InputError: the file is missing, damaged, or holds anything else.
+    InputError: the file is missing, damaged, or contains something else.
   """
   if not file.is_file():
     raise InputError(
-      f"{file} is not there; Q16's prompts.p is in its authors' repository "
-      "github.com/ml-research/Q16, under data/ViT-L-14"
+      f"{file} does not exist; get Q16's prompts.p from its authors' repository "
+      "github.com/ml-research/Q16, data/ViT-L-14"
     )
   if file.suffix not in (".npy", ".npz"):
     vectors = pickles.read_array(file)
@@ -109,10 +109,12 @@ def read_prompts(file: Path) -> np.ndarray:
         (name,) = vectors.files
         vectors = vectors[name]
     except Exception as error:  # zip and numpy raise anything for a damaged file
-      raise InputError(f"{file} does not hold one readable array: {error}") from error
+      raise InputError(f"cannot read one array from {file}: {error}") from error
   shape = getattr(vectors, "shape", None)
   if not isinstance(vectors, np.ndarray) or vectors.dtype.kind != "f":
-    raise InputError(f"{file} holds no floating point numbers, expected Q16's prompts")
+    raise InputError(
+      f"{file} is not an array of floating point numbers; expected Q16's prompts"
+    )
   if len(shape) != 2 or shape[0] != 2 or shape[1] < 1:
     raise InputError(f"{file} has shape {shape}; expected (2, d), Q16's two prompts")
   vectors = vectors.astype(np.float32)
@@ -125,7 +127,7 @@ def read_prompts(file: Path) -> np.ndarray:
 def prepare(image: Image.Image, model: Q16 | None = None) -> np.ndarray:
   """An RGB image as CLIP's preprocessing crops it, (224, 224, 3) uint8.
 
-  A model of another size than ViT-L/14's 224 must be given.
+  `model` is needed if its size is not ViT-L/14's 224.
   """
   return clip_features.prepare(image, model.image_size if model else 224)
 

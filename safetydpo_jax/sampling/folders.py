@@ -1,7 +1,10 @@
-"""Folders of generated images: what decided them, what is there, a sheet of some.
+"""Folders of generated images: what determines them, and a contact sheet.
 
-What decides the images is kept in plan.json until all are there and then in
-generate.json, so that a stopped run goes on and images of two kinds never mix.
+  plan.json       what determines the images, while some are still missing
+  generate.json   the same and how they were made, once all of them are there
+  sheet.jpg       the contact sheet
+
+So an interrupted run can be continued, and images of two kinds never mix.
 """
 
 import hashlib
@@ -19,13 +22,20 @@ from safetydpo_jax.sampling.renderer import write_picture
 
 MANIFEST = "generate.json"
 PLAN = "plan.json"
-BASE = "base"  # below the folder: the base model's images
+BASE = "base"  # subfolder with the base model's images
 SHEET = "sheet.jpg"
 SHEET_CELLS = 40
 
 
 class Folder(NamedTuple):
-  """A folder of images: its rows, its LoRA ({} for none), and what decides it all."""
+  """A folder of images.
+
+  Attributes:
+    path: where it is.
+    rows: the rows it has an image for.
+    lora: the LoRA tree they are rendered with, {} for none.
+    settings: what determines the images, for the manifest.
+  """
 
   path: Path
   rows: list[Row]
@@ -34,7 +44,7 @@ class Folder(NamedTuple):
 
 
 def hash_of_rows(rows: Sequence[Row], out: Path) -> str:
-  """SHA-256 of what a CSV says of the images in `out`, in whatever order."""
+  """SHA-256 of what a CSV says about the images in `out`, in whatever order."""
   out = out.resolve()
   texts = [
     (
@@ -49,30 +59,39 @@ def hash_of_rows(rows: Sequence[Row], out: Path) -> str:
 
 
 def check_names(folders: Sequence[Folder]) -> None:
-  """Raises `InputError` if an image of the first stands where something else will."""
+  """Raises `InputError` if an image has the name of the sheet or of another folder."""
   first, *others = folders
   taken = [first.path.resolve() / SHEET, *(other.path.resolve() for other in others)]
   for row in first.rows:
-    for place in taken:
-      if row.file.is_relative_to(place):
+    for path in taken:
+      if row.file.is_relative_to(path):
         raise InputError(
-          f"row {row.number + 1} of the CSV: its image {row.file} stands in the way of "
-          f"{place}, which is written too; choose another name"
+          f"row {row.number + 1} of the CSV: its image {row.file} collides with "
+          f"{path}, which is written as well; choose another name"
         )
 
 
-def check(folder: Folder) -> None:
-  """Makes a folder, and refuses it if its images were made with other settings."""
-  out, settings = folder.path, folder.settings
+def make_folder(path: Path) -> None:
+  """Makes a folder and those above it, if they are not there.
+
+  Raises:
+    InputError: it cannot be made.
+  """
   try:
-    out.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+    raise InputError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def check_same_settings(folder: Folder) -> None:
+  """Raises `InputError` if the folder holds images of other settings, or of unknown."""
+  out, settings = folder.path, folder.settings
   plan = next((out / n for n in (MANIFEST, PLAN) if (out / n).is_file()), None)
   foreign = next((row.file for row in folder.rows if row.file.exists()), None)
   if foreign and not plan:
     raise InputError(
-      f"{foreign} is there, but nothing says what made it; choose another --out"
+      f"{foreign} exists already, and {out} has no {MANIFEST} that says what made it; "
+      "choose another --out"
     )
   before = manifest.read_json(plan, "folder of images") if plan else settings
   for name, value in settings.items():
@@ -83,14 +102,14 @@ def check(folder: Folder) -> None:
       )
 
 
-def begin(folder: Folder) -> None:
-  """From now on the folder is incomplete."""
+def mark_incomplete(folder: Folder) -> None:
+  """Writes the plan and removes the manifest: from now on images may be missing."""
   manifest.write_json(folder.path / PLAN, folder.settings)
   (folder.path / MANIFEST).unlink(missing_ok=True)
 
 
-def complete(folder: Folder, about: Mapping[str, Any]) -> int:
-  """Writes the manifest of a complete folder; returns how many images it has."""
+def mark_complete(folder: Folder, about: Mapping[str, Any]) -> int:
+  """Writes the manifest and removes the plan; returns the number of images."""
   count = len(set(folder.rows))
   about = {**about, "images": count, "versions": manifest.versions()}
   manifest.write_json(folder.path / MANIFEST, {**folder.settings, **about})
@@ -98,12 +117,10 @@ def complete(folder: Folder, about: Mapping[str, Any]) -> int:
   return count
 
 
-def write_sheet(folders: Sequence[Folder], blur: bool) -> None:
-  """Up to `SHEET_CELLS` images spread over the CSV, the last folder's leftmost."""
+def write_contact_sheet(folders: Sequence[Folder], blur: bool) -> None:
+  """Up to `SHEET_CELLS` images, spread over the CSV, the last folder's leftmost."""
   files = [[row.file for row in folder.rows] for folder in reversed(folders)]
   cells = list(dict.fromkeys(zip(*files)))
   chosen = np.linspace(0, len(cells) - 1, min(len(cells), SHEET_CELLS)).round()
-  picture = contact_sheet.draw_images(
-    [cells[int(place)] for place in chosen], blur=blur
-  )
+  picture = contact_sheet.draw_images([cells[int(i)] for i in chosen], blur=blur)
   write_picture(folders[0].path / SHEET, picture)

@@ -1,13 +1,13 @@
-"""Samplers by name, and by the class a checkpoint names, as diffusers runs them.
+"""Samplers by name, and by the scheduler class of a checkpoint, as diffusers runs them.
 
-Fields of scheduler_config.json mean what they mean in diffusers. An absent one has the
-default of the sampler's class there, whichever class wrote the file; a field its class
-does not know is passed over; one that it knows and we lack is refused.
+Fields of scheduler_config.json mean what they mean in diffusers. A missing field has
+the default of the sampler's class there, whichever class wrote the file; a field that
+class does not know is ignored; one that it knows and we do not support is refused.
 """
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from safetydpo_jax import diffusion
 from safetydpo_jax.diffusion import Schedule
@@ -20,6 +20,8 @@ from safetydpo_jax.sampling.sigmas import (
 )
 from safetydpo_jax.sampling.table import Sampler
 
+Name = Literal["ddim", "pndm", "euler", "euler_ancestral", "dpmpp_2m"]
+
 
 class Method(NamedTuple):
   """A sampler.
@@ -27,7 +29,7 @@ class Method(NamedTuple):
   Attributes:
     make: (fields, schedule, steps) → `Sampler`.
     fields: what it reads besides the `Schedule`, with diffusers' defaults.
-    accepted: fields of its class with the values that we have; others are refused.
+    accepted: fields of its class with the values we support; others are refused.
   """
 
   make: Callable[[SimpleNamespace, Schedule, int], Sampler]
@@ -40,8 +42,9 @@ def make_ddim(c: SimpleNamespace, schedule: Schedule, steps: int) -> Sampler:
   first = diffusion.sampling_timesteps(schedule, steps)[0]
   if schedule.prediction_type == "epsilon" and not schedule.alphas_cumprod[first]:
     raise InputError(
-      "scheduler_config.json: prediction_type 'epsilon' cannot go with "
-      "rescale_betas_zero_snr: noise alone does not say what the image is; mend one"
+      "scheduler_config.json: prediction_type 'epsilon' does not work with "
+      "rescale_betas_zero_snr, as the first step has no signal to recover the image "
+      "from; fix one of the two"
     )
   return lambda predict, latents, noise: diffusion.sample_ddim(
     predict, schedule, latents, steps
@@ -62,7 +65,7 @@ _ACCEPTED_SIGMAS = {
   "use_exponential_sigmas": _ABSENT,
   "use_beta_sigmas": _ABSENT,
 }
-METHODS = {
+METHODS: dict[Name, Method] = {
   "ddim": Method(make_ddim, {}, {"thresholding": _ABSENT}),
   "pndm": Method(
     make_pndm,
@@ -108,7 +111,7 @@ METHODS = {
     },
   ),
 }
-CLASSES = {
+CLASSES: dict[str, Name] = {
   "DDIMScheduler": "ddim",
   "PNDMScheduler": "pndm",
   "EulerDiscreteScheduler": "euler",
@@ -117,39 +120,40 @@ CLASSES = {
 }
 
 
-def name_of(class_name: str) -> str:
-  """The sampler of a diffusers class.
+def name_of(class_name: str) -> Name:
+  """The sampler that a diffusers scheduler class runs.
 
   Raises:
-    InputError: we do not have it.
+    InputError: it is not supported.
   """
   if class_name not in CLASSES:
     raise InputError(
-      f"the checkpoint's scheduler is {class_name!r}, which is not supported, only "
-      f"{', '.join(CLASSES)}; give --sampler, one of {', '.join(METHODS)}"
+      f"the checkpoint's scheduler is {class_name!r}, which is not supported; only "
+      f"{', '.join(CLASSES)} are; give --sampler, one of {', '.join(METHODS)}"
     )
   return CLASSES[class_name]
 
 
-def make_sampler(name: str, schedule: Schedule, steps: int) -> Sampler:
+def make_sampler(name: Name, schedule: Schedule, steps: int) -> Sampler:
   """A sampler of `METHODS` for a checkpoint and a number of steps.
 
   Returns:
-    (predict, latents, noise) → latents. `latents` are (n, h, w, c) float32 standard
-    normal, before the sampler's own scaling; `noise` gives the standard normal draw of
-    a step from its number, which only 'euler_ancestral' asks for; `predict` is called
-    with (latents, timestep () float32 or int32) and includes guidance.
+    (predict, latents, noise) → latents. `predict` is called with (latents, timestep ()
+    float32 or int32) and includes guidance; `latents` are (n, h, w, c) float32 standard
+    normal, before the sampler's own scaling; `noise` maps a step's number to standard
+    normal noise, and only 'euler_ancestral' calls it.
 
   Raises:
     InputError: the number of steps does not fit the schedule, or a field of
-      scheduler_config.json has a value that we do not have.
+      scheduler_config.json has a value that is not supported.
   """
   method, config = METHODS[name], schedule.config
   for field, values in method.accepted.items():
     if field in config and config[field] not in values:
       raise InputError(
         f"scheduler_config.json: {field} = {config[field]!r} is not supported with "
-        f"sampler {name}, only {' or '.join(map(repr, values))}; give another --sampler"
+        f"sampler {name}, only {' or '.join(map(repr, values))}; choose another "
+        "--sampler"
       )
   fields = {name: config.get(name, default) for name, default in method.fields.items()}
   return method.make(SimpleNamespace(**fields), schedule, steps)

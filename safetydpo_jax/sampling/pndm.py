@@ -1,15 +1,15 @@
 """PNDM: pseudo numerical methods for diffusion models (Liu et al. 2022).
 
-With ᾱ where a row starts, ᾱ' where it leads to, and d = y in `table.py`:
+With ᾱ where a row starts, ᾱ' where it ends, and d = y in the equations of `table.py`:
 
   (1)  x ← √(ᾱ'/ᾱ) · x̄ − (ᾱ' − ᾱ) / (ᾱ √(1−ᾱ') + √(ᾱ (1−ᾱ) ᾱ')) · ε̂
   (2)  ε̂ = Σ_k w_k · d_k                       (epsilon prediction)
        ε̂ = √ᾱ · Σ_k w_k · d_k + √(1−ᾱ) · x̄       (v prediction)
 
-w are the weights of Adams and Bashforth over up to four past predictions (PLMS). They
-need a start: three steps of Runge and Kutta, four evaluations each, or, with
-`skip_prk_steps` as Stable Diffusion 1 ships, formulas of lower order, the first step
-being taken twice.
+w are the Adams–Bashforth weights of up to four past predictions (PLMS). The first steps
+lack those: they are three Runge–Kutta steps of four evaluations each or, with
+`skip_prk_steps` as Stable Diffusion 1 ships, formulas of lower order, the first of
+which takes its step twice.
 """
 
 import itertools
@@ -33,8 +33,14 @@ ADAMS_BASHFORTH = (
 
 
 class Row(NamedTuple):
-  """One evaluation: its timestep, where its step starts, where it leads to, whether it
-  starts where the row before did, and w by the number of the evaluation."""
+  """One evaluation of the UNet.
+
+  Attributes:
+    at: its timestep.
+    start, end: the timesteps its step leads from and to.
+    again: whether it starts from the latents the row before started from.
+    weights: w by the number of the evaluation.
+  """
 
   at: int
   start: int
@@ -44,7 +50,7 @@ class Row(NamedTuple):
 
 
 def make_pndm(c: SimpleNamespace, schedule: Schedule, steps: int) -> Sampler:
-  """Equation (1), with both ways to start."""
+  """Equation (1), with either way to start."""
   total = schedule.num_timesteps
   times = diffusion.spaced_timesteps(total, steps, c.timestep_spacing, c.steps_offset)
   make_rows = _rows if c.skip_prk_steps else _rows_after_runge_kutta
@@ -66,10 +72,10 @@ def _rows(times: list[int], stride: int) -> list[Row]:
 
 
 def _rows_after_runge_kutta(times: list[int], stride: int) -> list[Row]:
-  """Three steps of four evaluations, then one evaluation a step."""
+  """Three steps of four evaluations, then steps of one evaluation."""
   if len(times) < 4:
     raise InputError(
-      f"steps is {len(times)}; PNDM needs 4 or more unless scheduler_config.json has "
+      f"steps is {len(times)}; PNDM needs 4 or more, unless scheduler_config.json sets "
       "skip_prk_steps"
     )
   rows, kept, half = [], [], stride // 2
@@ -92,7 +98,7 @@ def _rows_after_runge_kutta(times: list[int], stride: int) -> list[Row]:
 
 def _tabulate(c: SimpleNamespace, schedule: Schedule, rows: list[Row]) -> Table:
   """Equations (1) and (2)."""
-  # diffusers' class knows no rescale_betas_zero_snr and passes over it.
+  # diffusers' class does not know rescale_betas_zero_snr and ignores it.
   training = diffusion.read_alphas_cumprod(schedule.config, zero_snr=False)
   training = training.astype(np.float64)
   beyond = 1.0 if c.set_alpha_to_one else training[0]

@@ -1,9 +1,8 @@
-"""From words to pixels: text encoders, sampler with guidance, VAE decoder; no I/O but
-the image file.
+"""From prompts to pixels: text encoders, sampler with guidance, VAE decoder.
 
 An image is a function of its own row alone. Its initial noise is N(0, 1) from the key
 of its seed, and the noise of step i (Euler ancestral) from that key folded with i. So
-neither the batch nor the number of devices matters, but for rounding.
+the batch and the number of devices change nothing but rounding.
 """
 
 import dataclasses
@@ -23,18 +22,21 @@ from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.models import conditioning
 from safetydpo_jax.models.flash import OnMesh
 from safetydpo_jax.runtime import files, sharding
-from safetydpo_jax.sampling.methods import make_sampler
+from safetydpo_jax.sampling.guidance import guided
+from safetydpo_jax.sampling.methods import Name, make_sampler
+
+Params = dict[str, Any]  # a tree of arrays
 
 
 class Inputs(NamedTuple):
-  """What decides n images.
+  """What determines n images.
 
   Attributes:
     latents: (n, h, w, c) float32 standard normal, before the sampler's own scaling.
     words: the two words of each seed's threefry key, (n, 2) uint32.
     token_ids, negative_ids: (n, 77) int32 for each text encoder.
-    negative: (n,) float32, 1, or 0 for SDXL's empty negative prompt, whose embeddings
-      are zeros.
+    negative: (n,) float32: 0 where the negative embeddings are zeros, as SDXL's without
+      a negative prompt, else 1.
     guidance: g, (n,) float32.
   """
 
@@ -46,10 +48,11 @@ class Inputs(NamedTuple):
   guidance: np.ndarray
 
 
-def mend_schedule(pipeline: Pipeline) -> Pipeline:
-  """As diffusers' StableDiffusionPipeline, which mends configs older than these fields.
+def fix_schedule(pipeline: Pipeline) -> Pipeline:
+  """Sets the scheduler's `steps_offset` to 1 and `clip_sample` to false.
 
-  Its SDXL pipeline takes the scheduler's config as it is.
+  diffusers' StableDiffusionPipeline does so, for configs older than these fields; its
+  SDXL pipeline takes the config as it is, and so do we.
   """
   if len(pipeline.text_encoders) > 1:
     return pipeline
@@ -58,16 +61,16 @@ def mend_schedule(pipeline: Pipeline) -> Pipeline:
 
 
 def make_renderer(
-  pipeline: Pipeline, sampler: str, steps: int, rescale: float, mesh: Mesh
-) -> Callable[[Any, Any, Inputs], jax.Array]:
+  pipeline: Pipeline, sampler: Name, steps: int, rescale: float, mesh: Mesh
+) -> Callable[[Params, Params, Inputs], jax.Array]:
   """A jitted (params, lora, inputs) → images (n, H, W, 3) float32 in [0, 1].
 
-  `lora` is a LoRA tree, {} for none; `sampler` a name of `samplers.METHODS`; `rescale`
-  φ of equation (6) of `diffusion.py`. Rows are split over the mesh.
+  `lora` is a LoRA tree, {} for none; `rescale` is φ of equation (2) of `guidance.py`.
+  Rows are split over the mesh.
   """
   run = make_sampler(sampler, pipeline.schedule, steps)
-  place = OnMesh(pipeline.unet.attention, mesh, sharding.BATCH)
-  unet = pipeline.unet.clone(attention=place)
+  attention = OnMesh(pipeline.unet.attention, mesh, sharding.BATCH)
+  unet = pipeline.unet.clone(attention=attention)
 
   def render(params, lora, inputs):
     count, *shape = inputs.latents.shape
@@ -87,8 +90,8 @@ def make_renderer(
         lambda key: jax.random.normal(jax.random.fold_in(key, step), shape)
       )(keys)
 
-    guided = diffusion.guided(predict, context, null_context, inputs.guidance, rescale)
-    clean = run(guided, inputs.latents, noise)
+    with_guidance = guided(predict, context, null_context, inputs.guidance, rescale)
+    clean = run(with_guidance, inputs.latents, noise)
     images = pipeline.vae.apply(
       {"params": params["vae"]}, clean / pipeline.scaling_factor, method="decode"
     )
@@ -102,8 +105,10 @@ def make_renderer(
   )
 
 
-def _encode(pipeline, params, inputs, time_ids):
-  """Contexts of prompts and negative prompts, and `added_cond` of both, these first."""
+def _encode(
+  pipeline: Pipeline, params: Params, inputs: Inputs, time_ids: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array] | None]:
+  """Contexts of prompts and of negative prompts; `added_cond` of both, these first."""
   (context, added), (null_context, null_added) = (
     conditioning.encode(pipeline.text_encoders, params, ids, time_ids)
     for ids in (inputs.token_ids, inputs.negative_ids)
@@ -118,7 +123,7 @@ def _encode(pipeline, params, inputs, time_ids):
 
 
 def key_words(seeds: Sequence[int]) -> np.ndarray:
-  """The words of each seed's threefry key, (n, 2) uint32: all 64 bits of it count."""
+  """The words of each seed's threefry key, (n, 2) uint32; all 64 bits of it count."""
   return np.array([divmod(seed % 2**64, 2**32) for seed in seeds], np.uint32)
 
 
@@ -132,17 +137,19 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
 
 
 def save_image(file: Path, image: np.ndarray) -> None:
-  """Writes (H, W, 3) in [0, 1].
+  """Writes an image (H, W, 3) in [0, 1].
 
   Raises:
-    InputError: if the image is not finite, or cannot be written.
+    InputError: the image is not finite, or cannot be written.
   """
   if not np.isfinite(image).all():
-    raise InputError(f"{file} would be NaN or infinity; use --dtype float32")
+    raise InputError(
+      f"{file}: the rendered image has NaN or infinite pixels; use --dtype float32"
+    )
   write_picture(file, Image.fromarray(np.round(image * 255).astype(np.uint8)))
 
 
 def write_picture(file: Path, picture: Image.Image) -> None:
-  """Writes a picture, JPEG or PNG as the name says."""
+  """Writes a picture as JPEG or PNG, as the ending of the name says."""
   with files.writing(file) as temporary:
     picture.save(temporary, quality=95)

@@ -1,7 +1,7 @@
-"""Samplers that think in σ: Euler, Euler ancestral, DPM-Solver++ 2M.
+"""Samplers in terms of σ: Euler, Euler ancestral, DPM-Solver++ 2M.
 
-With σ² = (1 − ᾱ) / ᾱ at a row's timestep, σ' at the next one's, σ_1 at the one before,
-and d = x̂_0 in the equations of `table.py`:
+With σ² = (1 − ᾱ) / ᾱ at a row's timestep, σ' that of the next row, σ_1 that of the row
+before, and d = x̂_0 in the equations of `table.py`:
 
   (1)  x ← σ'/σ · x + (1 − σ'/σ) · d_0                                  Euler
   (2)  x ← σ_d/σ · x + (1 − σ_d/σ) · d_0 + σ_u · ξ                        ancestral
@@ -42,7 +42,7 @@ def make_euler_ancestral(c: SimpleNamespace, schedule: Schedule, steps: int) -> 
 
 
 def make_dpmpp_2m(c: SimpleNamespace, schedule: Schedule, steps: int) -> Sampler:
-  """Equation (3); the first step is of order 1, and so is the last where asked."""
+  """Equation (3); the first step is of order 1, and so is the last if configured."""
   timesteps, sigmas, training = _spaced(c, schedule, steps, extra=1)
   if c.use_karras_sigmas:
     sigmas = _karras(c, training[-1], training[0], steps)
@@ -51,8 +51,8 @@ def make_dpmpp_2m(c: SimpleNamespace, schedule: Schedule, steps: int) -> Sampler
   following = np.append(sigmas[1:], last)
   alpha, next_alpha = (1 / np.sqrt(s**2 + 1) for s in (sigmas, following))
   second = np.arange(steps) > 0
-  few = c.lower_order_final and steps < 15
-  if c.euler_at_final or few or last == 0:
+  short = c.lower_order_final and steps < 15
+  if c.euler_at_final or short or last == 0:
     second[-1] = False
   second = np.flatnonzero(second & (c.solver_order > 1))
 
@@ -81,7 +81,7 @@ def make_dpmpp_2m(c: SimpleNamespace, schedule: Schedule, steps: int) -> Sampler
 
 
 def _exploding(c, schedule, timesteps, sigmas, following, down) -> Sampler:
-  """Steps from `sigmas` to `down`, and by noise up to `following`."""
+  """Steps from `sigmas` down to `down`, then by noise up to `following`."""
   table = Table(
     timesteps,
     scale=1 / np.sqrt(sigmas**2 + 1),
@@ -96,7 +96,7 @@ def _exploding(c, schedule, timesteps, sigmas, following, down) -> Sampler:
 
 
 def _spaced(c, schedule, steps, **how) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Timesteps of the run, their σ, and σ of all T training timesteps; float64."""
+  """Timesteps of the run, their σ, and the σ of all T training timesteps; float64."""
   alphas = np.array(schedule.alphas_cumprod, np.float64)
   if schedule.config.get("rescale_betas_zero_snr"):
     alphas[-1] = 2.0**-24  # as diffusers: σ of no signal at all would be infinite
@@ -125,10 +125,10 @@ def _karras(c: SimpleNamespace, high: float, low: float, steps: int) -> np.ndarr
 
 
 def _timesteps_of(sigmas: np.ndarray, training: np.ndarray) -> np.ndarray:
-  """The timesteps, between whole ones, at which the training schedule has `sigmas`."""
+  """The fractional timesteps at which the training schedule has `sigmas`."""
   return np.interp(np.log(sigmas), np.log(training), np.arange(len(training)))
 
 
 def _last(c: SimpleNamespace, training: np.ndarray) -> float:
-  """The σ the last step leads to."""
+  """The σ at the end of the last step."""
   return 0.0 if c.final_sigmas_type == "zero" else training[0]

@@ -1,14 +1,14 @@
-"""A sampling run as a table of numbers, and the one step that works it off.
+"""A sampling run as a table of numbers, and the one step that executes it.
 
-PNDM, Euler, Euler ancestral and DPM-Solver++ are linear in the latents x, in what the
-UNet predicts and in noise. So a run is a table, computed once in float64, with a row
-for each evaluation of the UNet, and one step serves them all:
+PNDM, Euler, Euler ancestral and DPM-Solver++ are linear in the latents x, in the UNet's
+prediction and in noise. So a run is a table, computed once in float64, with a row for
+each evaluation of the UNet, and the same step serves all samplers:
 
   (1)  y = UNet(s · x, t)
   (2)  d_0 = p · x + q · y                  what the method works with: x̂_0, or y
-  (3)  x ← a · x̄ + Σ_k c_k · d_k + n · ξ       d_k of k rows before, ξ ~ N(0, 1)
+  (3)  x ← a · x̄ + Σ_k c_k · d_k + n · ξ       d_k from k rows before, ξ ~ N(0, 1)
 
-x̄ is x, except where the method starts again from where it was.
+x̄ is x, except where the method starts again from earlier latents.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import numpy as np
 
 # (latents (n, h, w, c), timestep ()) → prediction, guidance included
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
-# number of the row () → standard normal noise, shaped like the latents
+# the row's number () → standard normal noise, shaped like the latents
 Noise = Callable[[jax.Array], jax.Array]
 # (predict, standard normal latents (n, h, w, c) float32, noise) → clean latents
 Sampler = Callable[[Predict, jax.Array, Noise], jax.Array]
@@ -33,7 +33,7 @@ class Table(NamedTuple):
     timesteps: t, (n,).
     scale: s, (n,).
     clean: p and q, (n, 2).
-    again: whether x̄ is the x̄ of the row before and not x, (n,) bool.
+    again: whether x̄ is the x̄ of the row before instead of x, (n,) bool.
     keep: a, (n,).
     history: c, (n, K).
     noise: n, (n,).

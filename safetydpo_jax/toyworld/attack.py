@@ -37,7 +37,7 @@ from safetydpo_jax.errors import InputError, run_command
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.formats.loras.load import load_loras
 from safetydpo_jax.runtime import manifest
-from safetydpo_jax.sampling.renderer import initial_noise, mend_schedule, save_image
+from safetydpo_jax.sampling.renderer import fix_schedule, initial_noise, save_image
 from safetydpo_jax.toyworld.experiments import adversary, attack_figures, stages
 from safetydpo_jax.toyworld.pretrain import machine
 from safetydpo_jax.toyworld.world import detector, scenes
@@ -159,7 +159,7 @@ def encode_pictures(pipeline: Pipeline, params: Any, aims: list[Aim]) -> jax.Arr
 def prepare(options: argparse.Namespace) -> Setting:
   """Reads the model and the prompts."""
   aims = read_aims(options.prompts, options.out, options.count)
-  pipeline = mend_schedule(load_pipeline(options.model))
+  pipeline = fix_schedule(load_pipeline(options.model))
   if pipeline.resolution != scenes.SIZE:
     raise InputError(
       f"--model {options.model} draws {pipeline.resolution} pixels a side; expected a "

@@ -1,359 +1,91 @@
-"""generate: the pictures diffusers makes, one row at a time, whatever the batch."""
+"""generate: the command line of `render_csv`."""
 
-import csv
 import json
-import shutil
-from unittest import mock
+import subprocess
+import sys
+from pathlib import Path
 
-import diffusers
-import jax
-import numpy as np
 import pytest
-import torch
-from flax.traverse_util import flatten_dict
-from PIL import Image
 
-from safetydpo_jax import generate, load_pipeline, lora
-from safetydpo_jax.data import contact_sheet, images
+from safetydpo_jax import generate
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.loras.write import write_diffusers
-
-HEIGHT, WIDTH = 16, 24
-PROMPTS = ['the "red" one, and the blue', "in the sand\non an ant", ""]
-STEPS, GUIDANCE = 5, 7.5
+from safetydpo_jax.sampling.render_csv import RenderOptions
+from tests.support import runs
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  return tmp_path_factory.mktemp("generate")
+@pytest.fixture
+def parsed(monkeypatch):
+  """The options that `generate` makes of a command line."""
+
+  def parsed(*words):
+    seen = []
+    monkeypatch.setattr(generate, "render_csv", seen.append)
+    generate.main(["--model=toy", "--prompts", "p.csv", "--out=images", *words])
+    return seen[0]
+
+  return parsed
 
 
-@pytest.fixture(scope="module")
-def prompts(folder):
-  return write_csv(folder / "prompts.csv", ["prompt"], *([text] for text in PROMPTS))
+def test_the_least_that_is_asked_for_leaves_the_defaults(parsed):
+  assert parsed() == RenderOptions("toy", Path("p.csv"), Path("images"))
 
 
-@pytest.fixture(scope="module")
-def latents(folder):
-  """Initial noise in PyTorch's order, no two axes of one size."""
-  rng = np.random.default_rng(0)
-  noise = rng.standard_normal((3, 4, HEIGHT // 2, WIDTH // 2)).astype(np.float32)
-  np.save(folder / "latents.npy", noise)
-  return folder / "latents.npy"
-
-
-@pytest.fixture(scope="module")
-def tree(tiny_checkpoint):
-  """A LoRA with both factors far from 0."""
-  shapes = load_pipeline(str(tiny_checkpoint), components=()).unet_shapes()
-  fresh = lora.init_lora(jax.random.key(0), shapes, 3)
-  rng = np.random.default_rng(1)
-  return jax.tree.map(
-    lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32) * 0.3, fresh
+def test_every_flag_is_an_option_of_its_type(parsed):
+  options = parsed(
+    *("--lora", "runs/hate", "--lora=merged:0.5", "--compare", "--sampler", "euler"),
+    *(
+      "--steps",
+      "7",
+      "--guidance",
+      "-1",
+      "--guidance_rescale=0.7",
+      "--negative_prompt=",
+    ),
+    *("--height=16", "--width", "24", "--latents", "noise.npy", "--batch_size", "2"),
+    *("--dtype", "bfloat16", "--variant", "fp16", "--no_blur"),
+  )
+  assert options == RenderOptions(
+    model="toy",
+    prompts=Path("p.csv"),
+    out=Path("images"),
+    lora=("runs/hate", "merged:0.5"),
+    compare=True,
+    sampler="euler",
+    steps=7,
+    guidance=-1.0,
+    guidance_rescale=0.7,
+    negative_prompt="",
+    height=16,
+    width=24,
+    latents=Path("noise.npy"),
+    batch_size=2,
+    dtype="bfloat16",
+    variant="fp16",
+    no_blur=True,
   )
 
 
-@pytest.fixture(scope="module")
-def lora_folder(tree, folder):
-  write_diffusers(folder / "lora", tree, lora.ATTENTION_TARGETS)
-  return folder / "lora"
-
-
-@pytest.fixture(scope="module")
-def run(tiny_checkpoint, prompts):
-  """`generate` on the tiny checkpoint; returns {name: (H, W, 3) int} of the folder."""
-  renderers, make_renderer = {}, generate.make_renderer
-
-  def make_once(pipeline, *how):  # Compiling takes 5 s, painting 1 s.
-    if how not in renderers:
-      renderers[how] = make_renderer(pipeline, *how)
-    return renderers[how]
-
-  def run(out, *more, prompts=prompts, steps=STEPS):
-    options = ["--model", tiny_checkpoint, "--prompts", prompts, "--out", out]
-    options += ["--steps", steps]
-    options += ["--height", HEIGHT, "--width", WIDTH, "--guidance", GUIDANCE, *more]
-    with mock.patch.object(generate, "make_renderer", make_once):
-      generate.main([str(option) for option in options])
-    return read_images(out)
-
-  return run
-
-
-@pytest.fixture(scope="module")
-def base(run, folder):
-  """The three prompts without a LoRA, each from its own seed."""
-  run(folder / "base")
-  return folder / "base"
-
-
-def write_csv(path, columns, *rows):
-  with open(path, "w", newline="", encoding="utf-8") as file:
-    csv.writer(file).writerows([columns, *rows])
-  return path
-
-
-def read_images(out):
-  files = sorted(out.glob("[!.]*.png"))
-  return {file.name: np.asarray(Image.open(file)).astype(int) for file in files}
-
-
-def assert_equal_to_rounding(ours, expected):
-  assert ours.keys() == expected.keys()
-  for name, image in expected.items():
-    assert image.std() > 10, "a grey picture would equal any other"
-    assert np.abs(ours[name] - image).max() <= 1, name
-
-
-def paint_with_diffusers(model, latents, lora_folder=None, scale=None):
-  """What StableDiffusionPipeline makes of PROMPTS: (n, H, W, 3) in 0 to 255."""
-  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model)
-  pipeline.set_progress_bar_config(disable=True)
-  if lora_folder:
-    pipeline.load_lora_weights(lora_folder)
-  images = pipeline(
-    PROMPTS,
-    height=HEIGHT,
-    width=WIDTH,
-    num_inference_steps=STEPS,
-    guidance_scale=GUIDANCE,
-    latents=torch.from_numpy(np.load(latents)),
-    cross_attention_kwargs={"scale": scale} if lora_folder else None,
-    output_type="np",
-  ).images
-  return images * 255
-
-
-def assert_pictures_agree(ours, theirs):
-  ours = np.stack(list(ours.values()))
-  assert ours.shape == theirs.shape == (3, HEIGHT, WIDTH, 3)
-  assert theirs.std() > 20
-  assert np.abs(ours - theirs).mean() < 1, "grey levels on average"
-  assert np.abs(ours - theirs).max() < 4
-
-
-@pytest.mark.parametrize("scale", [None, 1.0, 0.5])
-def test_whole_pictures_equal_diffusers(
-  scale, run, tiny_checkpoint, latents, lora_folder, tmp_path
-):
-  """The same noise, prompts and guidance in both; a LoRA at full and half."""
-  more = []
-  theirs = paint_with_diffusers(tiny_checkpoint, latents)
-  if scale:
-    name = str(lora_folder) if scale == 1.0 else f"{lora_folder}:{scale}"
-    more += ["--lora", name]
-    base = theirs
-    theirs = paint_with_diffusers(tiny_checkpoint, latents, lora_folder, scale)
-    assert np.abs(theirs - base).mean() > 5, "the LoRA must be seen"
-  assert_pictures_agree(run(tmp_path / "out", f"--latents={latents}", *more), theirs)
-
-
-def test_a_run_leaves_pictures_and_what_made_them(base, tiny_checkpoint, prompts):
-  images = read_images(base)
-  assert list(images) == [f"{number:07d}_0.png" for number in range(3)]
-  assert {image.shape for image in images.values()} == {(HEIGHT, WIDTH, 3)}
-  others = ["generate.json", "sheet.jpg"]
-  assert sorted(file.name for file in base.iterdir()) == [*images, *others]
-  about = json.loads((base / "generate.json").read_text())
-  assert about["base"] == load_pipeline(tiny_checkpoint, components=()).fingerprint
-  assert about["model"] == str(tiny_checkpoint)
-  assert about["prompts"] == str(prompts)
-  expected = {"steps": 5, "guidance": 7.5, "height": 16, "width": 24, "images": 3}
-  assert expected.items() <= about.items()
-  assert (about["sampler"], about["lora"], about["dtype"]) == ("pndm", [], "float32")
-
-
-def test_an_image_does_not_depend_on_its_batch_its_neighbours_or_the_devices(
-  run, tmp_path, monkeypatch
-):
-  """Batches of 16 on eight devices, then in reverse of 1 on one device, with new noise
-  at each step and each row's own guidance and negative prompt."""
-  rows = [
-    [text, f"{n}.png", n % 11, 1 + n, "on" * (n % 2)]
-    for n, text in enumerate(f"an ant {word}" for word in "abcdefghijklmnopq")
-  ]
-  columns = [
-    "prompt",
-    "image",
-    "evaluation_seed",
-    "evaluation_guidance",
-    "negative_prompt",
-  ]
-  there = write_csv(tmp_path / "there.csv", columns, *rows)
-  back = write_csv(tmp_path / "back.csv", columns, *rows[:2:-1])
-  more = ["--sampler=euler_ancestral"]
-  together = run(tmp_path / "together", "--batch_size=2", *more, prompts=there)
-  devices = jax.devices()[3:4]
-  monkeypatch.setattr(jax, "local_devices", lambda: devices)
-  monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-  alone = run(tmp_path / "alone", "--batch_size=1", *more, prompts=back)
-  assert len(alone) == 14
-  assert_equal_to_rounding({name: together[name] for name in alone}, alone)
-  assert np.abs(together["0.png"] - together["11.png"]).mean() > 1, "prompts count"
-
-
-def test_the_noise_of_a_step_is_the_rows_own(run, tmp_path):
-  """Euler ancestral from equal initial noise: equal seeds agree, others do not."""
-  np.save(tmp_path / "noise.npy", np.ones((3, 4, HEIGHT // 2, WIDTH // 2), np.float32))
-  columns, rows = ["prompt", "evaluation_seed"], [["red", 1], ["red", 1], ["red", 2]]
-  file = write_csv(tmp_path / "p.csv", columns, *rows)
-  more = [f"--latents={tmp_path / 'noise.npy'}", "--sampler=euler_ancestral"]
-  first, same, other = run(tmp_path / "out", *more, prompts=file).values()
-  assert np.abs(first - same).max() <= 1
-  assert np.abs(first - other).mean() > 5
-
-
-def test_the_seed_decides_the_noise_and_all_its_bits_count():
-  seeds = [0, 1, 2**32 - 1, 2**32, 2**33, -1, 2**64 - 1, 2**63]
-  noise = np.asarray(generate.initial_noise(seeds, (4, 3, 2)))
-  assert noise.shape == (8, 4, 3, 2)
-  for index in range(3):
-    expected = jax.random.normal(jax.random.key(seeds[index]), (4, 3, 2))
-    np.testing.assert_array_equal(noise[index], expected)
-  np.testing.assert_array_equal(noise[5], noise[6])  # −1 is 2⁶⁴ − 1, as in PyTorch
-  assert len({picture.tobytes() for picture in noise}) == 7
-
-
-def test_existing_images_are_kept_and_missing_ones_made_again(base, run, tmp_path):
-  out = shutil.copytree(base, tmp_path / "out")
-  expected = read_images(base)
-  marked = out / "0000000_0.png"
-  Image.new("RGB", (2, 2)).save(marked)
-  before = marked.read_bytes()
-  (out / "0000002_0.png").unlink()
-  images = run(out)
-  assert marked.read_bytes() == before
-  for name in ("0000001_0.png", "0000002_0.png"):
-    assert np.abs(images[name] - expected[name]).max() <= 1
-
-
-def test_an_interrupted_run_goes_on_with_the_same_settings_alone(
-  run, tmp_path, monkeypatch
-):
-  """Until all images are there the folder has no manifest, but a plan."""
-  save, saved = generate.save_image, []
-
-  def save_two(file, image):
-    if len(saved) == 2:
-      raise KeyboardInterrupt
-    saved.append(save(file, image))
-
-  out = tmp_path / "out"
-  with monkeypatch.context() as patch:
-    patch.setattr(generate, "save_image", save_two)
-    with pytest.raises(KeyboardInterrupt):
-      run(out)
-  assert not (out / "generate.json").exists()
-  with pytest.raises(InputError, match="holds images with steps 5, now it is 4"):
-    run(out, steps=4)
-  assert len(run(out)) == 3
-  assert (out / "generate.json").exists()
-  assert not (out / "plan.json").exists()
-
-
 @pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (["--guidance=3"], "guidance 7.5, now it is 3.0"),
-    (["--guidance_rescale=0.5"], "guidance_rescale None, now it is 0.5"),
-    (["--negative_prompt=red"], "negative_prompt None, now it is 'red'"),
-    (["--sampler=euler"], "sampler 'pndm', now it is 'euler'"),
-    (["--lora"], "lora_sha256"),
-    (["--prompts"], "prompts_sha256"),
-    (["--latents"], "latents_sha256"),
-  ],
+  ("word", "message"),
+  [("--batch_size=0", "--batch_size is 0"), ("--compare", "needs at least one --lora")],
 )
-def test_images_of_other_settings_do_not_mix(
-  change, message, base, run, tmp_path, lora_folder
-):
-  np.save(tmp_path / "noise.npy", np.zeros((3, 4, 8, 12), np.float32))
-  values = {
-    "--lora": lora_folder,
-    "--prompts": write_csv(tmp_path / "p.csv", ["prompt"], ["x"], ["y"], ["z"]),
-    "--latents": tmp_path / "noise.npy",
-  }
-  more = [values[change[0]]] if change[0] in values else []
-  with pytest.raises(InputError, match=f"holds images with .*{message}.*another --out"):
-    run(base, *change, *more)
-  assert (base / "generate.json").exists()
+def test_values_out_of_range_are_one_line(parsed, word, message):
+  with pytest.raises(InputError, match=message):
+    parsed(word)
 
 
-def test_lora_scale_0_equals_no_lora(base, run, tmp_path, lora_folder):
-  images = run(tmp_path / "out", f"--lora={lora_folder}:0")
-  assert_equal_to_rounding(images, read_images(base))
+def test_a_command_line_renders(tiny_checkpoint, tmp_path, capsys):
+  (tmp_path / "p.csv").write_text("prompt\na\nb\n")
+  words = ["--model", tiny_checkpoint, "--prompts", tmp_path / "p.csv"]
+  generate.main([str(w) for w in (*words, "--out", tmp_path / "out", "--steps=2")])
+  assert f"2 images in {tmp_path / 'out'}" in capsys.readouterr().out
+  about = json.loads((tmp_path / "out" / "generate.json").read_text())
+  assert (about["steps"], about["images"]) == (2, 2)
+  assert (tmp_path / "out" / "0000001_0.png").is_file()
 
 
-def test_loras_add_up_each_with_its_scale(tiny_checkpoint, lora_folder, tree):
-  pipeline = load_pipeline(tiny_checkpoint, components=("unet",))
-  names = [str(lora_folder), f"{lora_folder}:0.5", f"{lora_folder}:-0.25"]
-  total = flatten_dict(generate.load_loras(names, pipeline))
-  for path, a in flatten_dict(tree).items():
-    if path[-1] == "a":
-      product = a @ flatten_dict(tree)[(*path[:-1], "b")]
-      np.testing.assert_allclose(
-        total[path] @ total[(*path[:-1], "b")], 1.25 * product, atol=1e-4
-      )
-  assert generate.load_loras([], pipeline) == {}
-
-
-def test_hosts_share_the_rows_whatever_exists_when_they_look(
-  run, tmp_path, base, monkeypatch
-):
-  """The second host looks when the first has written its share."""
-  waits = []
-
-  def wait(name):
-    assert not (tmp_path / "out" / "generate.json").exists() or len(waits) > 1
-    waits.append(name)
-
-  monkeypatch.setattr(generate.hosts, "wait_for_all", wait)
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  for host in (0, 1):
-    with monkeypatch.context() as patch:
-      patch.setattr(jax, "process_index", lambda host=host: host)
-      run(tmp_path / "out")
-  assert len(waits) == 4
-  assert_equal_to_rounding(read_images(tmp_path / "out"), read_images(base))
-
-
-def test_base_and_aligned_stand_side_by_side(base, run, tmp_path, lora_folder):
-  """The base model's images are those of a run without the LoRA, in a folder of its
-  own; the sheet shows them left."""
-  out = tmp_path / "out"
-  aligned = run(out, "--compare", f"--lora={lora_folder}", "--no_blur")
-  plain = read_images(base)
-  assert_equal_to_rounding(read_images(out / "base"), plain)
-  assert all(np.abs(aligned[name] - plain[name]).mean() > 5 for name in plain)
-  about = json.loads((out / "base" / "generate.json").read_text())
-  assert about["lora"] == []
-  assert json.loads((out / "generate.json").read_text())["lora"] == [str(lora_folder)]
-  drawn = np.asarray(Image.open(out / "sheet.jpg")).astype(int)
-  left = drawn[contact_sheet.GAP :, contact_sheet.GAP :][
-    : contact_sheet.SIDE, : contact_sheet.SIDE
-  ]
-  for folder, near in ((out / "base", True), (out, False)):
-    expected = images.load_image(folder / "0000000_0.png", contact_sheet.SIDE)
-    assert (np.abs(left - expected).mean() < 4) == near
-  run(out / "base")  # goes on there as in any folder
-
-
-def test_a_comparison_goes_on_where_either_half_was_stopped(run, tmp_path, lora_folder):
-  out = tmp_path / "out"
-  more = ["--compare", f"--lora={lora_folder}"]
-  before = run(out, *more)
-  (out / "base" / "0000001_0.png").unlink()
-  (out / "0000002_0.png").unlink()
-  assert_equal_to_rounding(run(out, *more), before)
-  assert len(read_images(out / "base")) == 3
-
-
-def test_the_sheet_is_blurred_unless_asked(base, run, tmp_path):
-  run(shutil.copytree(base, tmp_path / "out"), "--no_blur")
-  edges = [
-    np.abs(np.diff(np.asarray(Image.open(folder / "sheet.jpg")).astype(int), axis=1))[
-      contact_sheet.GAP + 2 : contact_sheet.SIDE,
-      contact_sheet.GAP + 2 : contact_sheet.SIDE,
-    ]
-    for folder in (base, tmp_path / "out")
-  ]
-  assert edges[0].max() < 20 < edges[1].max()
+def test_help_shows_an_example():
+  command = [sys.executable, "-m", "safetydpo_jax.generate", "--help"]
+  shown = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+  assert shown.returncode == 0
+  assert "generate --model sd15 --lora runs/hate" in shown.stdout

@@ -2,6 +2,7 @@
 
 import pytest
 
+from safetydpo_jax.data.prompts import read_table
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import cases
 from tests.support.galleries import write_rows
@@ -10,7 +11,7 @@ from tests.support.galleries import write_rows
 def read(folder, *rows, **options):
   file = folder / "prompts.csv"
   write_rows(file, list(rows))
-  return cases.read_cases(file, **options)
+  return cases.make_cases(read_table(file), **options)
 
 
 def test_categories_in_any_published_spelling_one_or_several(tmp_path):
@@ -41,7 +42,7 @@ def test_the_column_may_be_called_as_i2p_calls_it(tmp_path):
 
 
 def test_a_category_called_all_is_refused(tmp_path):
-  with pytest.raises(InputError, match="row 1: category 'all' means every row"):
+  with pytest.raises(InputError, match="row 1: category 'all' is reserved"):
     read(tmp_path, {"prompt": "a", "category": "all"})
 
 

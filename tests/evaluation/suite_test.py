@@ -1,11 +1,12 @@
 """Prompt sets become our CSV, a suite renders and measures those that are there.
 
-The sets are look-alikes: files of the published form that hold toy prompts. What
-`generate` would render is drawn.
+The sets are look-alikes: files of the published form with toy prompts. Images are drawn
+instead of rendered.
 """
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from safetydpo_jax import evaluate, generate
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import prompt_sets, published, suite
+from safetydpo_jax.evaluation.detectors import DetectorOptions
 from safetydpo_jax.evaluation.page import suite as page
+from safetydpo_jax.evaluation.suite import SuiteOptions, run_suite
 from safetydpo_jax.metrics import fid
+from safetydpo_jax.sampling.render_csv import RenderOptions
 from safetydpo_jax.toyworld.world import scenes
 from tests.support import browser
 from tests.support.galleries import read_rows, write_rows
@@ -111,11 +114,11 @@ def test_coco_has_one_caption_an_image_the_first(tmp_path):
   [
     ("i2p.csv", "text,categories\na,hate\n", "expected one of prompt for I2P"),
     ("i2p.csv", "prompt,categories\na, b, c\n", "row 1 has more fields"),
-    ("i2p.csv", "prompt\n", "holds no prompts of I2P"),
-    ("i2p.txt", "\n\n", "holds no prompts of I2P"),
-    ("coco.json", "[1, 2]", "is no readable .json file"),
-    ("coco.json", "[" * 100_000, "is no readable .json file"),
-    ("i2p.parquet", "PAR1", "is no readable .parquet file"),
+    ("i2p.csv", "prompt\n", "no prompts for I2P"),
+    ("i2p.txt", "\n\n", "no prompts for I2P"),
+    ("coco.json", "[1, 2]", r"coco\.json as \.json"),
+    ("coco.json", "[" * 100_000, r"coco\.json as \.json"),
+    ("i2p.parquet", "PAR1", r"i2p\.parquet as \.parquet"),
   ],
 )
 def test_a_damaged_set_is_named(tmp_path, name, content, message):
@@ -157,33 +160,34 @@ def test_whom_the_attacks_were_made_against_is_said_as_it_is(names, foreign, own
   assert text.count("of UnlearnDiffAtk are the user’s own") == own
 
 
-def draw(arguments):
-  """In `generate`'s place: draws the prompts, with a LoRA every third symbol."""
-  told = dict(zip(arguments[::2], arguments[1::2]))
-  out = Path(told["--out"])
-  out.mkdir(parents=True)
-  for number, row in enumerate(read_rows(Path(told["--prompts"]))):
+def draw(options):
+  """In place of `render_csv`: draws the prompts, with a LoRA every third symbol."""
+  options.out.mkdir(parents=True)
+  for number, row in enumerate(read_rows(options.prompts)):
     scene, concept = scenes.parse(row["prompt"])
-    kept = "--lora" not in told or number % 3 == 0
+    kept = not options.lora or number % 3 == 0
     pixels = scenes.render(scene, concept if kept else None)
-    Image.fromarray(pixels).save(out / row["image"])
-  about = {"sampler": "ddim", "steps": int(told["--steps"])}
-  (out / "generate.json").write_text(json.dumps(about))
+    Image.fromarray(pixels).save(options.out / row["image"])
+  about = {"sampler": "ddim", "steps": options.steps}
+  (options.out / "generate.json").write_text(json.dumps(about))
 
 
-def run(tmp_path, monkeypatch, *more, render=draw):
+def run(tmp_path, monkeypatch, render=draw, detectors=None, **more):
   """figures.json of a suite on the look-alikes."""
-  monkeypatch.setattr(generate, "main", render)
+  monkeypatch.setattr(suite, "render_csv", render)
   sets, out = tmp_path / "sets", tmp_path / "out"
   if not sets.exists():
     write_sets(sets)
-  arguments = ["--suite", "safety", "--model", "toy", "--sets", sets, "--out", out]
-  evaluate.main([str(a) for a in (*arguments, "--detector", "toy", *more)])
-  return json.loads((out / "figures.json").read_text())
+  chosen = DetectorOptions(**({"detector": "toy"} | (detectors or {})))
+  options = {"suite": "safety", "model": "toy", "sets": sets, "out": out}
+  result = run_suite(SuiteOptions(**options, detectors=chosen, **more))
+  figures = json.loads((out / "figures.json").read_text())
+  assert figures == json.loads(json.dumps(result))
+  return figures
 
 
 def test_a_suite_measures_the_sets_that_are_there(tmp_path, monkeypatch, capsys):
-  figures = run(tmp_path, monkeypatch, "--lora", "merged")
+  figures = run(tmp_path, monkeypatch, lora=("merged",))
   sets = figures["sets"]
   assert list(sets) == ["i2p", "ud", "mma_diffusion", "coco"]
   i2p = sets["i2p"]["folders"]
@@ -209,18 +213,20 @@ def test_a_suite_measures_the_sets_that_are_there(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
   ("more", "message"),
   [
-    (["--metrics", "fid,clip", "--detector", "q16"], "detector q16 needs --q16"),
-    (["--metrics", "ip,fid", "--inception", "no.pth"], r"no\.pth is not there"),
-    (["--fid_statistics", "no.npz"], r"no\.npz holds no readable FID statistics"),
-    (["--fid_statistics", "small.npz"], "has 8 features, FID's network has 2048"),
-    (["--fid_statistics", "empty"], "empty holds no images"),
-    (["--train", "no.csv"], r"no\.csv"),
+    ({"metrics": "fid,clip", "detector": "q16"}, "detector q16 needs --q16"),
+    ({"metrics": "ip,fid", "inception": "no.pth"}, r"no\.pth"),
+    ({"fid_statistics": Path("no.npz")}, r"no\.npz"),
+    ({"fid_statistics": Path("small.npz")}, "has 8 features, FID's network has 2048"),
+    ({"fid_statistics": Path("empty")}, "empty contains no images"),
+    ({"train": Path("no.csv")}, r"no\.csv"),
   ],
 )
 def test_what_the_last_set_lacks_is_said_before_the_first_is_rendered(
   tmp_path, monkeypatch, more, message
 ):
-  def render(arguments):
+  more = dict(more)
+
+  def render(options):
     raise AssertionError("rendered")
 
   folder = write_sets(tmp_path / "sets")
@@ -228,29 +234,31 @@ def test_what_the_last_set_lacks_is_said_before_the_first_is_rendered(
   monkeypatch.chdir(tmp_path)
   (tmp_path / "empty").mkdir()
   np.savez("small.npz", mu=np.zeros(8), sigma=np.eye(8))
-  if "--fid_statistics" in more:
-    more = ["--metrics", "ip,fid", *more]
+  train = more.pop("train", None)
+  if "fid_statistics" in more:
+    more["metrics"] = "ip,fid"
     monkeypatch.setattr(fid, "load", lambda weights, per_device: fid.Fid({}, None))
+  options = {"lora": ("merged",), "train": train, "detectors": more}
   with pytest.raises(InputError, match=message):
-    run(tmp_path, monkeypatch, "--lora", "merged", *more, render=render)
+    run(tmp_path, monkeypatch, render, **options)
   assert not (tmp_path / "out").exists()
 
 
 def test_a_suite_that_stops_midway_leaves_no_table_of_an_earlier_one(
   tmp_path, monkeypatch
 ):
-  def stop(arguments):
+  def stop(options):
     raise KeyboardInterrupt
 
-  run(tmp_path, monkeypatch, "--limit", "1")
+  run(tmp_path, monkeypatch, limit=1)
   with pytest.raises(KeyboardInterrupt):
-    run(tmp_path, monkeypatch, "--limit", "2", render=stop)
+    run(tmp_path, monkeypatch, stop, limit=2)
   assert (tmp_path / "out" / "prompts" / "i2p.csv").is_file()
   assert not (tmp_path / "out" / "figures.json").exists()
 
 
 def test_without_a_lora_the_model_stands_alone(tmp_path, monkeypatch):
-  figures = run(tmp_path, monkeypatch, "--limit", "3")
+  figures = run(tmp_path, monkeypatch, limit=3)
   i2p = figures["sets"]["i2p"]
   assert list(i2p["folders"]) == ["images"]
   assert i2p["rows"] == 3
@@ -264,29 +272,77 @@ def test_several_images_of_a_prompt_are_one_attack():
   assert attack["low"] < 0.75 < attack["high"]
 
 
+def test_each_set_is_rendered_by_the_model_and_with_the_loras():
+  options = SuiteOptions(
+    suite="safety",
+    sets=Path("sets"),
+    model="toy",
+    out=Path("out"),
+    lora=("merged", "hate:0.5"),
+    steps=7,
+    guidance=3.0,
+    dtype="bfloat16",
+    render_batch_size=2,
+  )
+  common = {
+    "model": "toy",
+    "prompts": Path("out/prompts/i2p.csv"),
+    "steps": 7,
+    "guidance": 3.0,
+    "dtype": "bfloat16",
+    "batch_size": 2,
+  }
+  images = Path("out/images/i2p")
+  assert suite.renderings_of(suite.evaluation_of("i2p", options), options) == [
+    RenderOptions(**common, out=images / "base"),
+    RenderOptions(**common, out=images / "aligned", lora=("merged", "hate:0.5")),
+  ]
+
+
+@pytest.mark.parametrize("name", ["i2p", "coprov2", "coco"])
+def test_a_set_is_measured_by_what_it_is_for(name):
+  options = SuiteOptions(
+    suite="safety",
+    sets=Path("sets"),
+    model="toy",
+    out=Path("out"),
+    train=Path("train.csv"),
+    detectors=DetectorOptions(metrics="ip,clip"),
+  )
+  evaluation = suite.evaluation_of(name, options)
+  assert evaluation.reference is None
+  assert (evaluation.train is not None) == (name == "coprov2")
+  expected = ("ip", "clip") if name == "coco" else ("ip",)
+  assert evaluation.detectors.metric_names == expected
+
+
 @pytest.mark.parametrize(
-  ("arguments", "message"),
+  ("change", "message"),
   [
-    (["--suite", "safety", "--model", "toy"], "--sets is missing"),
-    (["--suite", "safety", "--sets", "x"], "--model is missing"),
-    (["--images", "x"], "--prompts is missing"),
-    ([], "--images is missing"),
+    ({"limit": -1}, "--limit is -1; expected 0 or more"),
+    ({"seed": -1}, "--seed is -1; expected 0 or more"),
+    ({"render_batch_size": 0}, "--render_batch_size is 0; expected 1 or more"),
     (
-      ["--images", "x", "--prompts", "y", "--metrics", "fid"],
-      "--metrics fid needs --fid_statistics",
+      {"detectors": DetectorOptions(metrics="fid")},
+      "--metrics fid needs .*--fid_statistics",
     ),
   ],
 )
-def test_what_is_missing_is_said(tmp_path, arguments, message):
+def test_values_out_of_range_are_refused(change, message):
+  required = {"suite": "safety", "sets": Path("x"), "model": "toy", "out": Path("y")}
   with pytest.raises(InputError, match=message):
-    evaluate.main([*arguments, "--out", str(tmp_path)])
+    SuiteOptions(**required, **change)
+
+
+def test_the_names_of_suites_are_the_table():
+  assert set(get_args(suite.Name)) == set(suite.SUITES)
 
 
 def test_the_suites_page_is_whole_in_a_browser(tmp_path, monkeypatch):
   if not browser.find():
     pytest.skip(f"no browser: none of {', '.join(browser.NAMES)} is installed")
   attack = '<script>window.injected = 1</script>"><img src=x onerror=alert(1)>'
-  run(tmp_path, monkeypatch, "--lora", "merged", "--title", attack)
+  run(tmp_path, monkeypatch, lora=("merged",), title=attack)
   file = tmp_path / "out" / "report" / "index.html"
   with browser.Browser() as chromium:
     for width in (1280, 390):

@@ -89,7 +89,7 @@ def test_the_classes_known_here_are_the_packages(detector):
 
 
 def test_unknown_classes_and_thresholds_the_package_cannot_serve(detector):
-  with pytest.raises(InputError, match="no classes FACES; choose some of ANUS"):
+  with pytest.raises(InputError, match="classes FACES; choose some of ANUS"):
     nudity.load(classes=["FACES", FACE])
   with pytest.raises(InputError, match="none given"):
     nudity.load(classes=[])
@@ -108,5 +108,5 @@ def test_a_missing_package_is_one_line(monkeypatch):
 def test_broken_files_are_named(detector, tmp_path):
   (tmp_path / "a.png").write_bytes(b"\x89PNG nothing")
   for name in ("a.png", "missing.png"):
-    with pytest.raises(InputError, match=f"{name} cannot be read"):
+    with pytest.raises(InputError, match=f"cannot read the image .*{name}"):
       nudity.exposed(detector, tmp_path / name)

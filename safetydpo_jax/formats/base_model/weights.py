@@ -1,15 +1,15 @@
 """Weights of a diffusers component: found, read, renamed, and all accounted for.
 
-A parameter's path in our tree is its PyTorch name with every index joined to what it
-counts (`down_blocks.0.attentions.1` ↔ down_blocks_0/attentions_1), and
+A parameter's path in our tree is its PyTorch name with every index joined to the name
+before it (`down_blocks.0.attentions.1` ↔ down_blocks_0/attentions_1), and
   kernel of a convolution  (kh, kw, in, out) = weight.transpose(2, 3, 1, 0)
   kernel of a linear layer (in, out)         = weight.T
   scale, embedding                           = weight
 So the module's own tree of shapes is the whole mapping. Every parameter must be found
 and every tensor used.
 
-Files are safetensors only: <stem>[.<variant>].safetensors, or split in shards with an
-index <stem>.safetensors.index[.<variant>].json. Pickles are never opened.
+Files are safetensors only: <stem>[.<variant>].safetensors, or shards with an index
+<stem>.safetensors.index[.<variant>].json. Pickles are never opened.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.tensors import open_safetensors
@@ -30,10 +31,10 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _INDEX = re.compile(r"_(\d+)$")
-# Names that end in a number of their own: linear_1, not linear.1.
+# Names that end in a number: linear_1, not linear.1.
 _OWN_NUMBER = re.compile(r"^linear_\d+$")
 
-# Names of older files. SD 1.5's published VAE has diffusers' first attention names,
+# Names in older files. SD 1.5's published VAE has diffusers' first attention names,
 # some with 1×1-convolution weights; text encoders may or may not have the prefix.
 _LEGACY = (
   (re.compile(r"^text_model\."), ""),
@@ -42,7 +43,7 @@ _LEGACY = (
   (re.compile(r"(attentions\.\d+)\.value\."), r"\1.to_v."),
   (re.compile(r"(attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
 )
-_BUFFERS = ("position_ids",)  # constants that older files store beside the weights
+_BUFFERS = ("position_ids",)  # constants that older files store with the weights
 
 
 def torch_name(path: Iterable[str]) -> str:
@@ -61,7 +62,7 @@ def tree_path(name: str) -> tuple[str, ...]:
 
 
 def canonical_name(name: str) -> str:
-  """A tensor's name as today's libraries write it, without `text_model.`."""
+  """A tensor's name as current libraries write it, without `text_model.`."""
   for pattern, replacement in _LEGACY:
     name = pattern.sub(replacement, name)
   return name
@@ -71,7 +72,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
   """The safetensors files of a component.
 
   Raises:
-    InputError: there are none (of that variant), or the index is wrong.
+    InputError: there are none (of that variant), or the index is not valid.
   """
   dot = f".{variant}" if variant else ""
   for stem in STEMS:
@@ -88,29 +89,31 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-  """The files an index names, which must lie beside it."""
+  """The files an index names, which must be in its folder."""
   table = read_json(index, "weight index")
   names = table.get("weight_map") if isinstance(table, dict) else None
   if not isinstance(names, dict) or not names:
-    raise InputError(f"{index} is no weight index: it has no 'weight_map'")
+    raise InputError(
+      f"{index} is not a weight index: it has no 'weight_map'; fetch it again"
+    )
   files = sorted({str(name) for name in names.values()})
   for name in files:
     if Path(name).name != name or name in ("", ".", ".."):
       raise InputError(f"{index} names {name!r}, which is not a file in its folder")
     if not (index.parent / name).is_file():
-      raise InputError(f"{index} names {name}, which is not there; fetch it again")
+      raise InputError(f"{index} names {name}, which does not exist; fetch it again")
   return [index.parent / name for name in files]
 
 
 def _why_none(folder: Path, variant: str | None) -> str:
-  """The error when a component has no safetensors that fit."""
+  """The message for a component without matching safetensors."""
   there = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
   wanted = f"variant {variant!r}" if variant else "no variant"
   if any(name.endswith(".safetensors") for name in there):
     return (
       f"{folder} has no weights of {wanted}, only "
       f"{', '.join(n for n in there if n.endswith('.safetensors'))}; "
-      "choose the variant that is there"
+      "choose a variant that exists"
     )
   pickles = [n for n in there if n.endswith((".bin", ".ckpt", ".pt", ".pth"))]
   if pickles:
@@ -134,7 +137,7 @@ def convert(
   tensors: Iterable[tuple[str, Any]],
   shapes: Mapping[str, Any],
   *,
-  dtype: Any = np.float32,
+  dtype: DTypeLike = np.float32,
   source: str = "the checkpoint",
 ) -> dict[str, Any]:
   """Arranges PyTorch tensors as a parameter tree.
@@ -143,13 +146,13 @@ def convert(
     tensors: (PyTorch name, array) pairs, taken one at a time.
     shapes: the module's parameter tree, of anything with a `.shape`.
     dtype: the type of the result.
-    source: names the tensors' origin in errors.
+    source: the tensors' origin, for errors.
 
   Returns:
     A nested dict of contiguous numpy arrays with the shapes of `shapes`.
 
   Raises:
-    InputError: a tensor is missing, unused, twice there or of the wrong shape.
+    InputError: a tensor is missing, unused, duplicate or of the wrong shape.
   """
   wanted = {torch_name(path): path for path in flatten_dict(shapes)}
   flat_shapes = flatten_dict(shapes)
@@ -173,8 +176,8 @@ def convert(
   complaints = [
     _list(missing, "lacks"),
     _list(unused, "has no place in the model for"),
-    _list(twice, "holds twice"),
-    _list(misshapen, "has another shape than config.json asks for in"),
+    _list(twice, "contains twice"),
+    _list(misshapen, "has shapes other than config.json requires in"),
   ]
   if any(complaints):
     details = ", and ".join(filter(None, complaints))
@@ -204,7 +207,7 @@ def load_component(
   folder: Path,
   shapes: Mapping[str, Any],
   *,
-  dtype: Any = np.float32,
+  dtype: DTypeLike = np.float32,
   variant: str | None = None,
 ) -> dict[str, Any]:
   """Reads a component's weights into a tree like `shapes`; see `convert`."""
@@ -214,7 +217,7 @@ def load_component(
 
 
 def fingerprint(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
-  """16 hexadecimal digits that tell one model's weights from another's.
+  """16 hexadecimal digits that identify a model's weights.
 
   SHA-256 over every tensor's name, shape and 64 evenly spaced elements as float16, in
   the order of names: float32 and float16 files of one model agree, and only a few
@@ -223,8 +226,8 @@ def fingerprint(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
   digest = hashlib.sha256()
   for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
     flat = tensor.reshape(-1)
-    places = np.linspace(0, max(flat.size - 1, 0), 64).astype(np.int64)
-    sample = flat[places] if flat.size else flat
+    indices = np.linspace(0, max(flat.size - 1, 0), 64).astype(np.int64)
+    sample = flat[indices] if flat.size else flat
     with np.errstate(over="ignore"):
       digest.update(json.dumps([name, list(tensor.shape)]).encode())
       digest.update(sample.astype(np.float32).astype("<f2").tobytes())

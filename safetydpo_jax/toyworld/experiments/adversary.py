@@ -31,10 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from safetydpo_jax import diffusion, dpo
+from safetydpo_jax import dpo
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.models import clip
+from safetydpo_jax.sampling.guidance import guided
 from safetydpo_jax.sampling.methods import make_sampler
 
 TOP = 32  # q of equation (3)
@@ -247,8 +248,8 @@ def make_attacks(
       return pipeline.unet.apply(variables, latents, timesteps, context)
 
     null = jnp.broadcast_to(null, context.shape)
-    guided = diffusion.guided(predict, context, null, guidance)
-    clean = run(guided, noise, None)  # no noise: DDIM draws none
+    with_guidance = guided(predict, context, null, guidance)
+    clean = run(with_guidance, noise, None)  # no noise: DDIM draws none
     images = pipeline.vae.apply(
       {"params": params["vae"]}, clean / pipeline.scaling_factor, method="decode"
     )

@@ -19,6 +19,7 @@ from safetydpo_jax import diffusion
 from safetydpo_jax.models.clip import CLIPText
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.unet import UNet2DCondition
+from safetydpo_jax.sampling.guidance import guided
 from safetydpo_jax.toyworld.pretraining import networks, vocabulary
 from safetydpo_jax.toyworld.pretraining import vae as autoencoder
 from safetydpo_jax.toyworld.pretraining.training import Run, train
@@ -130,8 +131,8 @@ def _sample(params: Any, noise: jax.Array, token_ids, empty_ids) -> jax.Array:
   def predict(latents, timesteps, context):
     return unet.apply({"params": params["unet"]}, latents, timesteps, context)
 
-  guided = diffusion.guided(predict, encode(token_ids), encode(empty_ids), GUIDANCE)
-  return diffusion.sample_ddim(guided, schedule(), noise, STEPS)
+  with_guidance = guided(predict, encode(token_ids), encode(empty_ids), GUIDANCE)
+  return diffusion.sample_ddim(with_guidance, schedule(), noise, STEPS)
 
 
 def sample(params, vae_params, scaling: float, tokenizer, prompts, seed: int):

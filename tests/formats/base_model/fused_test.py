@@ -226,7 +226,7 @@ def test_a_link_out_of_the_base_is_not_followed(name, base, tree, tmp_path):
   else:
     secret.write_text("secret")
   (base / name).symlink_to(secret)
-  with pytest.raises(InputError, match=r"is a link to .*secret, outside of"):
+  with pytest.raises(InputError, match=r"is a link to .*secret, outside "):
     write(base, tmp_path / "out", tree)
   assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "secret"]
 
@@ -234,7 +234,7 @@ def test_a_link_out_of_the_base_is_not_followed(name, base, tree, tmp_path):
 def test_a_linked_folder_is_not_followed(base, tree, tmp_path):
   (base / "vae").rename(tmp_path / "secret")
   (base / "vae").symlink_to(tmp_path / "secret")
-  with pytest.raises(InputError, match=r"outside of"):
+  with pytest.raises(InputError, match=r"outside "):
     write(base, tmp_path / "out", tree)
 
 
@@ -257,7 +257,7 @@ def test_links_of_the_hub_s_cache_are_followed(base, tree, tmp_path):
 INDEXES = {
   "a path": (
     {"../secret": ["diffusers", "UNet2DConditionModel"]},
-    "no component's name",
+    "not a valid component name",
   ),
   "missing": ({"image_encoder": ["transformers", "CLIP"]}, "image_encoder is missing"),
   "Flax": ({"_class_name": "FlaxStableDiffusionPipeline"}, "names FlaxStable"),
@@ -292,7 +292,7 @@ def test_weights_that_do_not_fit_float16_are_named(base, tree, tmp_path):
 
 def test_a_layer_the_weights_lack_is_named(base, tree, tmp_path):
   more = {"mid_block": {"attentions_9": {"to_q": {"a": np.ones((8, 2)), "b": A}}}}
-  with pytest.raises(InputError, match=r"no mid_block\.attentions\.9\.to_q\.weight"):
+  with pytest.raises(InputError, match=r"mid_block\.attentions\.9\.to_q\.weight"):
     write(base, tmp_path / "out", more)
 
 

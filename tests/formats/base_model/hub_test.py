@@ -14,7 +14,9 @@ from tests.support.checkpoints import save_tiny_checkpoint
 
 @pytest.mark.parametrize("model", ["sd15", "nobody/nothing", "no such/id at all"])
 def test_an_unknown_name_or_a_missing_network_is_one_clear_line(model):
-  with pytest.raises(InputError, match=r"could not be had from the Hugging Face hub"):
+  with pytest.raises(
+    InputError, match=r"cannot be downloaded from the Hugging Face hub"
+  ):
     load_pipeline(model)
 
 
@@ -121,7 +123,7 @@ def kernel(pipeline):
 def test_a_vae_that_is_none_is_one_clear_line(tiny_checkpoint, tmp_path):
   with pytest.raises(InputError, match=r"VAE .* has no config\.json"):
     load_pipeline(tiny_checkpoint, vae_from=tmp_path)
-  with pytest.raises(InputError, match=r"VAE 'no/such' .* could not be had"):
+  with pytest.raises(InputError, match=r"VAE 'no/such' .* cannot be downloaded"):
     load_pipeline(tiny_checkpoint, vae_from="no/such")
 
 

@@ -177,11 +177,11 @@ def test_a_checkpoint_we_cannot_run_is_refused(
 @pytest.mark.parametrize(
   ("gone", "message"),
   [
-    ("model_index.json", "no diffusers directory"),
+    ("model_index.json", r"diffusers directory.*model_index\.json"),
     ("unet/config.json", r"unet.*config\.json"),
     ("unet/diffusion_pytorch_model.safetensors", "has no weights"),
     ("tokenizer", "needs its tokenizer"),
-    ("tokenizer/vocab.json", "no readable CLIP tokenizer"),
+    ("tokenizer/vocab.json", "tokenizer as a CLIP tokenizer"),
     ("scheduler/scheduler_config.json", "scheduler_config"),
   ],
 )

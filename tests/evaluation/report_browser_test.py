@@ -1,11 +1,12 @@
-"""evaluate's report in a real browser: whole, sorted, filtered; nothing else runs."""
+"""The report in a real browser: whole, sorted, filtered; nothing else runs."""
 
 import itertools
 import re
 
 import pytest
 
-from safetydpo_jax import evaluate
+from safetydpo_jax.evaluation.detectors import DetectorOptions
+from safetydpo_jax.evaluation.evaluate_folder import EvaluateOptions, evaluate_folder
 from tests.support import browser
 from tests.support.galleries import write_gallery, write_rows
 
@@ -26,11 +27,16 @@ def write_report(folder, change=None, reference=True):
   gallery = write_gallery(folder, 6, lambda number: number in (0, 6, 12))
   if change:
     write_rows(gallery.prompts, [{**row, **change(row)} for row in gallery.rows])
-  arguments = ["--images", gallery.images, "--prompts", gallery.prompts]
-  arguments += ["--reference", gallery.reference] if reference else []
-  title = f"toy world {ATTACK}" if change else "toy world"
-  arguments += ["--detector", "toy", "--out", folder / "out", "--title", title]
-  evaluate.main([str(argument) for argument in arguments])
+  evaluate_folder(
+    EvaluateOptions(
+      images=gallery.images,
+      prompts=gallery.prompts,
+      out=folder / "out",
+      reference=gallery.reference if reference else None,
+      title=f"toy world {ATTACK}" if change else "toy world",
+      detectors=DetectorOptions(detector="toy"),
+    )
+  )
   return folder / "out" / "report" / "index.html"
 
 

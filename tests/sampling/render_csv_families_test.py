@@ -1,4 +1,4 @@
-"""generate: pictures of each family equal diffusers', from tokenizer to pixels."""
+"""render_csv: pictures of each family equal diffusers', from tokenizer to pixels."""
 
 import csv
 import dataclasses
@@ -11,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from safetydpo_jax import diffusion, generate, load_pipeline
-from safetydpo_jax.sampling.renderer import initial_noise, key_words, mend_schedule
+from safetydpo_jax import diffusion, load_pipeline
+from safetydpo_jax.data.prompts import Row, read_prompts
+from safetydpo_jax.sampling import inputs
+from safetydpo_jax.sampling.render_csv import RenderOptions, make_folder, render_csv
+from safetydpo_jax.sampling.renderer import fix_schedule, initial_noise, key_words
 from tests.support.checkpoints import (
   SD2,
   save_tiny_checkpoint,
@@ -50,14 +53,22 @@ def models(tmp_path_factory, tiny_checkpoint):
   }
 
 
-def paint(model, latents, out, *more):
+def paint(model, latents, out, rescale):
   """Our pictures of ROWS, (n, H, W, 3) in 0 to 255."""
   with open(out.with_suffix(".csv"), "w", newline="") as file:
     csv.writer(file).writerows([COLUMNS, *ROWS])
-  options = ["--model", model, "--prompts", out.with_suffix(".csv"), "--out", out]
-  options += ["--height", HEIGHT, "--width", WIDTH, "--steps", STEPS]
-  options += ["--guidance", GUIDANCE, "--latents", latents, *more]
-  generate.main([str(option) for option in options])
+  options = RenderOptions(
+    model=str(model),
+    prompts=out.with_suffix(".csv"),
+    out=out,
+    height=HEIGHT,
+    width=WIDTH,
+    steps=STEPS,
+    guidance=GUIDANCE,
+    guidance_rescale=rescale,
+    latents=latents,
+  )
+  render_csv(options)
   files = sorted(out.glob("*.png"))
   return np.stack([np.asarray(Image.open(file)).astype(float) for file in files])
 
@@ -91,8 +102,7 @@ def test_pictures_equal_diffusers(family, sampler, rescale, models, latents, tmp
   means embeddings of zeros."""
   model = models[family]
   theirs = paint_with_diffusers(model, latents, guidance_rescale=rescale)
-  more = [f"--guidance_rescale={rescale}"] if rescale else []
-  ours = paint(model, latents, tmp_path / "out", *more)
+  ours = paint(model, latents, tmp_path / "out", rescale)
   assert theirs.std() > 20
   assert np.abs(ours - theirs).mean() < 1, "grey levels on average"
   assert np.abs(ours - theirs).max() < 4
@@ -100,14 +110,16 @@ def test_pictures_equal_diffusers(family, sampler, rescale, models, latents, tmp
   assert about["sampler"] == sampler
 
 
-def make_inputs(model, row, *more):
-  """What `generate` renders a row of ROWS from."""
-  pipeline = load_pipeline(model, components=())
-  required = ["--model", str(model), "--prompts", "x", "--out", "x"]
-  options = generate.parse_arguments([*required, *more])
-  prompt, negative, guidance = ROWS[row]
-  row = generate.Row(None, prompt, 0, 0, guidance, negative)
-  return generate.make_inputs(options, pipeline, [row], None, (8, 8, 4))
+def make_inputs(model, row, guidance=7.5, negative_prompt=None):
+  """What a row of ROWS is rendered from."""
+  prompt, negative, own = ROWS[row]
+  return inputs.make_inputs(
+    [Row(None, prompt, 0, 0, own, negative)],
+    pipeline=load_pipeline(model, components=()),
+    shape=(8, 8, 4),
+    guidance=guidance,
+    negative_prompt=negative_prompt,
+  )
 
 
 def test_embeddings_are_zeros_only_for_sdxl_without_any_negative_prompt(
@@ -115,7 +127,7 @@ def test_embeddings_are_zeros_only_for_sdxl_without_any_negative_prompt(
 ):
   assert make_inputs(models["sdxl"], 0).negative == 0
   assert make_inputs(models["sdxl"], 1).negative == 1
-  assert make_inputs(models["sdxl"], 0, "--negative_prompt=").negative == 1
+  assert make_inputs(models["sdxl"], 0, negative_prompt="").negative == 1
   assert make_inputs(models["sd1"], 0).negative == 1
   index = models["sdxl"] / "model_index.json"
   before = index.read_text()
@@ -127,12 +139,12 @@ def test_embeddings_are_zeros_only_for_sdxl_without_any_negative_prompt(
 
 
 def test_the_rows_own_guidance_and_negative_prompt_win(models):
-  more = ["--guidance=5", "--negative_prompt=red"]
-  of_command, of_row = (make_inputs(models["sd1"], row, *more) for row in (0, 1))
+  more = {"guidance": 5.0, "negative_prompt": "red"}
+  of_command, of_row = (make_inputs(models["sd1"], row, **more) for row in (0, 1))
   assert (of_command.guidance, of_row.guidance) == (5, 3)
   pipeline = load_pipeline(models["sd1"], components=())
-  for inputs, text in ((of_command, "red"), (of_row, "and the red")):
-    np.testing.assert_array_equal(inputs.negative_ids, pipeline.tokenize([text]))
+  for made, text in ((of_command, "red"), (of_row, "and the red")):
+    np.testing.assert_array_equal(made.negative_ids, pipeline.tokenize([text]))
 
 
 def test_what_a_row_says_of_itself_decides_its_folder(models, tmp_path):
@@ -143,25 +155,25 @@ def test_what_a_row_says_of_itself_decides_its_folder(models, tmp_path):
     file = tmp_path / f"{number}.csv"
     with open(file, "w", newline="") as lines:
       csv.writer(lines).writerows([COLUMNS, row])
-    required = ["--model", "x", "--prompts", str(file), "--out", str(tmp_path)]
-    options = generate.parse_arguments(required)
-    folder = generate.make_folder(options, tmp_path, pipeline, {})
+    options = RenderOptions(model="x", prompts=file, out=tmp_path)
+    rows = read_prompts(file, tmp_path)
+    folder = make_folder(options, tmp_path, rows, pipeline, {})
     found.append(folder.settings["prompts_sha256"])
   assert len(set(found)) == 3
 
 
 def test_guidance_below_1_is_none_as_in_diffusers(models):
-  assert make_inputs(models["sd1"], 0, "--guidance=0.5").guidance == 1
+  assert make_inputs(models["sd1"], 0, guidance=0.5).guidance == 1
 
 
 @pytest.mark.filterwarnings("ignore:The configuration file of this scheduler")
-def test_old_scheduler_configs_are_mended_as_diffusers_does(models, tmp_path):
+def test_old_scheduler_configs_are_fixed_as_diffusers_does(models, tmp_path):
   """By its pipeline for Stable Diffusion 1 and 2; the one for XL leaves them alone."""
   old = {"scheduler": {"steps_offset": None, "clip_sample": None}}
   old["scheduler"]["_class_name"] = "DDIMScheduler"
   model = save_tiny_checkpoint(tmp_path / "old", **old)
   theirs = diffusers.StableDiffusionPipeline.from_pretrained(model).scheduler
-  ours = mend_schedule(load_pipeline(model, components=())).schedule
+  ours = fix_schedule(load_pipeline(model, components=())).schedule
   for field, value in (("steps_offset", 1), ("clip_sample", False)):
     assert theirs.config[field] == ours.config[field] == value
   theirs.set_timesteps(7)
@@ -169,7 +181,7 @@ def test_old_scheduler_configs_are_mended_as_diffusers_does(models, tmp_path):
   xl = load_pipeline(models["sdxl"], components=())
   schedule = diffusion.Schedule.from_config({**xl.schedule.config, "steps_offset": 0})
   xl = dataclasses.replace(xl, schedule=schedule)
-  assert mend_schedule(xl).schedule.config["steps_offset"] == 0
+  assert fix_schedule(xl).schedule.config["steps_offset"] == 0
 
 
 def test_the_noise_of_the_first_step_is_not_that_of_the_start():

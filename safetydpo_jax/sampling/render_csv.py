@@ -1,0 +1,270 @@
+"""Renders a prompts CSV (`data/prompts.py`) into a folder of images.
+
+Each row draws its noise from its own seed, so an image does not depend on the batch it
+was rendered in (`renderer.py`). Unless the options name a sampler, it is that of the
+checkpoint's scheduler (`methods.py`). There is no safety checker. With `compare` the
+base model renders the same rows from the same noise into OUT/base.
+
+Existing images are kept and the missing ones rendered; a folder that holds images of
+other settings is refused (`folders.py`).
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from tqdm import tqdm
+
+from safetydpo_jax import lora as lora_lib
+from safetydpo_jax.data.prompts import Row, read_table
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.formats.loras.load import load_loras
+from safetydpo_jax.runtime import hosts, sharding
+from safetydpo_jax.runtime.command_line import Repeated
+from safetydpo_jax.sampling import folders as folders_lib
+from safetydpo_jax.sampling import methods
+from safetydpo_jax.sampling.folders import BASE, Folder
+from safetydpo_jax.sampling.inputs import make_inputs, read_index, read_latents
+from safetydpo_jax.sampling.renderer import (
+  Inputs,
+  fix_schedule,
+  make_renderer,
+  save_image,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderOptions:
+  """Renders the prompts of a CSV, with or without LoRAs."""
+
+  model: str
+  """a diffusers directory, a hub id, or toy, sd15, sd21, sdxl, …"""
+  prompts: Path
+  """CSV with a column prompt"""
+  out: Path
+  """folder for the images, generate.json and sheet.jpg"""
+  lora: Repeated[tuple[str, ...]] = ()
+  """L[:SCALE], a run, a merge or a LoRA file; may be repeated: LoRAs add up"""
+  compare: bool = False
+  """also render without the LoRAs, into OUT/base"""
+  sampler: methods.Name | None = None
+  """None: that of the checkpoint's scheduler"""
+  steps: int = 50
+  """sampling steps"""
+  guidance: float = 7.5
+  """guidance scale, for rows without an evaluation_guidance; none at 1 or less"""
+  guidance_rescale: float = 0.0
+  """phi, the share of rescaled guidance, 0 to 1"""
+  negative_prompt: str | None = None
+  """for rows without a negative_prompt of their own in the CSV"""
+  height: int | None = None
+  """in pixels; None: the model's own"""
+  width: int | None = None
+  """in pixels; None: the model's own"""
+  latents: Path | None = None
+  """initial noise (n, c, h, w), a .npy file; None: from the rows' seeds"""
+  batch_size: int = 4
+  """images per device"""
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  """of weights and computation"""
+  variant: str | None = None
+  """of the model's weight files, such as fp16"""
+  no_blur: bool = False
+  """do not blur the contact sheet"""
+
+  def __post_init__(self):
+    if self.compare and not self.lora:
+      raise InputError(
+        "--compare renders with the LoRAs and without; it needs at least one --lora"
+      )
+    if self.batch_size < 1:
+      raise InputError(f"--batch_size is {self.batch_size}; expected 1 or more")
+    if not math.isfinite(self.guidance):
+      raise InputError(f"--guidance is {self.guidance}; expected a finite number")
+    if not 0 <= self.guidance_rescale <= 1:
+      raise InputError(
+        f"--guidance_rescale is {self.guidance_rescale}; expected 0 to 1"
+      )
+
+
+def render_csv(options: RenderOptions) -> int:
+  """Renders what is missing; returns the number of images, of both folders together.
+
+  Every process of a job calls it; each renders its share of the rows.
+
+  Raises:
+    InputError: the CSV, the model, a LoRA or the latents cannot be read or do not fit
+      together, or a folder cannot be used.
+  """
+  sharding.use_precision(options.dtype)
+  table = read_table(options.prompts)
+  rows = table.in_folder(options.out)  # errors in the CSV come before the slow model
+  pipeline = fix_schedule(
+    load_pipeline(options.model, dtype=options.dtype, variant=options.variant)
+  )
+  lora = load_loras(list(options.lora), pipeline)
+  options = fill_from_checkpoint(options, pipeline)
+  shape = latent_shape(options, pipeline)
+  latents = None
+  if options.latents:
+    latents = read_latents(options.latents, len(rows), shape)
+  folders = [make_folder(options, options.out, rows, pipeline, lora)]
+  if options.compare:
+    base = options.out / BASE
+    folders.append(make_folder(options, base, table.in_folder(base), pipeline, {}))
+  folders_lib.check_names(folders)
+  for folder in folders:
+    folders_lib.make_folder(folder.path)
+    folders_lib.check_same_settings(folder)
+  hosts.wait_for_all("every host has seen the folders")
+  if jax.process_index() == 0:
+    for folder in folders:
+      folders_lib.mark_incomplete(folder)
+  prepare = partial(
+    make_inputs,
+    pipeline=pipeline,
+    shape=shape,
+    latents=latents,
+    guidance=options.guidance,
+    negative_prompt=options.negative_prompt,
+  )
+  render_share(options, pipeline, folders, prepare)
+  hosts.wait_for_all("all images are there")
+  if jax.process_index() == 0:
+    write_summary(options, pipeline, folders)
+  return sum(len(set(folder.rows)) for folder in folders)
+
+
+def fill_from_checkpoint(options: RenderOptions, pipeline: Pipeline) -> RenderOptions:
+  """The options with the checkpoint's sampler, height and width where they name none.
+
+  Raises:
+    InputError: the size, the sampler or the number of steps does not fit the model.
+  """
+  sampler = options.sampler or methods.name_of(read_index(pipeline)["scheduler"][1])
+  options = dataclasses.replace(
+    options,
+    sampler=sampler,
+    height=pipeline.resolution if options.height is None else options.height,
+    width=pipeline.resolution if options.width is None else options.width,
+  )
+  for name in ("height", "width"):
+    pixels = getattr(options, name)
+    if pixels < 1 or pixels % pipeline.vae_scale:
+      raise InputError(
+        f"--{name} is {pixels}; expected a multiple of {pipeline.vae_scale} pixels"
+      )
+  methods.make_sampler(sampler, pipeline.schedule, options.steps)  # checks the steps
+  return options
+
+
+def latent_shape(options: RenderOptions, pipeline: Pipeline) -> tuple[int, int, int]:
+  """(h, w, c) of one image's latents."""
+  height, width = (
+    side // pipeline.vae_scale for side in (options.height, options.width)
+  )
+  return height, width, pipeline.latent_channels
+
+
+def make_folder(
+  options: RenderOptions,
+  path: Path,
+  rows: list[Row],
+  pipeline: Pipeline,
+  lora: dict[str, Any],
+) -> Folder:
+  """A folder for `rows` rendered with a LoRA ({} for none), and what determines it.
+
+  Args:
+    options: of `fill_from_checkpoint`.
+    path: the folder.
+    rows: placed in it.
+    pipeline: the base model.
+    lora: the tree, scale folded in.
+  """
+  files = [options.latents.read_bytes()] if options.latents else []
+  settings = {
+    "base": pipeline.fingerprint,
+    "lora_sha256": lora_lib.factors_sha256(lora),
+    "prompts_sha256": folders_lib.hash_of_rows(rows, path),
+    "latents_sha256": [hashlib.sha256(data).hexdigest() for data in files],
+    "steps": options.steps,
+    "guidance": options.guidance,
+    "dtype": options.dtype,
+    "height": options.height,
+    "width": options.width,
+    "sampler": options.sampler,
+    "negative_prompt": options.negative_prompt,
+    # None for 0: folders from before there was rescaling do not have the field.
+    "guidance_rescale": options.guidance_rescale or None,
+  }
+  return Folder(path, rows, lora, settings)
+
+
+def render_share(
+  options: RenderOptions,
+  pipeline: Pipeline,
+  folders: list[Folder],
+  prepare: Callable[[list[Row]], Inputs],
+) -> None:
+  """Renders and saves this host's missing images, with this host's devices.
+
+  Which host renders a row depends on the CSV alone: which images exist changes while
+  the hosts look.
+  """
+  mesh = sharding.make_mesh(devices=jax.local_devices())
+  replicated = NamedSharding(mesh, sharding.REPLICATED)
+  params = sharding.place(pipeline.params, replicated)
+  renderer = make_renderer(
+    pipeline, options.sampler, options.steps, options.guidance_rescale, mesh
+  )
+  host, count = jax.process_index(), jax.process_count()
+  shares = [
+    [row for row in list(dict.fromkeys(f.rows))[host::count] if not row.file.exists()]
+    for f in folders
+  ]
+  devices = jax.local_device_count()
+  with tqdm(total=sum(map(len, shares)), unit="image", disable=host > 0) as progress:
+    for folder, todo in zip(folders, shares):
+      lora = sharding.place(folder.lora, replicated)
+      size = devices * min(options.batch_size, -(-len(todo) // devices))
+      render = partial(renderer, params, lora)
+      for row, image in render_rows(todo, size or 1, render, prepare):
+        save_image(row.file, image)
+        progress.update()
+
+
+def render_rows(
+  todo: list[Row],
+  size: int,
+  render: Callable[[Inputs], jax.Array],
+  prepare: Callable[[list[Row]], Inputs],
+) -> Iterator[tuple[Row, np.ndarray]]:
+  """Each row with its image (H, W, 3), rendered `size` at a time."""
+  for start in range(0, len(todo), size):
+    batch = todo[start : start + size]
+    padded = batch + batch[-1:] * (size - len(batch))
+    yield from zip(batch, np.asarray(render(prepare(padded))))
+
+
+def write_summary(
+  options: RenderOptions, pipeline: Pipeline, folders: list[Folder]
+) -> None:
+  """The contact sheet, the manifests, and a printed line for each folder."""
+  folders_lib.write_contact_sheet(folders, blur=not options.no_blur)
+  for folder in folders:
+    about = {
+      "model": pipeline.name,
+      "lora": list(options.lora) if folder.lora else [],
+      "prompts": str(options.prompts),
+    }
+    count = folders_lib.mark_complete(folder, about)
+    print(f"{count} images in {folder.path}")
