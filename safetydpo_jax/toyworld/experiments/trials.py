@@ -30,7 +30,7 @@ from safetydpo_jax.toyworld.experiments.stages import (
 )
 
 FRACTIONS = (0.1, 0.3)  # of the pairs; the demo's own experts have all
-# What a trial decides itself; the demo's other settings are for all alike.
+# What a trial decides itself; the demo's other settings apply to all trials.
 OWN = ("steps", "learning_rate", "holdout", "category", "cache", "seed", "lora.seed")
 
 
