@@ -42,18 +42,6 @@ class Hosts:
   """which of them this is, from 0 (or JAX_PROCESS_ID)"""
 
 
-def add_arguments(parser: Any) -> None:
-  """For commands whose line is not derived from options yet."""
-  for field in dataclasses.fields(Hosts):
-    variable = f"JAX_{field.name.upper()}"
-    parser.add_argument(
-      f"--{field.name}",
-      default=None,
-      help=f"several processes (or {variable})",
-      type=lambda value, variable=variable: os.environ.__setitem__(variable, value),
-    )
-
-
 def _given_hosts(given: Hosts) -> dict[str, Any] | None:
   """What flags and variables say; None: nothing."""
   values = {
