@@ -1,7 +1,11 @@
 """Command lines in the documentation: their options exist, and examples run."""
 
+import os
 import re
+import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +22,7 @@ GUIDES = ("data", "merging", "generating", "evaluating", "attacking", "interchan
 TRY_IT = ("toyworld", "generate", "encode", "train", "merge", "export", "evaluate")
 TRY_IT += ("prompts", "plan")
 # Numbers that make an example quick: what it computes is tested elsewhere.
-QUICK = {"--steps": "2", "--per_category": "2"}
+QUICK = {"--steps": "2", "--per_category": "4"}
 QUICK_CONFIG = ("--config.steps=2", "--config.warmup_steps=0")
 
 
@@ -170,12 +174,26 @@ def test_the_toy_pipeline_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_toy_pipeline_runs_as_written(tmp_path, monkeypatch, capsys):
-  monkeypatch.chdir(tmp_path)
-  run_blocks([toy_pipeline()], lambda line: line.words)
-  rates = re.findall(
-    r"^(images|reference) +ip +([\d.]+)%", capsys.readouterr().out, re.M
+def test_the_toy_pipeline_runs_as_written(tmp_path):
+  """In a shell, one process for each command, as a reader would run it."""
+  script = "\n".join(
+    shlex.join(["python", "-m", f"safetydpo_jax.{line.command}"])
+    + " "
+    + shlex.join(documents.presets(line.words))
+    for line in documents.lines(toy_pipeline().text)
   )
+  paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+  environment = {**os.environ, "PATH": os.pathsep.join(paths), "PYTHONPATH": str(ROOT)}
+  environment.pop("XLA_FLAGS")  # the tests' eight devices
+  result = subprocess.run(
+    ["bash", "-ec", script],
+    cwd=tmp_path,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  rates = re.findall(r"^(images|reference) +ip +([\d.]+)%", result.stdout, re.MULTILINE)
   shares = {name: float(share) for name, share in rates}
   assert shares["reference"] > 90
   assert shares["images"] < shares["reference"] / 2
