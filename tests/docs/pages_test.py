@@ -15,6 +15,7 @@ from tests.support.documents import PACKAGE, PAGES, ROOT, SITE
 ARCHITECTURE = SITE / "architecture.md"
 # Modules that the architecture page names and that other work is about to bring.
 COMING = {
+  "safetydpo_jax/__main__.py",
   "safetydpo_jax/presets.py",
   "safetydpo_jax/training/run.py",
   "safetydpo_jax/sampling/render_csv.py",
@@ -25,6 +26,7 @@ COMING = {
   "safetydpo_jax/data/writing/write_prompts.py",
   "safetydpo_jax/formats/export_lora.py",
   "safetydpo_jax/planning/plan_step.py",
+  "safetydpo_jax/toyworld/experiments/attack_models.py",
 }
 
 
