@@ -12,8 +12,7 @@
               An image's name is its `image_0_uid` / `image_1_uid`, else the path in the
               struct, else "sha256-" and 16 digits of its bytes. Which image's
               prompt the caption is: `file_name` says it, as in the folder layout; else
-              the official CSV, if it has the prompt; else it is taken for the unsafe
-              one.
+              the official CSV, if it has the prompt; else it is the unsafe one's.
 
 Both have `label_0` (1, 0, or a tie) and `caption`, and may have `category`.
 """

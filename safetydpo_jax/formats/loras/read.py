@@ -16,7 +16,6 @@ out, since users share such files for their UNet part too, and a line is printed
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -110,7 +109,7 @@ def read_lora_file(file: Path, scaling: Scaling | None = None) -> dict:
       "is used here",
       file=sys.stderr,
     )
-  lora: dict[LayerPath, Any] = {}
+  lora: dict[LayerPath, np.ndarray] = {}
   for path, parts in layers.items():
     where = f"{file}: {torch_name(path)}"
     a, b = _factors(parts, where)
