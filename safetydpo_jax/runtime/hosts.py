@@ -130,7 +130,8 @@ def initialize(given: Hosts | None = None, *, preemption: bool = False) -> None:
   told = _given_hosts(given or Hosts())
   if told is None:
     told = _slurm_hosts()
-  if told is None and "tpu" not in (jax.config.read("jax_platforms") or "").split(","):
+  platforms: str = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+  if told is None and "tpu" not in platforms.split(","):
     return
   hosts = told or {}
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
