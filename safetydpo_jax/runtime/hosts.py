@@ -130,7 +130,7 @@ def initialize(given: Hosts | None = None, *, preemption: bool = False) -> None:
   told = _given_hosts(given or Hosts())
   if told is None:
     told = _slurm_hosts()
-  platforms: str = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+  platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
   if told is None and "tpu" not in platforms.split(","):
     return
   hosts = told or {}

@@ -196,7 +196,7 @@ def _read_hub(
       )
     return _read_halves(folder, entries, official)
   rows, images, ties = [], {}, 0
-  for (where, image, row), own in zip(entries, owns):
+  for (where, image, row), own in zip(entries, map(str, owns)):
     names = [pairs.text(where, key, row[key]) for key in ("jpg_0", "jpg_1")]
     images[own] = image
     side = pairs.preferred_side(where, row["label_0"])

@@ -139,7 +139,7 @@ def _parse_name(name: str, where: str) -> tuple[LayerPath, str]:
     path = kohya.module_path(found[1])
   elif found:
     path = tree_path(found[1])
-  if not path or not _ROOTS.match(path[0]):
+  if not found or not path or not _ROOTS.match(path[0]):
     raise InputError(
       f"{where} is not a UNet LoRA tensor in diffusers, PEFT or kohya naming"
     )
