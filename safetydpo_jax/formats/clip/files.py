@@ -73,7 +73,7 @@ class Clip:
   image_size: int
   mean: np.ndarray
   std: np.ndarray
-  tokenizer: "CLIPTokenizer | None"
+  tokenizer: Any
   files: tuple[Path, ...]
 
 
