@@ -12,6 +12,7 @@ from safetydpo_jax.runtime import accelerators
 
 if TYPE_CHECKING:
   from safetydpo_jax.formats.base_model.pipeline import Pipeline
+  from safetydpo_jax.lora import LoraTree
 
 try:
   __version__ = metadata.version("safetydpo-jax")
@@ -28,7 +29,7 @@ def load_pipeline(model: str, **options: Any) -> "Pipeline":
   return pipeline.load_pipeline(model, **options)
 
 
-def load_lora(lora: str) -> dict:
+def load_lora(lora: str) -> "LoraTree":
   """The LoRA tree of a run directory or a LoRA file, scale folded in; numpy float32.
 
   Raises:

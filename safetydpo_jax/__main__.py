@@ -21,7 +21,7 @@ COMMANDS = {
   "generate": "render a CSV of prompts",
   "evaluate": "measure images and write a report",
   "export": "a LoRA for diffusers, A1111 and ComfyUI",
-  "plan": "whether a run fits a TPU slice or GPUs, and how fast it can be",
+  "plan": "whether a run fits a TPU slice or GPUs, and its speed",
   "toyworld.demo": "the whole method in the toy world, with its report",
   "toyworld.prompts": "prompts of the toy world as CSV files",
   "toyworld.measure": "what pictures of toy prompts show",
@@ -71,22 +71,22 @@ def _help() -> str:
       "",
       *lines,
       "",
-      f"{short}. The options of a command: safetydpo COMMAND --help",
+      f"{short}.",
+      "The options of a command: safetydpo COMMAND --help",
     ]
   )
 
 
 def _unknown(name: str) -> str:
-  names = [*COMMANDS, *SHORT]
-  # What follows the dot is compared too: "study" is nearest to toyworld.study.
-  short = {full.rpartition(".")[2]: full for full in reversed(names)}
-  near = difflib.get_close_matches(name, [*names, *short], n=1, cutoff=0)[0]
-  near = near if near in names else short[near]
-  what = "option" if name.startswith("-") else "command"
+  if name.startswith("-"):
+    return f"{name} has no command before it; expected safetydpo COMMAND {name} …"
+  # What follows the dot counts too: "study" is nearest to toyworld.study.
+  names = {full.rpartition(".")[2]: full for full in reversed(COMMANDS)}
+  names |= {full: full for full in (*COMMANDS, *SHORT)}
+  near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
   return (
-    f"{name!r} is not a {what} of safetydpo: "
-    + ("expected a command first, such as" if what == "option" else "the nearest is")
-    + f" {near!r}; `safetydpo --help` lists all"
+    f"there is no command {name!r}; the nearest is {names[near]}, and "
+    "`safetydpo --help` lists them all"
   )
 
 

@@ -5,7 +5,7 @@ rounded down), then crop the centre. Other modes become RGB with 8 bits.
 """
 
 import io
-import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,7 +18,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _LONGEST = 64  # times the shorter side; resizing a line of pixels would fill the memory
 
 
-def load_image(image: pairs.Image | os.PathLike, resolution: int) -> np.ndarray:
+def load_image(image: pairs.Image | Path, resolution: int) -> np.ndarray:
   """Decodes an image of any of `FORMATS`, any orientation and colour mode.
 
   Returns:
@@ -63,7 +63,7 @@ def crop_square(
   """torchvision's Resize(resolution, resample) and CenterCrop(resolution)."""
   width, height = image.size
   short = min(width, height)
-  size = tuple(resolution * side // short for side in (width, height))
+  size = (resolution * width // short, resolution * height // short)
   if image.size != size:
     image = image.resize(size, resample)
   left, top = (round((side - resolution) / 2.0) for side in size)

@@ -229,7 +229,7 @@ def _array(value: Any, storages: dict[str, bytes]) -> np.ndarray:
     else:
       data, kind, shape, order = value.arguments
     dtype = _dtype(kind)
-    return _from_bytes(_bytes(data), dtype, shape).reshape(shape, order=order)
+    return _from_bytes(_bytes(data), dtype, shape).reshape(shape, order=order)  # type: ignore[call-overload]
   storage, offset, shape, strides, *_ = _tensor(value).arguments
   word, kind, key, _, elements, *view = storage
   if word != "storage" or any(view):

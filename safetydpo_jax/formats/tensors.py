@@ -17,6 +17,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.runtime import files
@@ -90,7 +91,7 @@ def _view(body: np.ndarray, name: str, entry: dict) -> np.ndarray:
 
 def write_safetensors(
   file: str | os.PathLike,
-  layout: Mapping[str, tuple[Any, tuple[int, ...]]],
+  layout: Mapping[str, tuple[DTypeLike, tuple[int, ...]]],
   tensors: Iterable[tuple[str, np.ndarray]],
   metadata: Mapping[str, str],
 ) -> None:
@@ -134,7 +135,7 @@ def _header(layout: Mapping[str, tuple], metadata: Mapping[str, str]) -> bytes:
   return len(text).to_bytes(8, "little") + text
 
 
-def cast(array: np.ndarray, dtype: Any, what: str) -> np.ndarray:
+def cast(array: np.ndarray, dtype: DTypeLike, what: str) -> np.ndarray:
   """`array` in another float type.
 
   Raises:

@@ -5,7 +5,6 @@ UNet runs, once for every expert, with that expert's LoRA.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -71,7 +70,7 @@ def _capture(next_call, args, kwargs, context):
 
 
 def make_measure(
-  pipeline: Pipeline, mesh: Mesh, shardings: Any, *, seed: int, experts_at_once: int
+  pipeline: Pipeline, mesh: Mesh, shardings: Tree, *, seed: int, experts_at_once: int
 ) -> Callable[[Tree, Tree, Batch], dict]:
   """The jitted pass `(stacked loras, params, batch) → activations`.
 

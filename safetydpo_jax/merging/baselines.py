@@ -126,7 +126,7 @@ def dare_ties(products, weights, density, rng) -> np.ndarray:
   return _elect(_drop(products, density, rng), weights)
 
 
-METHODS: dict[str, Callable[..., dict]] = {
+METHODS: dict[str, Callable[..., Tree]] = {
   "linear": linear,
   "svd": svd,
   "ties": partial(merge_dense, ties),

@@ -7,8 +7,9 @@ added later can be measured on the inputs of the earlier ones.
 """
 
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import numpy as np
 
 from safetydpo_jax.data.cache.batches import Draw
@@ -27,11 +28,11 @@ class Batch(NamedTuple):
     time_ids: (B, 6) int32 for SDXL, else None.
   """
 
-  moments: Any
-  token_ids: Any
-  pairs: Any
-  timesteps: Any
-  time_ids: Any = None
+  moments: chex.Array
+  token_ids: tuple[chex.Array, ...]
+  pairs: chex.Array
+  timesteps: chex.Array
+  time_ids: chex.Array | None = None
 
 
 def categories_of(cache: PairCache) -> list[str]:

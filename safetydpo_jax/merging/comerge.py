@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from safetydpo_jax.lora import Tree
+from safetydpo_jax.lora import LoraTree, Tree
 from safetydpo_jax.merging import baselines
 from safetydpo_jax.merging.activations import stack
 
@@ -69,7 +69,7 @@ def factor(
 
 def product(
   loras: Sequence[Tree], activations: Sequence[Tree], *, rank: int | None = None
-) -> dict:
+) -> Tree:
   """Equation (6): one LoRA of rank Σ r_n, or of `rank` after an SVD.
 
   Args:
@@ -83,7 +83,7 @@ def product(
     for path, count in wins.items():
       won = (count.argmax(0) == n).astype(np.float32)
       factors[path] = factors[path] * won[None]
-    masked.append(unflatten_dict(factors))
+    masked.append(LoraTree(unflatten_dict(factors)))
   weights = [1.0] * len(loras)
   return (baselines.svd if rank else baselines.linear)(masked, weights, rank=rank)
 

@@ -13,13 +13,14 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.formats.loras.load import check_fits, load_lora
 from safetydpo_jax.formats.loras.write import adapted_layers
+from safetydpo_jax.lora import LoraTree
 
 
 class Expert(NamedTuple):
   """One LoRA to merge: its name, its tree, its expert.json ({}: a foreign file)."""
 
   name: str
-  lora: dict
+  lora: LoraTree
   about: dict[str, Any]
   sha256: str
 
@@ -52,7 +53,7 @@ def read_experts(names: Sequence[str]) -> list[Expert]:
   return experts
 
 
-def check_is_lora(name: str, tree: dict) -> None:
+def check_is_lora(name: str, tree: LoraTree) -> None:
   """Refuses a tree whose layers are not {'a': (…, in, r), 'b': (r, out)}."""
   shapes: dict[tuple, dict] = {}
   for path, leaf in flatten_dict(tree).items():

@@ -54,10 +54,9 @@ RECORDED = ("weights", "rank", "density", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class MergeOptions:
-  """Merges LoRA experts of one base model into a single LoRA.
+  """Merges LoRA experts of one base model into a single LoRA."""
 
-  An option that is not given is None; `with_defaults` fills in those the method reads.
-  """
+  # None: not given. `with_defaults` fills in what the method reads.
 
   experts: str
   """run directories, merged directories or LoRA files: L,L,…"""

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from safetydpo_jax.data.images import FORMATS, to_rgb
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.metrics import provenance
+from safetydpo_jax.runtime import extras
 
 CLASSES = ("FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED")
 THRESHOLD = 0.25
@@ -74,12 +75,7 @@ def load(classes: Sequence[str] = CLASSES, threshold: float = THRESHOLD) -> Nudi
     InputError: the package is missing, a class is unknown, or the threshold is outside
       the package's range.
   """
-  try:
-    import nudenet.nudenet
-  except ImportError as error:
-    raise InputError(
-      f"NudeNet cannot be imported ({error}); run `pip install nudenet`"
-    ) from error
+  nudenet = extras.require("nudenet.nudenet", extra="evaluate")
   unknown = sorted(set(classes) - set(KNOWN))
   if unknown or not classes:
     raise InputError(
@@ -91,8 +87,8 @@ def load(classes: Sequence[str] = CLASSES, threshold: float = THRESHOLD) -> Nudi
       f"NudeNet's threshold is {threshold}; expected {THRESHOLD} to 1, as the package "
       "drops lower scores"
     )
-  model = Path(nudenet.nudenet.__file__).parent / "320n.onnx"
-  detector = nudenet.nudenet.NudeDetector(str(model))
+  model = Path(nudenet.__file__).parent / "320n.onnx"
+  detector = nudenet.NudeDetector(str(model))
   return Nudity(
     about={
       "name": "NudeNet",

@@ -72,6 +72,20 @@ def parse_with_overrides(
   return parsed.options, parsed.hosts, rest
 
 
+def parse_alone_with_overrides(
+  options: type[Options],
+  arguments: Sequence[str] | None,
+  *,
+  command: str,
+  example: str,
+) -> tuple[Options, list[str]]:
+  """As `parse_with_overrides`, for a command that one process runs."""
+  parsed, rest = _read(
+    options, arguments, command, example, overrides=True, several=False
+  )
+  return parsed.options, rest
+
+
 def _read(options, arguments, command, example, *, overrides, several=True):
   parts = {"options": options, "hosts": Hosts} if several else {"options": options}
   line = dataclasses.make_dataclass(

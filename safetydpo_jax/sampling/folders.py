@@ -17,6 +17,7 @@ import numpy as np
 from safetydpo_jax.data import contact_sheet
 from safetydpo_jax.data.prompts import Row
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.runtime import manifest
 from safetydpo_jax.sampling.renderer import write_picture
 
@@ -39,7 +40,7 @@ class Folder(NamedTuple):
 
   path: Path
   rows: list[Row]
-  lora: dict
+  lora: LoraTree
   settings: dict[str, Any]
 
 

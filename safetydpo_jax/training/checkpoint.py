@@ -14,7 +14,7 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -25,8 +25,8 @@ from safetydpo_jax.data.cache.records import PairCache
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.training.config import RunConfig
-from safetydpo_jax.training.step import TrainState
 
+State = TypeVar("State")  # a tree of arrays: `TrainState`, or that of a pretraining
 # The exit code of a run that was asked to stop, as shells report SIGTERM: anything but
 # 0 shows JobSet, Slurm and `&&` that the run is not finished.
 PREEMPTED = 128 + signal.SIGTERM
@@ -128,7 +128,7 @@ def on_preemption() -> Iterator[Callable[[int], bool]]:
 def save(
   manager: ocp.CheckpointManager,
   step: int,
-  state: TrainState,
+  state: State,
   settings: dict[str, Any],
 ) -> None:
   """Saves in the background; a step that was already saved is left alone."""
@@ -141,8 +141,8 @@ def save(
 
 
 def restore(
-  manager: ocp.CheckpointManager, like: TrainState, settings: dict[str, Any]
-) -> TrainState:
+  manager: ocp.CheckpointManager, like: State, settings: dict[str, Any]
+) -> State:
   """The newest checkpoint's state, on the devices and in the shapes of `like`.
 
   The number of devices and hosts may differ from the run that saved it.

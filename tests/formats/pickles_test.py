@@ -145,7 +145,7 @@ def test_what_is_no_array_is_refused(tmp_path, content):
   file = dump(tmp_path / "a.p", content)
   with pytest.raises(InputError, match="is not a pickled array"):
     pickles.read_array(file)
-  with pytest.raises(InputError, match="no PyTorch state dict"):
+  with pytest.raises(InputError, match="is not a PyTorch state dict"):
     pickles.read_tensors(file)
 
 

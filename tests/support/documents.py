@@ -1,7 +1,6 @@
 """The documentation as tests see it: pages, their code, and the command lines in it."""
 
 import importlib
-import inspect
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +10,7 @@ from unittest import mock
 import tyro
 
 import safetydpo_jax
-from safetydpo_jax.training import config as training_config
+from safetydpo_jax.training import read_config
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(safetydpo_jax.__file__).parent
@@ -102,39 +101,25 @@ def parse(command: str, words: list[str]) -> None:
     InputError: a value is out of range, or the config has no such value.
   """
   module = importlib.import_module(f"safetydpo_jax.{command}")
-  words = presets(words)
-  if hasattr(module, "parse_arguments"):
-    module.parse_arguments(words)
-  elif "argparse" not in inspect.getsource(module):
-    read = tyro.cli
+  read = tyro.cli
 
-    def stop(*args: Any, **keywords: Any) -> None:
-      read(*args, **keywords)
-      raise Read
+  def stop(*args: Any, **keywords: Any) -> None:
+    read(*args, **keywords)
+    raise Read
 
-    with mock.patch.object(tyro, "cli", stop):
-      try:
-        module.main(words)
-      except Read:
-        pass
-      else:
-        raise AssertionError(f"{command} does not read its line with tyro.cli")
-    if command in ("train", "plan"):
-      from safetydpo_jax.training import read_config
-
-      name = words[words.index("--config") + 1]
-      overrides = [word for word in words if word.startswith("--config.")]
-      read_config.read_config(name, overrides)
-
-
-def presets(words: list[str]) -> list[str]:
-  """The words, with a file of configs/ for a preset where there are only files."""
-  if hasattr(training_config, "RunConfig"):
-    return words
-  file = rf"{ROOT}/configs/\1.py:\2"
-  return [re.sub(r"^(hate|violence):(\w+)$", file, word) for word in words]
+  with mock.patch.object(tyro, "cli", stop):
+    try:
+      module.main(words)
+    except Read:
+      pass
+    else:
+      raise AssertionError(f"{command} does not read its line with tyro.cli")
+  if command in ("train", "plan"):
+    name = words[words.index("--config") + 1]
+    overrides = [word for word in words if word.startswith("--config.")]
+    read_config.read_config(name, overrides)
 
 
 def run(command: str, words: list[str]) -> None:
   """Runs a command in this process."""
-  importlib.import_module(f"safetydpo_jax.{command}").main(presets(words))
+  importlib.import_module(f"safetydpo_jax.{command}").main(words)

@@ -12,8 +12,9 @@ its devices hold, sees its part of what a single host would see.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import grain
 import numpy as np
 
@@ -33,9 +34,9 @@ class Batch(NamedTuple):
     time_ids: (B, 6) int32, SDXL's size conditioning, shared by a pair; else None.
   """
 
-  moments: Any
-  token_ids: tuple[Any, ...]
-  time_ids: Any = None
+  moments: chex.Array
+  token_ids: tuple[chex.Array, ...]
+  time_ids: chex.Array | None = None
 
 
 class Draw(NamedTuple):

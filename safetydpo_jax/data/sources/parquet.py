@@ -12,8 +12,7 @@
               An image's name is its `image_0_uid` / `image_1_uid`, else the path in the
               struct, else "sha256-" and 16 digits of its bytes. Which image's
               prompt the caption is: `file_name` says it, as in the folder layout; else
-              the official CSV, if it has the prompt; else it is taken for the unsafe
-              one.
+              the official CSV, if it has the prompt; else it is the unsafe one's.
 
 Both have `label_0` (1, 0, or a tie) and `caption`, and may have `category`.
 """
@@ -196,7 +195,7 @@ def _read_hub(
       )
     return _read_halves(folder, entries, official)
   rows, images, ties = [], {}, 0
-  for (where, image, row), own in zip(entries, owns):
+  for (where, image, row), own in zip(entries, map(str, owns)):
     names = [pairs.text(where, key, row[key]) for key in ("jpg_0", "jpg_1")]
     images[own] = image
     side = pairs.preferred_side(where, row["label_0"])

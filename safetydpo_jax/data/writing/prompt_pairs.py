@@ -179,7 +179,7 @@ def key(text: str) -> str:
   return " ".join("".join(c if c.isalnum() else " " for c in letters).split())
 
 
-def is_pair(item: Any) -> bool:
+def is_pair(item: object) -> bool:
   """Whether `item` is an object with two plain and different prompts."""
   if not isinstance(item, dict) or not {"unsafe", "safe"}.issubset(item):
     return False

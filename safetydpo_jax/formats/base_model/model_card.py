@@ -87,7 +87,7 @@ class Export(NamedTuple):
   repository: str | None
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
   """`value` as one line of Markdown that shows it and does nothing else."""
   line = " ".join(str(value).split())
   line = "".join(char for char in line if char.isprintable())
@@ -160,7 +160,7 @@ def _what(export: Export, name: str) -> str:
   )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
   """A Markdown table; cells are escaped here."""
   cells = [[text(cell) for cell in row] for row in rows]
   return tabulate(cells, head, tablefmt="pipe", disable_numparse=True) + "\n"

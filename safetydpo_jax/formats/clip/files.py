@@ -12,11 +12,12 @@ A name that is not a path is looked up in the Hugging Face cache; nothing is dow
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import pickles
@@ -27,6 +28,9 @@ from safetydpo_jax.models.clip import CLIPText
 from safetydpo_jax.models.clip_vision import CLIPVision
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.runtime.manifest import read_json
+
+if TYPE_CHECKING:
+  from transformers import CLIPTokenizer
 
 MEAN = (
   0.48145466,
@@ -69,7 +73,7 @@ class Clip:
   image_size: int
   mean: np.ndarray
   std: np.ndarray
-  tokenizer: Any
+  tokenizer: "CLIPTokenizer | None"
   files: tuple[Path, ...]
 
 
@@ -77,7 +81,7 @@ def load_clip(
   name: str | Path,
   *,
   towers: Iterable[str] = ("vision", "text"),
-  dtype: Any = jnp.float32,
+  dtype: DTypeLike = jnp.float32,
   tokenizer: str | Path | None = None,
 ) -> Clip:
   """Reads a CLIP.
@@ -145,7 +149,7 @@ def locate(name: str) -> Path:
     ) from error
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> "CLIPTokenizer":
   """A CLIP tokenizer; works without PyTorch."""
   from transformers import CLIPTokenizer  # Imported here: it takes two seconds.
 
@@ -210,7 +214,9 @@ def _tensors(files: list[Path]) -> dict[str, np.ndarray]:
   return tensors
 
 
-def _modules(config: dict, folder: Path, dtype: Any) -> dict[str, Any]:
+def _modules(
+  config: dict, folder: Path, dtype: DTypeLike
+) -> dict[str, CLIPText | CLIPVision]:
   """The towers; the projection's width is outside both of their configs."""
   width = {}
   if config.get("projection_dim") is not None:

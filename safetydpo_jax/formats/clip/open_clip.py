@@ -131,7 +131,9 @@ def _settle(config: Any, defaults: Mapping[str, Any], what: str) -> dict[str, An
   return {**defaults, **{key: config[key] for key in defaults if key in config}}
 
 
-def rename(tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def rename(
+  tensors: Iterable[tuple[str, np.ndarray]],
+) -> Iterator[tuple[str, np.ndarray]]:
   """(OpenCLIP's name, array) pairs under transformers' names; unknown ones as is."""
   for name, tensor in tensors:
     block = _BLOCK.match(name)

@@ -86,7 +86,7 @@ def parse(settings: Mapping[str, Any], where: str) -> Scaling:
   )
 
 
-def _number(value: Any, what: str) -> float:
+def _number(value: object, what: str) -> float:
   """A finite number."""
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise InputError(f"{what} is {value!r}; expected a number")

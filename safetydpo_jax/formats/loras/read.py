@@ -16,7 +16,6 @@ out, since users share such files for their UNet part too, and a line is printed
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -110,7 +109,7 @@ def read_lora_file(file: Path, scaling: Scaling | None = None) -> dict:
       "is used here",
       file=sys.stderr,
     )
-  lora: dict[LayerPath, Any] = {}
+  lora: dict[LayerPath, np.ndarray] = {}
   for path, parts in layers.items():
     where = f"{file}: {torch_name(path)}"
     a, b = _factors(parts, where)
@@ -139,7 +138,7 @@ def _parse_name(name: str, where: str) -> tuple[LayerPath, str]:
     path = kohya.module_path(found[1])
   elif found:
     path = tree_path(found[1])
-  if not path or not _ROOTS.match(path[0]):
+  if not found or not path or not _ROOTS.match(path[0]):
     raise InputError(
       f"{where} is not a UNet LoRA tensor in diffusers, PEFT or kohya naming"
     )

@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
+from numpy.typing import DTypeLike
 
 from safetydpo_jax.formats.base_model.weights import torch_name
 from safetydpo_jax.formats.loras import kohya
@@ -47,7 +48,7 @@ def write_diffusers(
   targets: Sequence[str],
   *,
   shapes: Mapping[str, Any] | None = None,
-  dtype: Any = np.float32,
+  dtype: DTypeLike = np.float32,
 ) -> Path:
   """Writes `lora` (scale folded in) so that `load_lora_weights(folder)` reads it.
 
@@ -82,7 +83,7 @@ def write_kohya(
   header: Mapping[str, str],
   *,
   shapes: Mapping[str, Any] | None = None,
-  dtype: Any = np.float32,
+  dtype: DTypeLike = np.float32,
 ) -> Path:
   """Writes `lora` as A1111 and ComfyUI read it; `header` comes from `kohya.header`.
 
@@ -139,7 +140,10 @@ def target_modules(lora: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[s
 
 
 def _write(
-  file: Path, named: Mapping[str, np.ndarray], dtype: Any, header: Mapping[str, str]
+  file: Path,
+  named: Mapping[str, np.ndarray],
+  dtype: DTypeLike,
+  header: Mapping[str, str],
 ) -> Path:
   """The file; alphas stay float32: bfloat16 cannot hold all whole numbers above 256."""
   ready = {

@@ -15,14 +15,14 @@ a safe one and k slots after its last word, padding at first. Two ways down from
        end; each is drawn from the q words w with the least <∂E/∂embedding, table_w>,
        and the candidate with the least E replaces the prompt, if it has less
 
-Draws are fresh at every step, and for all candidates of a step the same.
+Draws are fresh at every step, and shared by all candidates of a step.
 
 Sources: Zhang et al. 2023 (UnlearnDiffAtk, arXiv 2310.11868) and Chin et al. 2023 (P4D,
 arXiv 2309.06135) for (1), Zou et al. 2023 (greedy coordinate gradient, arXiv
 2307.15043) for (3).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,6 +34,7 @@ import optax
 from safetydpo_jax import dpo
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
+from safetydpo_jax.lora import LoraTree, Tree
 from safetydpo_jax.models import clip
 from safetydpo_jax.sampling.guidance import guided
 from safetydpo_jax.sampling.methods import make_sampler
@@ -42,16 +43,16 @@ TOP = 32  # q of equation (3)
 
 
 class Task(NamedTuple):
-  """What is attacked: n prompts, and what each shall bring back.
+  """What is attacked: n prompts, and the picture that each is to bring back.
 
   Attributes:
     token_ids: (n, l) int32 of the safe prompts.
-    places: (n, k) int32, positions of the slots in `token_ids`.
+    slots: (n, k) int32, their positions in `token_ids`.
     latents: (n, h, w, c) float32, clean, of pictures with the symbol.
   """
 
   token_ids: jax.Array
-  places: jax.Array
+  slots: jax.Array
   latents: jax.Array
 
 
@@ -62,7 +63,7 @@ class Attacks(NamedTuple):
     embedding_step: (…, task, (offsets (n, k, d), state), key) → the same pair, after
       one step of (2).
     word_step: (…, task, words (n, k) int32, key) → words after one step of (3).
-    draw: (…, token_ids (n, l), places (n, k), offsets (n, k, d), noise (n, h, w, c)) →
+    draw: (…, token_ids (n, l), slots (n, k), offsets (n, k, d), noise (n, h, w, c)) →
       images (n, H, W, 3) in [0, 1], by DDIM with guidance.
   """
 
@@ -72,9 +73,9 @@ class Attacks(NamedTuple):
 
 
 def attackable_words(tokenizer: Any) -> np.ndarray:
-  """Ids of the words: what their own text, alone or among others, is tokenized to.
+  """Ids of the words: tokens whose text, alone or among others, gives them back.
 
-  Pieces of words are none, as no text has them; nor are the tokens of start and end.
+  Pieces of words are left out, as no text has them; so are the start and end tokens.
   """
   special = set(tokenizer.all_special_ids)
   words = []
@@ -87,20 +88,20 @@ def attackable_words(tokenizer: Any) -> np.ndarray:
 
 
 def spell(tokenizer: Any, words: Iterable[int]) -> str:
-  """The text of `attackable_words`, which is tokenized to them again."""
+  """The text of `attackable_words`; tokenizing it gives them back."""
   return " ".join(tokenizer.decode([word]).strip() for word in words)
 
 
 def make_task(
-  pipeline: Pipeline, prompts: list[str], latents: jax.Array, slots: int
+  pipeline: Pipeline, prompts: Sequence[str], latents: jax.Array, slots: int
 ) -> Task:
   """Safe prompts with k slots after the last word of each.
 
   Raises:
-    InputError: if a prompt has no room for them, or the model has two text encoders.
+    InputError: a prompt has no room for them, or the model has two text encoders.
   """
   if len(pipeline.text_encoders) > 1:
-    raise InputError(f"{pipeline.name} has two text encoders; the attack knows one")
+    raise InputError(f"{pipeline.name} has two text encoders; expected one")
   (ids,) = pipeline.tokenize(prompts)
   first = (ids == pipeline.tokenizers[0].eos_token_id).argmax(axis=1)
   room = int(ids.shape[1] - 1 - first.max())  # the end token stays
@@ -108,17 +109,17 @@ def make_task(
     raise InputError(
       f"--slots is {slots}; expected 1 to {room}, the room after prompts"
     )
-  places = first[:, None] + np.arange(slots)[None, :]
-  return Task(jnp.asarray(ids), jnp.asarray(places, jnp.int32), latents)
+  positions = first[:, None] + np.arange(slots)[None, :]
+  return Task(jnp.asarray(ids), jnp.asarray(positions, jnp.int32), latents)
 
 
-def put(ids: jax.Array, places: jax.Array, words: jax.Array) -> jax.Array:
-  """Token ids (n, l) with `words` (n, k) at `places` (n, k)."""
-  return ids.at[jnp.arange(len(ids))[:, None], places].set(words)
+def put(ids: jax.Array, slots: jax.Array, words: jax.Array) -> jax.Array:
+  """Token ids (n, l) with `words` (n, k) at positions `slots` (n, k)."""
+  return ids.at[jnp.arange(len(ids))[:, None], slots].set(words)
 
 
 def encode(
-  pipeline: Pipeline, params: Any, ids: jax.Array, places: jax.Array, offsets: jax.Array
+  pipeline: Pipeline, params: Tree, ids: jax.Array, slots: jax.Array, offsets: jax.Array
 ) -> jax.Array:
   """Context (n, l, d) of token ids, `offsets` (n, k, d) added to token embeddings."""
 
@@ -126,7 +127,7 @@ def encode(
     out = next_call(*args, **kwargs)
     if context.module.name != "token_embedding":
       return out
-    return out.at[jnp.arange(len(ids))[:, None], places].add(offsets)
+    return out.at[jnp.arange(len(ids))[:, None], slots].add(offsets)
 
   with nn.intercept_methods(add):
     return clip.encode_text(pipeline.text_encoders, params, (ids,))[0]
@@ -144,8 +145,8 @@ def draws(
 
 def denoising_error(
   pipeline: Pipeline,
-  params: Any,
-  lora: Any,
+  params: Tree,
+  lora: LoraTree,
   task: Task,
   words: jax.Array,
   offsets: jax.Array,
@@ -160,8 +161,8 @@ def denoising_error(
     offsets: (n, k, d), added to their embeddings.
     noise, timesteps: (n, D, h, w, c) and (n, D) int32, see `draws`.
   """
-  ids = put(task.token_ids, task.places, words)
-  context = encode(pipeline, params, ids, task.places, offsets)
+  ids = put(task.token_ids, task.slots, words)
+  context = encode(pipeline, params, ids, task.slots, offsets)
   count, each = timesteps.shape
   errors = dpo.denoising_errors(
     lora,
@@ -186,7 +187,7 @@ def make_attacks(
   sampler_steps: int,
   guidance: float,
 ) -> Attacks:
-  """The two attacks and what they are judged by, as functions to be called often.
+  """The two attacks and the sampler they are judged by, as functions to call often.
 
   Args:
     pipeline: the model; its weights are not read here.
@@ -211,13 +212,13 @@ def make_attacks(
   def embedding_step(params, lora, task, carry, key):
     offsets, state = carry
     error = of_task(params, lora, task, key)
-    nothing = jnp.full(task.places.shape, padding)
+    nothing = jnp.full(task.slots.shape, padding)
     gradient = jax.grad(lambda offsets: error(nothing, offsets).sum())(offsets)
     updates, state = optimizer.update(gradient, state, offsets)
     return optax.apply_updates(offsets, updates), state
 
   def word_step(params, lora, task, words, key):
-    draw_key, place_key, choice_key = jax.random.split(key, 3)
+    draw_key, slot_key, choice_key = jax.random.split(key, 3)
     error = of_task(params, lora, task, draw_key)
     table = params["text_encoder"]["embeddings"]["token_embedding"]["embedding"]
     zeros = jnp.zeros((*words.shape, table.shape[1]))
@@ -227,20 +228,20 @@ def make_attacks(
 
     count, slots = words.shape
     rows = jnp.arange(count)[:, None]
-    # Padding only ever follows words: a place beyond the last is the one after it.
+    # Padding only ever follows words: a slot beyond the last word becomes the next one.
     length = (words != padding).sum(axis=1)[:, None]
-    place = jax.random.randint(place_key, (count, candidates), 0, slots)
-    place = jnp.minimum(place, length)
-    choice = jax.random.randint(choice_key, place.shape, 0, best.shape[-1])
+    slot = jax.random.randint(slot_key, (count, candidates), 0, slots)
+    slot = jnp.minimum(slot, length)
+    choice = jax.random.randint(choice_key, slot.shape, 0, best.shape[-1])
     tried = jnp.tile(words[:, None], (1, candidates, 1))
     columns = jnp.arange(candidates)[None, :]
-    tried = tried.at[rows, columns, place].set(vocabulary[best[rows, place, choice]])
+    tried = tried.at[rows, columns, slot].set(vocabulary[best[rows, slot, choice]])
     tried = jnp.concatenate([words[:, None], tried], axis=1)  # (n, 1 + B, k)
     errors = jax.lax.map(lambda words: error(words, zeros), tried.swapaxes(0, 1))
     return tried[jnp.arange(count), errors.argmin(axis=0)]
 
-  def draw(params, lora, ids, places, offsets, noise):
-    context = encode(pipeline, params, ids, places, offsets)
+  def draw(params, lora, ids, slots, offsets, noise):
+    context = encode(pipeline, params, ids, slots, offsets)
     null, _ = clip.encode_text(pipeline.text_encoders, params, (null_ids,))
 
     def predict(latents, timesteps, context):

@@ -1,9 +1,11 @@
-"""What attacks reached (`attack.py`): rates, the table, the contact sheet."""
+"""What attacks achieved (`attack_models.py`): rates, the table, the contact sheet."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
+from tabulate import tabulate
 
 from safetydpo_jax.data import contact_sheet
 from safetydpo_jax.metrics.intervals import wilson
@@ -15,25 +17,62 @@ SHEET, SHOWN = "sheet.png", 8  # pictures of a row
 _LETTERS = 28  # of a model's name, beside its row
 
 
+class Share(TypedDict):
+  """Pictures of n, with Wilson's 95 % interval."""
+
+  count: int
+  low: float
+  high: float
+
+
+class Prompt(TypedDict):
+  """One prompt, and the words of the symbol wanted and of the symbol drawn."""
+
+  prompt: str
+  evaluation_seed: int
+  asked: str
+  found: str | None
+
+
+class Attack(TypedDict):
+  """What one kind of prompt did to one model.
+
+  Attributes:
+    kind: how the prompts were made.
+    asked: pictures with the symbol asked for.
+    any: pictures with any symbol.
+  """
+
+  kind: str
+  n: int
+  asked: Share
+  any: Share
+  prompts: list[Prompt]
+
+
+class ModelAttacks(TypedDict):
+  """Every kind of prompt against one model; `lora` is None for the base model."""
+
+  lora: str | None
+  lora_sha256: str
+  folder: str
+  rates: list[Attack]
+
+
 def picture(folder: Path, kind: str, number: int) -> Path:
   """Where a model's picture of prompt `number`, asked for in this way, is kept."""
   return folder / kind.replace(" ", "_") / f"{number:04d}.png"
 
 
 def rates(
-  kind: str, prompts: list[tuple[str, int, Concept]], pictures: np.ndarray
-) -> dict[str, Any]:
+  kind: str, prompts: Sequence[tuple[str, int, Concept]], pictures: np.ndarray
+) -> Attack:
   """Counts symbols in the pictures of one model and one kind of prompt.
 
   Args:
     kind: how the prompts were made.
     prompts: text, seed of the noise and concept wanted of each.
     pictures: (n, 32, 32, 3) uint8.
-
-  Returns:
-    {kind, n, asked, any, prompts}: `asked` and `any` are {count, low, high} of pictures
-    with the symbol asked for and with any, and Wilson's interval; `prompts` what was
-    asked and what stood there.
   """
   seen = detector.detect_symbols(pictures).concept
   wanted = np.array([concept.index for _, _, concept in prompts])
@@ -54,29 +93,26 @@ def rates(
   }
 
 
-def _share(hits: np.ndarray) -> dict[str, Any]:
+def _share(hits: np.ndarray) -> Share:
   low, high = wilson(float(hits.mean()), len(hits))
   return {"count": int(hits.sum()), "low": round(low, 6), "high": round(high, 6)}
 
 
-def table(models: list[dict[str, Any]]) -> str:
-  """The rates of {lora, rates} as Markdown, with 95 % intervals."""
-  lines = [
-    "| model | prompt | symbol asked for | any symbol |",
-    "|---|---|---|---|",
-  ]
+def table(models: Sequence[ModelAttacks]) -> str:
+  """The rates as Markdown, with 95 % intervals."""
+  rows = []
   for model in models:
     for row in model["rates"]:
       shares = [
-        f"{row[name]['count'] / row['n']:.0%} "
-        f"({row[name]['low']:.0%} to {row[name]['high']:.0%})"
-        for name in ("asked", "any")
+        f"{share['count'] / row['n']:.0%} ({share['low']:.0%} to {share['high']:.0%})"
+        for share in (row["asked"], row["any"])
       ]
-      lines.append(f"| {' | '.join([model['lora'] or 'base', row['kind'], *shares])} |")
-  return "\n".join(lines)
+      rows.append([model["lora"] or "base", row["kind"], *shares])
+  head = ["model", "prompt", "symbol asked for", "any symbol"]
+  return tabulate(rows, head, tablefmt="github", disable_numparse=True)
 
 
-def write_sheet(out: Path, models: list[dict[str, Any]]) -> None:
+def write_sheet(out: Path, models: Sequence[ModelAttacks]) -> None:
   """The first pictures of each model and kind, a row for each row of the table."""
   cells, names = [], []
   for model in models:

@@ -1,6 +1,5 @@
-"""What the demo found, as one dict for its report (`report.py`)."""
+"""What the demo found, as one dict for its report."""
 
-import argparse
 import csv
 import datetime
 import json
@@ -10,22 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from safetydpo_jax.formats.loras import expert
-from safetydpo_jax.runtime import manifest
-from safetydpo_jax.toyworld import measure, pretrain
-from safetydpo_jax.toyworld.experiments.stages import CONTENDERS, GUIDANCE, STEPS
+from safetydpo_jax.runtime import machine, manifest
+from safetydpo_jax.toyworld.experiments import measuring
+from safetydpo_jax.toyworld.experiments.measuring import Picture
+from safetydpo_jax.toyworld.experiments.stages import (
+  CONTENDERS,
+  GUIDANCE,
+  STEPS,
+  DemoOptions,
+)
 from safetydpo_jax.toyworld.world import degradation, detector
 
 EXAMPLES = (4, 2)  # unsafe and safe prompts of each category that the report shows
 
 
-def look_at(options: argparse.Namespace) -> dict[str, list[measure.Picture]]:
+def look_at(options: DemoOptions) -> dict[str, list[Picture]]:
   """Every contender's pictures of the test prompts, in the same order."""
   looks = {}
   for contender in CONTENDERS:
     looks[contender] = [
       picture
-      for name in options.categories
-      for picture in measure.look(
+      for name in options.names
+      for picture in measuring.look(
         options.out / "images" / contender / (name if contender == "experts" else ""),
         options.out / f"prompts/{name}.csv",
       )
@@ -34,9 +39,9 @@ def look_at(options: argparse.Namespace) -> dict[str, list[measure.Picture]]:
 
 
 def examples(
-  out: Path, looks: dict[str, list[measure.Picture]], category: str
+  out: Path, looks: dict[str, list[Picture]], category: str
 ) -> list[dict[str, Any]]:
-  """A few test prompts of a category, with everyone's picture."""
+  """A few test prompts of a category, with each contender's picture."""
   rows = list(zip(*looks.values()))
   result = []
   for unsafe, count in zip((True, False), EXAMPLES):
@@ -77,9 +82,9 @@ def training_pairs(out: Path) -> list[dict[str, str]]:
   ]
 
 
-def collect(options: argparse.Namespace) -> dict[str, Any]:
+def collect(options: DemoOptions) -> dict[str, Any]:
   """What the report shows of the demo's folder, and this process's peak memory."""
-  out, names = options.out, options.categories
+  out, names = options.out, options.names
   looks = look_at(options)
   about = {
     name: manifest.read_json(out / "runs" / name / expert.MANIFEST, "finished expert")
@@ -96,10 +101,10 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     "title": "toy world",
     "date": datetime.date.today().isoformat(),
     "seed": options.seed,
-    "machine": pretrain.machine(),
+    "machine": machine.describe(),
     "versions": manifest.versions(),
     "model": about[names[0]]["base"],
-    "sampler": {"steps": int(STEPS), "guidance": float(GUIDANCE)},
+    "sampler": {"steps": STEPS, "guidance": GUIDANCE},
     "detector": {
       "threshold": detector.THRESHOLD,
       "level": "autoencoder",
@@ -114,7 +119,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
       "learning_rate": config["learning_rate"],
       "pairs": options.pairs,
     },
-    "categories": names,
+    "categories": list(names),
     "contenders": list(CONTENDERS),
     **{
       kind.__name__: [
@@ -122,7 +127,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         for contender, pictures in looks.items()
         for row in kind(pictures)
       ]
-      for kind in (measure.rates, measure.utility)
+      for kind in (measuring.rates, measuring.utility)
     },
     "curves": curves,
     "examples": [row for name in names for row in examples(out, looks, name)],

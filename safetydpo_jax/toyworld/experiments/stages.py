@@ -1,116 +1,220 @@
-"""The demo as a table of commands (`demo.py`), and how one stage of it runs."""
+"""The demo as a table of commands, and how one of its stages runs.
 
-import argparse
-import importlib
-import os
+Every command is a call of a room's function in this process, shown as the line that a
+user would type for it.
+"""
+
+import dataclasses
 import shlex
 import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, TypedDict, TypeVar
 
-STEPS, GUIDANCE = "12", "4"  # of the sampler; with 12 steps every base picture is right
+from safetydpo_jax.data import categories
+from safetydpo_jax.data.cache.encode_dataset import EncodeOptions, encode_dataset
+from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.export_lora import ExportOptions, export_lora
+from safetydpo_jax.merging.merge_experts import merge_experts
+from safetydpo_jax.merging.options import MergeOptions, Method
+from safetydpo_jax.runtime import command_line
+from safetydpo_jax.sampling.render_csv import RenderOptions, render_csv
+from safetydpo_jax.toyworld.experiments.measuring import MeasureOptions, measure
+from safetydpo_jax.toyworld.experiments.prompt_files import PromptOptions, write_prompts
+from safetydpo_jax.training.read_config import read_config
+from safetydpo_jax.training.run import train
+
+Options = TypeVar("Options")
+STEPS, GUIDANCE = 12, 4.0  # of the sampler; with 12 steps every base picture is right
+BATCH = 48  # pictures per device
 CONTENDERS = ("base", "experts", "merged")
-CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoOptions:
+  """Runs the whole method in the toy world and writes a report.
+
+  --config.NAME=VALUE overrides a value of the experts' training.
+  """
+
+  out: Path
+  """the demo's folder; a stopped demo resumes from what it holds"""
+  model: str = "toy"
+  """the base model"""
+  seed: int = 0
+  """decides prompts, noises, the LoRA's first factors and the order of training"""
+  pairs: int = 168
+  """training pairs of each category"""
+  test: int = 48
+  """unsafe test prompts of each category"""
+  categories: str | None = None
+  """NAME,NAME,… (default: all seven)"""
+  merge: Method = "co_merge_product"
+  """method of `merge`"""
+  no_open: bool = False
+  """do not open the report in a browser"""
+
+  def __post_init__(self):
+    if self.test < 2:
+      raise InputError(f"--test is {self.test}; expected 2 or more, for two phrasings")
+    _ = self.names  # refuses unknown ones
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Our names of the categories, one by one."""
+    if self.categories is None:
+      return categories.CATEGORIES
+    return tuple(categories.normalise(name) for name in self.categories.split(","))
+
+
+class Call(NamedTuple):
+  """One command: the line that a user would type, and what it does, in this process."""
+
+  line: str
+  run: Callable[[], object]
 
 
 class Stage(NamedTuple):
-  """Commands that belong together: (module below safetydpo_jax, arguments) each."""
+  """Commands that belong together."""
 
   name: str
   what: str
-  commands: list[tuple[str, list[str]]]
+  calls: Sequence[Call]
 
 
-def stages(options: argparse.Namespace) -> list[Stage]:
-  """The demo as commands, in the order they run."""
-  out, seed = options.out, str(options.seed)
+class Timing(TypedDict):
+  """What the report says of a stage."""
+
+  step: str
+  what: str
+  seconds: float
+  commands: list[str]
+
+
+def read_overrides(words: Sequence[str]) -> dict[str, str]:
+  """`--config.NAME=VALUE` words → {NAME: VALUE}.
+
+  Raises:
+    InputError: a word has no `=`.
+  """
+  for word in words:
+    if "=" not in word:
+      raise InputError(f"{word}: expected {word}=VALUE")
+  return dict(word.removeprefix("--config.").split("=", 1) for word in words)
+
+
+def command(name: str, function: Callable[[Options], object], options: Options) -> Call:
+  """The command `name`, whose work is `function`, with its options."""
+  return Call(command_line.written(name, options), partial(function, options))
+
+
+def training(category: str, folder: Path, values: Mapping[str, object]) -> Call:
+  """`train` with the toy preset of a category, or of "all_single".
+
+  Args:
+    category: the preset's name.
+    folder: the run's.
+    values: what replaces the preset's values, by dotted name.
+
+  Raises:
+    InputError: a name or a value is wrong.
+  """
+  preset = f"{category}:toy"
+  words = [f"--config.{name}={value}" for name, value in values.items()]
+  line = ["python", "-m", "safetydpo_jax.train", "--config", preset]
+  line += ["--workdir", str(folder), *words]
+  return Call(shlex.join(line), partial(train, read_config(preset, words), folder))
+
+
+def drawing(model: str, prompts: Path, folder: Path, *loras: Path) -> Call:
+  """`generate` with the experiments' sampler."""
+  options = RenderOptions(
+    model=model,
+    prompts=prompts,
+    out=folder,
+    lora=tuple(map(str, loras)),
+    steps=STEPS,
+    guidance=GUIDANCE,
+    batch_size=BATCH,
+  )
+  return command("generate", render_csv, options)
+
+
+def stages(options: DemoOptions, overrides: Mapping[str, str]) -> list[Stage]:
+  """The demo's stages, in the order they run.
+
+  Args:
+    options: the demo's.
+    overrides: values of the experts' config, by dotted name.
+
+  Raises:
+    InputError: an override is wrong.
+  """
+  out, model, seed = options.out, options.model, options.seed
+  cache, merged, every = out / "cache", out / "merged", ",".join(options.names)
   pairs, test = out / "pairs/prompts.csv", out / "prompts/test.csv"
-  tests = {name: out / f"prompts/{name}.csv" for name in options.categories}
-  toy = ["--model", options.model]
-  only = ["--category", ",".join(options.categories)]
+  tests = {name: out / f"prompts/{name}.csv" for name in options.names}
+  runs = {name: out / "runs" / name for name in options.names}
+  images = {name: out / "images/experts" / name for name in options.names}
+  config = {"model": model, "cache": cache, "seed": seed, "lora.seed": seed}
 
-  def prompts(kind, count, file, *category):
-    count = ["--per_category", str(count)]
-    arguments = ["--kind", kind, *count, "--seed", seed, *category, "--out", file]
-    return "toyworld.prompts", arguments
+  def prompts(kind: Literal["pairs", "test"], file: Path, count: int, names: str):
+    chosen = PromptOptions(kind, file, count, names, seed)
+    return command("toyworld.prompts", write_prompts, chosen)
 
-  def generate(file, folder, *lora):
-    arguments = [*toy, *lora, "--prompts", file, "--out", folder]
-    sampler = ["--steps", STEPS, "--guidance", GUIDANCE, "--batch_size", "48"]
-    return "generate", [*arguments, *sampler]
+  def measured(file: Path, folder: Path, name: str) -> Call:
+    chosen = MeasureOptions(folder, file, out / f"figures/{name}.json")
+    return command("toyworld.measure", measure, chosen)
 
-  def train(name):
-    arguments = [
-      "--config",
-      f"{os.path.relpath(CONFIGS / name)}.py:toy",
-      "--workdir",
-      out / "runs" / name,
-    ]
-    values = {"model": options.model, "cache": out / "cache", "seed": seed}
-    values |= {"lora.seed": seed} | options.overrides
-    return "train", arguments + [f"--config.{k}={v}" for k, v in values.items()]
-
-  def measured(file, folder, figures):
-    arguments = ["--images", folder, "--prompts", file]
-    return "toyworld.measure", [
-      *arguments,
-      "--out",
-      out / "figures" / f"{figures}.json",
-    ]
-
-  experts = ",".join(str(out / "runs" / name) for name in options.categories)
-  merge = ["--experts", experts, "--method", options.merge]
-  if options.merge.startswith("co_merge"):
-    merge += ["--calibration", out / "cache"]
-  images = {name: out / "images" / "experts" / name for name in options.categories}
-  table = [
+  encode = EncodeOptions(pairs=str(pairs.parent), model=model, out=str(cache))
+  merge = MergeOptions(
+    experts=",".join(map(str, runs.values())),
+    method=options.merge,
+    out=merged,
+    calibration=str(cache) if options.merge.startswith("co_merge") else None,
+  )
+  export = ExportOptions(lora=str(merged), model=model, out=out / "exported")
+  return [
     Stage(
       "prompts",
       "unsafe prompts and their safe twins, for pairs and for the test",
       [
-        prompts("pairs", options.pairs, pairs, *only),
-        prompts("test", options.test, test, *only),
-        *(
-          prompts("test", options.test, tests[name], "--category", name)
-          for name in options.categories
-        ),
+        prompts("pairs", pairs, options.pairs, every),
+        prompts("test", test, options.test, every),
+        *(prompts("test", tests[name], options.test, name) for name in tests),
       ],
     ),
     Stage(
       "pairs",
       "both prompts of each pair, rendered from one noise by the model to be aligned",
-      [generate(pairs, pairs.parent)],
+      [drawing(model, pairs, pairs.parent)],
     ),
     Stage(
       "encode",
       "the VAE and the tokenizer, once",
-      [("encode", [*toy, "--pairs", pairs.parent, "--out", out / "cache"])],
+      [command("encode", encode_dataset, encode)],
     ),
     Stage(
       "train",
       "one expert for each category",
-      [train(name) for name in options.categories],
+      [training(name, run, {**config, **overrides}) for name, run in runs.items()],
     ),
     Stage(
-      "merge",
-      "the experts into one LoRA",
-      [("merge", [*merge, "--out", out / "merged"])],
+      "merge", "the experts into one LoRA", [command("merge", merge_experts, merge)]
     ),
     Stage(
       "export",
       "a LoRA file that diffusers loads",
-      [("export", ["--lora", out / "merged", *toy, "--out", out / "exported"])],
+      [command("export", export_lora, export)],
     ),
     Stage(
       "images",
       "test prompts by the base model, by each expert and by the merged LoRA",
       [
-        generate(test, out / "images/base"),
-        *(
-          generate(tests[name], images[name], "--lora", out / "runs" / name)
-          for name in options.categories
-        ),
-        generate(test, out / "images/merged", "--lora", out / "merged"),
+        drawing(model, test, out / "images/base"),
+        *(drawing(model, tests[name], images[name], runs[name]) for name in runs),
+        drawing(model, test, out / "images/merged", merged),
       ],
     ),
     Stage(
@@ -118,30 +222,31 @@ def stages(options: argparse.Namespace) -> list[Stage]:
       "symbols found and scenes read",
       [
         measured(test, out / "images/base", "base"),
-        *(
-          measured(tests[name], images[name], f"expert_{name}")
-          for name in options.categories
-        ),
+        *(measured(tests[name], images[name], f"expert_{name}") for name in runs),
         measured(test, out / "images/merged", "merged"),
       ],
     ),
   ]
-  return [
-    stage._replace(commands=[(c, [*map(str, line)]) for c, line in stage.commands])
-    for stage in table
-  ]
 
 
-def run_stage(stage: Stage, number: str) -> dict[str, Any]:
+def run_call(call: Call) -> None:
+  """Shows the command's line, then does what it says."""
+  print(f"$ {call.line}", flush=True)
+  call.run()
+
+
+def run_stage(stage: Stage, number: str) -> Timing:
   """Runs a stage's commands; returns what `timings` says of it."""
   print(f"\n{number}  {stage.name}: {stage.what}", flush=True)
-  lines = []
   start = time.monotonic()
-  for module, arguments in stage.commands:
-    lines.append(shlex.join(["python", "-m", f"safetydpo_jax.{module}", *arguments]))
-    print(f"$ {lines[-1]}", flush=True)
-    importlib.import_module(f"safetydpo_jax.{module}").main(arguments)
+  for call in stage.calls:
+    run_call(call)
   seconds = time.monotonic() - start
   print(f"{number}  {stage.name}: {seconds:.0f} s", flush=True)
-  about = {"step": stage.name, "what": stage.what}
-  return {**about, "seconds": seconds, "commands": lines}
+  lines = [call.line for call in stage.calls]
+  return {
+    "step": stage.name,
+    "what": stage.what,
+    "seconds": seconds,
+    "commands": lines,
+  }

@@ -1,24 +1,35 @@
 """The study as a picture: methods, number of experts, share of the pairs."""
 
-from pathlib import Path
+from __future__ import annotations
 
-import matplotlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import numpy as np
-from matplotlib.figure import Figure
 
 from safetydpo_jax.merging import comerge
-from safetydpo_jax.runtime import files
+from safetydpo_jax.runtime import extras, files
 from safetydpo_jax.toyworld.experiments import study_tables
-from safetydpo_jax.toyworld.experiments.study_tables import ALONE, LINEAR, Results
+from safetydpo_jax.toyworld.experiments.study_tables import (
+  ALONE,
+  LINEAR,
+  Figures,
+  Results,
+  Table,
+)
 
-# Colour-blind safe (Okabe and Ito). What a dot belongs to: colour and mark.
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+
+# Kind of LoRA → colour and mark. Colour-blind safe (Okabe and Ito).
 STYLES = {
   "linear": ("#E69F00", "o"),
   "co_merge": ("#0072B2", "D"),
   "all_single": ("#D55E00", "s"),
   "other": ("#888888", "^"),
 }
-# Names that are written, and where beside their mark; others would lie on each other.
+# Names that are written, and where beside their mark; others would overlap.
 NAMES = {
   "linear, mean": (-6, 0, "right"),
   "linear, weights 0.25": (-6, -12, "right"),
@@ -29,16 +40,22 @@ NAMES = {
   "as many steps as one expert": (8, 4, "left"),
   "as many steps as all experts, a third of the rate": (0, 8, "center"),
 }
-LEAST = 85  # per cent of utility; what lies below is of no use and named in the tables
+LEAST = 85  # per cent of utility; what is less useful is in the tables only
 
 
 def draw(file: Path, results: Results) -> None:
-  """Writes the picture."""
+  """Writes the picture.
+
+  Raises:
+    InputError: matplotlib is not installed, or the file cannot be written.
+  """
+  matplotlib = extras.require("matplotlib", extra="report")
+  figure_class = extras.require("matplotlib.figure", extra="report").Figure
   figures = study_tables.read_figures(results)
   count = len(next(iter(results.values()))["demo"]["categories"])
   style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
   with matplotlib.rc_context(style):
-    figure = Figure(figsize=(12, 4.2), layout="constrained", dpi=120)
+    figure = figure_class(figsize=(12, 4.2), layout="constrained", dpi=120)
     panels = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
     _methods(panels[0], figures, count)
     _experts(panels[1], figures, count)
@@ -47,12 +64,12 @@ def draw(file: Path, results: Results) -> None:
       figure.savefig(temporary, format="png")
 
 
-def _mean(seeds) -> tuple[float, float]:
+def _mean(seeds: Sequence[Figures]) -> tuple[float, float]:
   """(IP, utility) in per cent."""
   return 100 * np.mean([x.ip for x in seeds]), 100 * np.mean([x.utility for x in seeds])
 
 
-def _methods(axes, figures, count: int) -> None:
+def _methods(axes: Axes, figures: Table, count: int) -> None:
   """IP against utility: down and to the right is better."""
   curve = []
   for (group, name), seeds in figures.items():
@@ -73,16 +90,16 @@ def _methods(axes, figures, count: int) -> None:
     )
     axes.plot(utility, ip, mark, color=colour, ms=7)
     if name in NAMES and utility >= LEAST:
-      *place, side = NAMES[name]
+      *offset, side = NAMES[name]
       words = name if group == "merges" else "one LoRA, " + name.split(", ")[-1]
       about = {"textcoords": "offset points", "size": 7, "ha": side}
-      axes.annotate(words, (utility, ip), place, **about)
+      axes.annotate(words, (utility, ip), offset, **about)
   axes.plot(*zip(*sorted(curve)), color=STYLES["linear"][0], lw=1, zorder=0)
   axes.set(xlabel=f"utility from {LEAST} %", ylabel="IP, %", xlim=(LEAST, 103))
   axes.set_title(f"{count} experts in one LoRA")
 
 
-def _experts(axes, figures, count: int) -> None:
+def _experts(axes: Axes, figures: Table, count: int) -> None:
   """IP over all categories by the number of experts merged."""
   merged = {"linear": LINEAR, "co_merge": comerge.DEFAULT}
   for method, whole in merged.items():
@@ -94,7 +111,7 @@ def _experts(axes, figures, count: int) -> None:
   axes.set_title("Number of experts")
 
 
-def _data(axes, figures) -> None:
+def _data(axes: Axes, figures: Table) -> None:
   """IP of single experts by the share of the pairs."""
   shares = study_tables.shares(figures)
   seeds = [figures[f"data, {share:g}", ""] for share in shares] + [figures[ALONE, ""]]
@@ -103,7 +120,9 @@ def _data(axes, figures) -> None:
   axes.set_title("Pairs of an expert")
 
 
-def _band(axes, x, rows, style: str) -> None:
+def _band(
+  axes: Axes, x: Sequence[float], rows: Sequence[Sequence[Figures]], style: str
+) -> None:
   """A line of mean IPs, with the lowest and highest of the seeds."""
   colour, mark = STYLES[style]
   values = 100 * np.array([[figures.ip for figures in seeds] for seeds in rows])

@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from tabulate import tabulate
 
 from safetydpo_jax.merging import comerge
 
-Results = Mapping[int, dict[str, Any]]  # of each seed, {demo, trials}
+Results = Mapping[int, Mapping[str, Any]]  # of each seed, {demo, trials}
 ALONE = "experts alone, each on its category"
 LINEAR = "linear, mean"
-# Groups of LoRAs that answer for all categories, or stand beside those that do.
+# Groups of LoRAs for all categories, and what they are compared with.
 WHOLE = ("base", ALONE, "all_single", "merges")
 
 
@@ -26,9 +27,13 @@ class Figures(NamedTuple):
   pairs: int | None = None  # of a data trial
 
 
-def read_figures(results: Results) -> dict[tuple[str, str], list[Figures]]:
-  """{(group, name): one `Figures` for each seed}; a group's mean where names differ."""
-  table: dict[tuple[str, str], list[Figures]] = {}
+# {(group, name): one `Figures` for each seed}
+Table = dict[tuple[str, str], list[Figures]]
+
+
+def read_figures(results: Results) -> Table:
+  """The figures of every LoRA; a group's mean where its trials are of categories."""
+  table: Table = {}
   for seed in results.values():
     demo = seed["demo"]
     for contender, group in {"base": "base", "experts": ALONE}.items():
@@ -77,8 +82,7 @@ def cell(values: list[float], form: Callable[[float], str] = "{:.1%}".format) ->
 
 def table(head: list[str], rows: list[list[str]]) -> str:
   """A Markdown table."""
-  lines = [head, ["---"] * len(head), *rows]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+  return tabulate(rows, head, tablefmt="github", disable_numparse=True)
 
 
 def _row(label: str, seeds: list[Figures]) -> list[str]:
@@ -93,7 +97,7 @@ def _row(label: str, seeds: list[Figures]) -> list[str]:
 
 
 def label(group: str, name: str) -> str:
-  """How the tables call a trial."""
+  """What the tables call a trial."""
   if group == "all_single":
     return f"one LoRA on all pairs, {name}"
   default = " (default)" if name == comerge.DEFAULT else ""
@@ -101,7 +105,7 @@ def label(group: str, name: str) -> str:
 
 
 def compare(ours: list[Figures], theirs: list[Figures]) -> str:
-  """Whether the spread of seeds tells two LoRAs apart, in words."""
+  """Whether two LoRAs differ by more than the spread of seeds, in words."""
   words = []
   for what, of, sign in (("IP", 0, 1), ("utility", 1, -1)):
     a, b = ([sign * figures[of] for figures in seeds] for seeds in (ours, theirs))
@@ -129,8 +133,8 @@ def write(results: Results) -> str:
   )
 
 
-def _header(seeds: int, demo: dict[str, Any]) -> str:
-  """How many of what, drawn and looked at how."""
+def _header(seeds: int, demo: Mapping[str, Any]) -> str:
+  """What was counted, how it was drawn, and how well the detector sees."""
   unsafe, safe = (
     max(row["n"] for row in demo[kind] if row["category"] == "all")
     for kind in ("rates", "utility")  # of all phrasings
@@ -145,7 +149,7 @@ def _header(seeds: int, demo: dict[str, Any]) -> str:
   )
 
 
-def _methods(figures, seeds: int) -> list[str]:
+def _methods(figures: Table, seeds: int) -> list[str]:
   rows = [
     _row(label(group, name), seeds)
     for (group, name), seeds in figures.items()
@@ -164,7 +168,7 @@ def _methods(figures, seeds: int) -> list[str]:
   return blocks
 
 
-def _categories(figures, names: list[str]) -> list[str]:
+def _categories(figures: Table, names: list[str]) -> list[str]:
   rows = []
   for (group, name), seeds in figures.items():
     if group in WHOLE:
@@ -175,7 +179,7 @@ def _categories(figures, names: list[str]) -> list[str]:
   return ["IP by category, mean of the seeds.", table(head, rows)]
 
 
-def _experts(figures, count: int) -> list[str]:
+def _experts(figures: Table, count: int) -> list[str]:
   merged = {"linear": LINEAR, "co_merge": comerge.DEFAULT}
   rows = []
   for n in range(1, count + 1):
@@ -188,13 +192,13 @@ def _experts(figures, count: int) -> list[str]:
   return ["IP over all categories, by the number of experts merged.", table(head, rows)]
 
 
-def shares(figures) -> list[float]:
-  """Of the pairs, those that trials trained on."""
+def shares(figures: Table) -> list[float]:
+  """The shares of the pairs that trials trained on."""
   groups = {group for group, _ in figures if group.startswith("data")}
   return sorted(float(group.split(", ")[1]) for group in groups)
 
 
-def _data(figures) -> list[str]:
+def _data(figures: Table) -> list[str]:
   rows = []
   for share in shares(figures):
     seeds = figures[f"data, {share:g}", ""]

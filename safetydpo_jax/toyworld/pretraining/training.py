@@ -1,13 +1,13 @@
-"""A training loop that can be stopped at any time and goes on where it was.
+"""A training loop that can be stopped at any time and resumes where it was.
 
 Adam with gradients clipped to norm 1, a learning rate that rises over 5 % of the steps
 and falls along a cosine, and a moving average of the weights
 
   ema ← d ema + (1 - d) params,   d = min(decay, (1 + step) / (10 + step))          (1)
 
-which is what is kept. All randomness is a function of (seed, step), so a run that was
-stopped ends with the same weights as one that was not. Progress is saved through a
-temporary name and a rename.
+which is the result. All randomness is a function of (seed, step), so a stopped run ends
+with the same weights as one that was not. Progress is saved by
+`training/checkpoint.py`.
 """
 
 import time
@@ -17,14 +17,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+import orbax.checkpoint as ocp
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.runtime import files
+from safetydpo_jax.lora import Tree
+from safetydpo_jax.training import checkpoint
 
 WARM_UP = 0.05
 BETAS = (0.9, 0.99)
+
+Loss = Callable[[Tree, jax.Array, Any], jax.Array]
+Evaluate = Callable[[Tree, int], None]
 
 
 class Run(NamedTuple):
@@ -35,19 +39,36 @@ class Run(NamedTuple):
   learning_rate: float
   ema_decay: float
   seed: int
-  progress: Path  # the file that a stopped run goes on from
+  progress: Path  # the folder that a stopped run resumes from
   save_every: float = 180  # seconds
   log_every: float = 30  # seconds
   evaluate_every: int = 1000  # steps
 
 
 class State(NamedTuple):
-  params: Any
-  ema: Any
-  optimizer: Any
+  """What training changes."""
+
+  params: Tree
+  ema: Tree
+  optimizer: optax.OptState
 
 
-def _optimizer(run: Run) -> optax.GradientTransformation:
+class Progress(NamedTuple):
+  """What a checkpoint holds.
+
+  Attributes:
+    state: after the checkpoint's step.
+    seconds: spent by all processes so far, () float32.
+    loss: of the last report, () float32.
+  """
+
+  state: State
+  seconds: jax.Array
+  loss: jax.Array
+
+
+def make_optimizer(run: Run) -> optax.GradientTransformation:
+  """Adam as this module's docstring describes it."""
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, run.learning_rate, max(1, int(WARM_UP * run.steps)), run.steps
   )
@@ -56,11 +77,11 @@ def _optimizer(run: Run) -> optax.GradientTransformation:
 
 def train(
   run: Run,
-  params: Any,
-  loss: Callable[[Any, jax.Array, Any], jax.Array],
+  params: Tree,
+  loss: Loss,
   data: Any,
-  evaluate: Callable[[Any, int], None] | None = None,
-) -> tuple[Any, dict[str, float]]:
+  evaluate: Evaluate | None = None,
+) -> tuple[Tree, dict[str, Any]]:
   """Minimises `loss` and returns the averaged weights of equation (1).
 
   Args:
@@ -72,80 +93,86 @@ def train(
 
   Returns:
     (weights, {'loss' of the last report, 'seconds' of all processes, 'steps'}).
-  """
-  optimizer = _optimizer(run)
-  data = jax.device_put(data)
-  state = State(params, params, optimizer.init(params))
-  start, state, spent, mean = _restore(run, state)
-  # Copies, so that donation never deletes the caller's arrays, nor one array twice.
-  state = jax.tree.map(jnp.array, state)
 
-  def update(state, step, data):
+  Raises:
+    InputError: the progress is that of another seed, another model or a longer run.
+  """
+  optimizer = make_optimizer(run)
+  data = jax.device_put(data)
+  # Copies, so that donation never deletes the caller's arrays, nor one array twice.
+  state = jax.tree.map(jnp.array, State(params, params, optimizer.init(params)))
+  checkpoints = checkpoint.open_checkpoints(run.progress)
+  settings = {"stage": run.name, "seed": run.seed}
+
+  def update(state: State, step: int, data: Any) -> tuple[State, jax.Array]:
     key = jax.random.fold_in(jax.random.key(run.seed), step)
     value, gradient = jax.value_and_grad(loss)(state.params, key, data)
     change, slots = optimizer.update(gradient, state.optimizer, state.params)
     params = optax.apply_updates(state.params, change)
     decay = jnp.minimum(run.ema_decay, (1.0 + step) / (10.0 + step))
-    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+    ema = optax.tree.update_moment(params, state.ema, decay, order=1)
     return State(params, ema, slots), value
 
-  update = jax.jit(update, donate_argnums=0)
-  losses = []
-  begin = logged = saved = time.monotonic()
-  reported = start
-  for step in range(start, run.steps):
-    state, value = update(state, step, data)
-    losses.append(value)
-    done, now = step + 1, time.monotonic()
-    last = done == run.steps
-    if now - logged > run.log_every or last:
-      mean = float(jnp.mean(jnp.stack(losses)))
-      rate = (done - reported) / (time.monotonic() - logged)
-      left = (run.steps - done) / rate / 60
-      print(
-        f"{run.name} step {done}/{run.steps}  loss {mean:.4f}  {rate:.2f} steps/s"
-        f"  {left:.0f} min left",
-        flush=True,
-      )
-      losses, logged, reported = [], time.monotonic(), done
-    if now - saved > run.save_every or last:
-      _save(run, done, state, spent + time.monotonic() - begin, mean)
-      saved = time.monotonic()
-    if evaluate and (done % run.evaluate_every == 0 or last):
-      evaluate(state.ema, done)
+  jitted = jax.jit(update, donate_argnums=0)
+  with checkpoints:
+    start, progress = _restore(run, checkpoints, state, settings)
+    state, spent, mean = progress.state, float(progress.seconds), progress.loss
+    losses: list[jax.Array] = []
+    begin = logged = saved = time.monotonic()
+    reported = start
+    for step in range(start, run.steps):
+      state, value = jitted(state, step, data)
+      losses.append(value)
+      done, now = step + 1, time.monotonic()
+      last = done == run.steps
+      if now - logged > run.log_every or last:
+        mean = jnp.mean(jnp.stack(losses))
+        rate = (done - reported) / (time.monotonic() - logged)
+        left = (run.steps - done) / rate / 60
+        print(
+          f"{run.name} step {done}/{run.steps}  loss {float(mean):.4f}  "
+          f"{rate:.2f} steps/s  {left:.0f} min left",
+          flush=True,
+        )
+        losses, logged, reported = [], time.monotonic(), done
+      if now - saved > run.save_every or last:
+        seconds = jnp.float32(spent + time.monotonic() - begin)
+        progress = Progress(state, seconds, jnp.asarray(mean))
+        checkpoint.save(checkpoints, done, progress, settings)
+        checkpoints.wait_until_finished()  # the next step overwrites the state
+        saved = time.monotonic()
+      if evaluate and (done % run.evaluate_every == 0 or last):
+        evaluate(state.ema, done)
   if start == run.steps and evaluate:
     evaluate(state.ema, start)
   seconds = spent + time.monotonic() - begin
-  return state.ema, {"loss": mean, "seconds": round(seconds), "steps": run.steps}
+  return state.ema, {
+    "loss": float(mean),
+    "seconds": round(seconds),
+    "steps": run.steps,
+  }
 
 
-def _save(run: Run, step: int, state: State, seconds: float, loss: float) -> None:
-  """Writes step, seed, time, loss and every array of the state, leaf by leaf."""
-  leaves = {f"leaf_{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
-  about = {"step": step, "seed": run.seed, "seconds": seconds, "loss": loss}
-  with files.writing(run.progress) as temporary, open(temporary, "wb") as file:
-    np.savez(file, **about, **leaves)
-
-
-def _restore(run: Run, state: State) -> tuple[int, State, float, float]:
-  """(steps done, state, seconds spent, loss), from the progress file if there is one.
+def _restore(
+  run: Run,
+  checkpoints: ocp.CheckpointManager,
+  state: State,
+  settings: dict[str, Any],
+) -> tuple[int, Progress]:
+  """Steps done and what the newest checkpoint holds; 0 and `state` without one.
 
   Raises:
-    InputError: the file belongs to another seed, another model or a longer run.
+    InputError: the checkpoint is of another seed, another model or a longer run.
   """
-  if not run.progress.exists():
-    return 0, state, 0.0, float("nan")
-  leaves, structure = jax.tree.flatten(state)
-  with np.load(run.progress) as saved:
-    step, seed = int(saved["step"]), int(saved["seed"])
-    seconds, loss = float(saved["seconds"]), float(saved["loss"])
-    found = [saved[f"leaf_{i}"] for i in range(len(saved.files) - 4)]
-  same = [x.shape for x in found] == [np.shape(x) for x in leaves]
-  if not same or seed != run.seed or step > run.steps:
+  begin = Progress(state, jnp.float32(0), jnp.float32(jnp.nan))
+  step = checkpoints.latest_step()
+  if step is None:
+    return 0, begin
+  if step > run.steps:
     raise InputError(
-      f"{run.progress} holds step {step} of a run with seed {seed}"
-      f"{'' if same else ' and another model'}; expected seed {run.seed} and at most "
-      f"{run.steps} steps; delete it to start anew"
+      f"{run.progress} is at step {step}; expected at most {run.steps} steps; delete "
+      "the folder to start again"
     )
-  print(f"{run.name}: going on from step {step}", flush=True)
-  return step, jax.tree.unflatten(structure, found), seconds, loss
+  progress = checkpoint.restore(checkpoints, begin, settings)
+  print(f"{run.name}: resuming from step {step}", flush=True)
+  return step, progress

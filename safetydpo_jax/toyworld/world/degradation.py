@@ -5,7 +5,7 @@ pixels, contrast lowered to c, every channel shifted by a drift of its own, nois
 
   y = round(128 + c (blur_σ(x) - 128) + drift + noise)                              (3)
 
-Printed as a table by `python -m safetydpo_jax.toyworld.degradation`.
+Printed as a table by `python -m safetydpo_jax.toyworld.world.degradation`.
 """
 
 from typing import NamedTuple
@@ -80,8 +80,14 @@ def measured_error(seed: int = 0, n: int = 2000) -> dict[str, dict[str, float]]:
   return errors
 
 
+def main() -> None:
+  """Prints the table."""
+  from tabulate import tabulate  # the world itself needs numpy and scipy alone
+
+  errors = measured_error()
+  rows = [[name, *map("{:.2%}".format, of.values())] for name, of in errors.items()]
+  print(tabulate(rows, ["level", *errors["clean"]], disable_numparse=True))
+
+
 if __name__ == "__main__":
-  table = measured_error()
-  print("level       " + "".join(f"{name:>13}" for name in table["clean"]))
-  for name, rates in table.items():
-    print(f"{name:<12}" + "".join(f"{rate:>13.2%}" for rate in rates.values()))
+  main()

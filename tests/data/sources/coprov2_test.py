@@ -20,7 +20,7 @@ SCRIPT = """
 import json, sys
 import tensorflow_datasets as tfds
 from safetydpo_jax.data.sources.coprov2 import Coprov2
-from safetydpo_jax.data.layouts import read_pairs
+from safetydpo_jax.data.sources.layouts import read_pairs
 source, out = sys.argv[1:]
 builder = Coprov2(data_dir=out, file_format="array_record")
 builder.download_and_prepare(
