@@ -3,6 +3,9 @@
 A job is one process on each host (on Slurm one for each task), all running the same
 command. They find each other through JAX's coordination service, which ends all of
 them when one is gone: after HEARTBEAT_SECONDS at the latest.
+
+Every command line has the flags of `Hosts`; `--help` waits neither for JAX nor for
+Orbax, which the functions that need them import.
 """
 
 import dataclasses
@@ -12,9 +15,6 @@ import re
 import sys
 import threading
 from typing import Any
-
-import jax
-import orbax.checkpoint as ocp
 
 from safetydpo_jax.errors import InputError
 
@@ -113,6 +113,8 @@ def initialize(given: Hosts | None = None, *, preemption: bool = False) -> None:
   Raises:
     InputError: what is given is incomplete.
   """
+  import jax
+
   if jax.distributed.is_initialized():
     return
   told = _given_hosts(given or Hosts())
@@ -161,6 +163,8 @@ def wait_for_all(what: str) -> None:
 
   Every host calls it at the same places. Uses no device: those may time out.
   """
+  import orbax.checkpoint as ocp
+
   barrier = ocp.multihost.get_barrier_sync_fn()
   key = f"{what} ({next(_BARRIERS)})"
   barrier(key=key, timeout_ms=BARRIER_SECONDS * 1000)

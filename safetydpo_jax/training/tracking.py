@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from safetydpo_jax.errors import InputError
@@ -69,6 +68,9 @@ class Tracker:
       self.lines = path.open("a", buffering=1)
     except OSError as error:
       raise InputError(f"cannot write {path}: {error.strerror}") from error
+    # Here, as it imports PyTorch where that is installed: seconds, also of `--help`.
+    from tensorboardX import SummaryWriter
+
     self.events = SummaryWriter(
       str(Path(workdir) / "tensorboard"), purge_step=start_step + 1
     )

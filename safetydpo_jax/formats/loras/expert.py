@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.lora import LoraTree, Tree
@@ -34,6 +33,8 @@ def write_expert(folder: Path, lora: Tree, about: dict[str, Any]) -> None:
   Raises:
     InputError: the folder cannot be written.
   """
+  import orbax.checkpoint as ocp  # a second, which most commands can do without
+
   folder = Path(folder).absolute()
   if jax.process_index() == 0:
     try:
@@ -54,6 +55,8 @@ def read_expert(folder: Path) -> tuple[LoraTree, dict[str, Any]]:
   Raises:
     InputError: the folder holds no finished expert, or a damaged one.
   """
+  import orbax.checkpoint as ocp
+
   folder = Path(folder).absolute()
   about = manifest.read_json(folder / MANIFEST, "finished expert")
   base = about.get("base") if isinstance(about, dict) else None
