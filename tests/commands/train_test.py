@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from safetydpo_jax import encode, load_lora, load_pipeline, lora, train
 from safetydpo_jax.data.cache import batches
 from safetydpo_jax.errors import InputError, run_command
+from safetydpo_jax.training import run
 from tests.support import lookalike, runs
 from tests.support.checkpoints import save_tiny_checkpoint
 
@@ -213,6 +214,19 @@ def test_wrong_input_is_one_clear_line(
   assert error.startswith("error: ")
   assert message in error
   assert not (tmp_path / "run" / "expert.json").exists()
+
+
+@pytest.mark.parametrize(
+  "override",
+  ["optimizer=sgd", "adam.b1=1", "lora.targets=()", "holdout=1", "dpo.bata=1"],
+)
+def test_a_wrong_value_is_refused_before_a_model_is_read(override, monkeypatch):
+  def train_anyway(*_):
+    raise AssertionError("training has begun")
+
+  monkeypatch.setattr(run, "train", train_anyway)
+  with pytest.raises(InputError, match=f"config.{override.partition('=')[0]}"):
+    train.main(["--config=hate:sd15", "--workdir=x", f"--config.{override}"])
 
 
 def test_a_config_file_that_is_not_there_is_named(tmp_path):
