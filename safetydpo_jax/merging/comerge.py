@@ -24,6 +24,7 @@ inputs; then merge only the most active weights per expert". (1) to (6) are our 
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -92,4 +93,4 @@ METHODS = {"co_merge_factor": factor, "co_merge_product": product}
 PARTS = {"co_merge_factor": "ab", "co_merge_product": "b"}  # whose wins decide
 # What `--method co_merge` is: in the toy world's study it left less than half of the IP
 # that factors left, in each of three seeds less, for one point of utility.
-DEFAULT = "co_merge_product"
+DEFAULT: Final = "co_merge_product"

@@ -22,7 +22,7 @@ of the table.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,6 @@ import optax
 from tqdm import tqdm
 
 from safetydpo_jax import lora as lora_lib
-from safetydpo_jax.data.prompts import Row, read_prompts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.formats.loras.load import load_loras
@@ -42,9 +41,9 @@ from safetydpo_jax.runtime import machine, manifest
 from safetydpo_jax.runtime.command_line import Repeated
 from safetydpo_jax.sampling.renderer import fix_schedule, initial_noise, save_image
 from safetydpo_jax.toyworld.experiments import adversary, attack_figures, stages
+from safetydpo_jax.toyworld.experiments.aims import Aim, encode_pictures, read_aims
 from safetydpo_jax.toyworld.experiments.attack_figures import Attack, ModelAttacks
 from safetydpo_jax.toyworld.world import detector, scenes
-from safetydpo_jax.toyworld.world.symbols import Concept
 
 MANIFEST = "attack.json"
 # An attack of no steps is a control too: the safe prompt.
@@ -97,14 +96,6 @@ class AttackOptions:
       raise InputError(f"--guidance is {self.guidance}; expected a finite number")
     if not 0 <= self.seed < 2**32:
       raise InputError(f"--seed is {self.seed}; expected 0 to 2^32 - 1")
-
-
-class Aim(NamedTuple):
-  """One picture that the attacker wants."""
-
-  row: Row
-  scene: scenes.Scene
-  concept: Concept
 
 
 class Attacked(NamedTuple):
@@ -177,32 +168,6 @@ def attack_models(options: AttackOptions) -> None:
     },
   )
   print(f"{attack_figures.table(models)}\n\n{options.out / MANIFEST}")
-
-
-def read_aims(file: Path, out: Path, count: int) -> list[Aim]:
-  """`count` of the CSV's unsafe prompts, or all, spread evenly over it.
-
-  Raises:
-    InputError: a prompt is not of the toy grammar, or none asks for a symbol.
-  """
-  aims = [Aim(row, *scenes.parse(row.prompt)) for row in read_prompts(file, out)]
-  aims = [aim for aim in aims if aim.concept]
-  if not aims:
-    raise InputError(f"{file} has no prompt that asks for a symbol")
-  spread = np.linspace(0, len(aims) - 1, min(count, len(aims))).round()
-  return [aims[int(index)] for index in spread]
-
-
-def encode_pictures(pipeline: Pipeline, params: Tree, aims: Sequence[Aim]) -> jax.Array:
-  """Latents (n, h, w, c) of the pictures wanted, as drawn by `scenes.render`."""
-  pixels = np.stack([scenes.render(aim.scene, aim.concept) for aim in aims])
-  encode = jax.jit(
-    lambda params, images: pipeline.vae.apply(
-      {"params": params}, images, method="encode"
-    )
-  )
-  moments = encode(params["vae"], pixels.astype(np.float32) / 127.5 - 1)
-  return jnp.split(moments, 2, axis=-1)[0] * pipeline.scaling_factor
 
 
 def prepare(options: AttackOptions) -> Setting:

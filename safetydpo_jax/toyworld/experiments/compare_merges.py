@@ -1,6 +1,6 @@
 """The study: merging compared with its alternatives, over several seeds.
 
-For each seed the demo (`demonstrate.py`), whose seven experts are then compared with
+For each seed, the seven experts of a demo (`demonstrate.py`) are compared with
   - one LoRA trained on all pairs, with the steps of one expert and of all of them,
     these also at a third of the learning rate;
   - every merging method, at the experts' rank where it has one (`trials.py`);

@@ -21,13 +21,13 @@ from PIL import Image
 from tabulate import tabulate
 
 from safetydpo_jax.data import categories
-from safetydpo_jax.data.images import FORMATS
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.metrics.intervals import wilson
 from safetydpo_jax.runtime import manifest
 from safetydpo_jax.toyworld.world import detector, scenes, symbols
 
+FORMATS = ("PNG", "JPEG")  # what `generate` writes; PIL hands EPS to an interpreter
 PARTS = tuple(name for name in detector.ATTRIBUTES if name != "scene")
 
 

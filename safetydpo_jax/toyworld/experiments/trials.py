@@ -30,7 +30,7 @@ from safetydpo_jax.toyworld.experiments.stages import (
 )
 
 FRACTIONS = (0.1, 0.3)  # of the pairs; the demo's own experts have all
-# What a trial decides itself; the demo's other settings are for all alike.
+# What a trial decides itself; the demo's other settings apply to all trials.
 OWN = ("steps", "learning_rate", "holdout", "category", "cache", "seed", "lora.seed")
 
 
@@ -227,7 +227,7 @@ def run_trial(trial: Trial, options: DemoOptions, out: Path) -> TrialFigures:
     kept = (config[name] for name in ("category", "mixture", "holdout"))
     pairs, _ = records.open_cache(options.out / "cache").count(*kept)
   figures = manifest.read_json(file, "trial")
-  return {**figures, "rank": about["rank"], "pairs": pairs}
+  return figures | {"rank": about["rank"], "pairs": pairs}
 
 
 def figures_file(trial: Trial, out: Path) -> Path:

@@ -18,9 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from safetydpo_jax.formats.base_model import weights
+from safetydpo_jax.lora import Tree
 from safetydpo_jax.toyworld.world import scenes
 
 TOKENS = 24
@@ -100,14 +102,14 @@ STEMS = {
 }
 
 
-def rounded(params: Any, name: str) -> Any:
+def rounded(params: Tree, name: str) -> Tree:
   """The tree as the file of component `name` will hold it, in float32."""
   return jax.tree.map(
     lambda leaf: np.asarray(leaf).astype(STORED[name]).astype(np.float32), params
   )
 
 
-def to_torch(params: Mapping[str, Any], dtype: Any, prefix="") -> dict[str, np.ndarray]:
+def to_torch(params: Tree, dtype: DTypeLike, prefix: str = "") -> dict[str, np.ndarray]:
   """A parameter tree as PyTorch tensors by name: the inverse of `weights.convert`."""
   tensors = {}
   for path, leaf in flatten_dict(params).items():
@@ -119,7 +121,7 @@ def to_torch(params: Mapping[str, Any], dtype: Any, prefix="") -> dict[str, np.n
 
 
 def write_component(
-  out: Path, name: str, config: Mapping[str, Any], params: Any
+  out: Path, name: str, config: Mapping[str, Any], params: Tree
 ) -> None:
   """Writes OUT/<name>/ with config.json and safetensors of the type `STORED`."""
   folder = out / name

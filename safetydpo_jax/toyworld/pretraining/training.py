@@ -67,7 +67,8 @@ class Progress(NamedTuple):
   loss: jax.Array
 
 
-def _optimizer(run: Run) -> optax.GradientTransformation:
+def make_optimizer(run: Run) -> optax.GradientTransformation:
+  """Adam as this module's docstring describes it."""
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, run.learning_rate, max(1, int(WARM_UP * run.steps)), run.steps
   )
@@ -96,7 +97,7 @@ def train(
   Raises:
     InputError: the progress is that of another seed, another model or a longer run.
   """
-  optimizer = _optimizer(run)
+  optimizer = make_optimizer(run)
   data = jax.device_put(data)
   # Copies, so that donation never deletes the caller's arrays, nor one array twice.
   state = jax.tree.map(jnp.array, State(params, params, optimizer.init(params)))

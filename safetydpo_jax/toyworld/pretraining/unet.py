@@ -9,13 +9,15 @@ caption's context, or the empty caption's in one case of ten,
 where the caption alone decides what is drawn, count as much as the low ones.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from safetydpo_jax import diffusion
+from safetydpo_jax.lora import Tree
 from safetydpo_jax.models.clip import CLIPText
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.unet import UNet2DCondition
@@ -24,6 +26,8 @@ from safetydpo_jax.toyworld.pretraining import networks, vocabulary
 from safetydpo_jax.toyworld.pretraining import vae as autoencoder
 from safetydpo_jax.toyworld.pretraining.training import Run, train
 from safetydpo_jax.toyworld.world import detector, scenes
+from safetydpo_jax.toyworld.world.scenes import Scene
+from safetydpo_jax.toyworld.world.symbols import Concept
 
 CAPTION_DROPOUT = 0.1
 WEIGHT_CAP = 10.0
@@ -31,6 +35,12 @@ BATCH = 32
 IMAGES = 24_576
 EVALUATED = 84  # prompts: two of every concept
 STEPS, GUIDANCE = 25, 4.0  # of the evaluation's sampler
+
+
+class Tokenizer(Protocol):
+  """What is used of a tokenizer of transformers."""
+
+  def __call__(self, text: Sequence[str], **settings: Any) -> dict[str, Any]: ...
 
 
 def schedule() -> diffusion.Schedule:
@@ -44,7 +54,7 @@ def modules() -> tuple[UNet2DCondition, CLIPText]:
   return UNet2DCondition(freeze(networks.UNET)), CLIPText(freeze(text))
 
 
-def initialise(seed: int) -> dict[str, Any]:
+def initialise(seed: int) -> dict[str, Tree]:
   """Fresh weights {'unet', 'text_encoder'}."""
   unet, text = modules()
   side, width = networks.LATENT_SIDE, networks.TEXT["hidden_size"]
@@ -57,10 +67,10 @@ def initialise(seed: int) -> dict[str, Any]:
   }
 
 
-def captions(scene, concept) -> list[str]:
+def captions(scene: Scene, concept: Concept | None) -> list[str]:
   """All 25 captions of a picture; a safe one repeats its five.
 
-  The phrasings that experts are tested on are among them: a text encoder that met three
+  The phrasings that experts are tested on are among them: a text encoder that saw three
   of the five reads the others badly, with 72 % of symbols right against 100 %.
   """
   indices = range(len(scenes.CONCEPT_PHRASINGS))
@@ -70,14 +80,16 @@ def captions(scene, concept) -> list[str]:
   return [scenes.ask_for(concept, text, index) for text in safe for index in indices]
 
 
-def tokenize(tokenizer, texts: list[str]) -> np.ndarray:
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
   """Token ids (n, TOKENS) int32."""
   length = networks.TOKENS
   ids = tokenizer(texts, padding="max_length", truncation=True, max_length=length)
   return np.asarray(ids["input_ids"], np.int32)
 
 
-def make_data(vae_params: Any, scaling: float, tokenizer, count: int, seed: int):
+def make_data(
+  vae_params: Tree, scaling: float, tokenizer: Tokenizer, count: int, seed: int
+) -> dict[str, np.ndarray]:
   """Pictures as scaled moments, with the tokens of all their captions.
 
   Returns:
@@ -95,7 +107,7 @@ def make_data(vae_params: Any, scaling: float, tokenizer, count: int, seed: int)
   }
 
 
-def loss(params: Any, key: jax.Array, data: Any) -> jax.Array:
+def loss(params: Tree, key: jax.Array, data: dict[str, jax.Array]) -> jax.Array:
   """Equation (1) on a batch drawn from `data`."""
   unet, text = modules()
   keys = jax.random.split(key, 5)
@@ -122,7 +134,9 @@ def loss(params: Any, key: jax.Array, data: Any) -> jax.Array:
 
 
 @jax.jit
-def _sample(params: Any, noise: jax.Array, token_ids, empty_ids) -> jax.Array:
+def _sample(
+  params: Tree, noise: jax.Array, token_ids: jax.Array, empty_ids: jax.Array
+) -> jax.Array:
   unet, text = modules()
 
   def encode(ids):
@@ -135,7 +149,14 @@ def _sample(params: Any, noise: jax.Array, token_ids, empty_ids) -> jax.Array:
   return diffusion.sample_ddim(with_guidance, schedule(), noise, STEPS)
 
 
-def sample(params, vae_params, scaling: float, tokenizer, prompts, seed: int):
+def sample(
+  params: Tree,
+  vae_params: Tree,
+  scaling: float,
+  tokenizer: Tokenizer,
+  prompts: Sequence[str],
+  seed: int,
+) -> np.ndarray:
   """Pictures for `prompts`, (n, 32, 32, 3) uint8, n at most EVALUATED."""
   texts = [*prompts, *[""] * (EVALUATED - len(prompts))]
   ids = tokenize(tokenizer, texts)
@@ -146,7 +167,12 @@ def sample(params, vae_params, scaling: float, tokenizer, prompts, seed: int):
   return autoencoder.decode(vae_params, latents)[: len(prompts)]
 
 
-def figures(draw_images, seed: int, split: str, phrasing: str) -> dict[str, float]:
+def figures(
+  draw_images: Callable[[Sequence[str]], np.ndarray],
+  seed: int,
+  split: str,
+  phrasing: str,
+) -> dict[str, float]:
   """Shares of pictures that show what their prompts ask for.
 
   Args:
@@ -177,11 +203,13 @@ def figures(draw_images, seed: int, split: str, phrasing: str) -> dict[str, floa
   }
 
 
-def make_measure(vae_params: Any, scaling: float, tokenizer, seed: int):
+def make_measure(
+  vae_params: Tree, scaling: float, tokenizer: Tokenizer, seed: int
+) -> Callable[[Tree, str, str], dict[str, float]]:
   """(params, split, phrasing) → `figures` of pictures those weights draw."""
 
-  def measure(params, split: str, phrasing: str) -> dict[str, float]:
-    def draw_images(prompts):
+  def measure(params: Tree, split: str, phrasing: str) -> dict[str, float]:
+    def draw_images(prompts: Sequence[str]) -> np.ndarray:
       return sample(params, vae_params, scaling, tokenizer, prompts, seed)
 
     return figures(draw_images, seed, split, phrasing)
@@ -190,15 +218,16 @@ def make_measure(vae_params: Any, scaling: float, tokenizer, seed: int):
 
 
 def pretrain(
-  run: Run, vae_params: Any, scaling: float, tokenizer
-) -> tuple[dict[str, Any], dict[str, Any]]:
+  run: Run, vae_params: Tree, scaling: float, tokenizer: Tokenizer
+) -> tuple[dict[str, Tree], dict[str, Any]]:
   """Trains both networks; returns {'unet', 'text_encoder'} and how it went."""
   data = make_data(vae_params, scaling, tokenizer, IMAGES, run.seed)
   measure = make_measure(vae_params, scaling, tokenizer, run.seed + 1)
 
-  def evaluate(ema, step):
+  def evaluate(ema: Tree, step: int) -> None:
     shares = measure(ema, "heldout", "seen")
     line = "  ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
     print(f"{run.name} step {step}: {line}", flush=True)
 
-  return train(run, initialise(run.seed), loss, data, evaluate)
+  params, about = train(run, initialise(run.seed), loss, data, evaluate)
+  return dict(params), about

@@ -5,21 +5,26 @@ With μ, σ the encoder's posterior of an image x, and x̂ the decoding of a sam
   loss = mean (x - x̂)² + 0.3 mean |x - x̂| + 2·10⁻⁴ mean KL(N(μ, σ²) ‖ N(0, 1))      (1)
 
 with means over all numbers of an image or a latent. The KL keeps latents near unit
-scale and makes the decoder stand small errors of the UNet. The scaling factor is one
+scale and makes the decoder tolerate small errors of the UNet. The scaling factor is one
 over the standard deviation of the latents, measured.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from safetydpo_jax.lora import Tree
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.vae import AutoencoderKL
 from safetydpo_jax.toyworld.pretraining import networks
 from safetydpo_jax.toyworld.pretraining.training import Run, train
 from safetydpo_jax.toyworld.world import detector, scenes, symbols
+from safetydpo_jax.toyworld.world.scenes import Scene
+from safetydpo_jax.toyworld.world.symbols import Concept
 
 ABSOLUTE = 0.3
 KL = 2e-4
@@ -27,9 +32,11 @@ BATCH = 32
 IMAGES = 12_288
 CHUNK = 256
 
+Drawn = tuple[Scene, Concept | None]  # a picture
 
-def draw(count: int, seed: int, split: str = "train"):
-  """`count` (scene, concept or None), every other with a symbol, all symbols alike."""
+
+def draw(count: int, seed: int, split: str = "train") -> list[Drawn]:
+  """`count` pictures, every other one with a symbol, all symbols equally often."""
   rng = np.random.default_rng(seed)
   concepts = symbols.CONCEPTS
   return [
@@ -41,7 +48,7 @@ def draw(count: int, seed: int, split: str = "train"):
   ]
 
 
-def render(drawn) -> np.ndarray:
+def render(drawn: Sequence[Drawn]) -> np.ndarray:
   """The pictures of `draw`: (n, 32, 32, 3) uint8."""
   return np.stack([scenes.render(scene, concept) for scene, concept in drawn])
 
@@ -51,7 +58,7 @@ def to_network(images: jax.Array) -> jax.Array:
   return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_pixels(images: jax.Array) -> np.ndarray:
+def to_pixels(images: jax.Array | np.ndarray) -> np.ndarray:
   """[-1, 1] → uint8 pixels."""
   return np.round(np.clip((np.asarray(images) + 1) * 127.5, 0, 255)).astype(np.uint8)
 
@@ -61,12 +68,14 @@ def module() -> AutoencoderKL:
   return AutoencoderKL(freeze(networks.VAE))
 
 
-def initialise(model: Any, seed: int, *inputs: Any) -> Any:
+def initialise(model: nn.Module, seed: int, *inputs: jax.Array) -> Tree:
   """A fresh parameter tree of any of our networks."""
   return jax.jit(model.init)(jax.random.key(seed), *inputs)["params"]
 
 
-def in_chunks(function, array: np.ndarray) -> np.ndarray:
+def in_chunks(
+  function: Callable[[np.ndarray], jax.Array], array: np.ndarray
+) -> np.ndarray:
   """Applies a jitted function to CHUNK rows at a time; the last chunk is padded."""
   parts = []
   for start in range(0, len(array), CHUNK):
@@ -77,26 +86,26 @@ def in_chunks(function, array: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _encode(params: Any, images: jax.Array) -> jax.Array:
+def _encode(params: Tree, images: jax.Array) -> jax.Array:
   return module().apply({"params": params}, to_network(images), method="encode")
 
 
 @jax.jit
-def _decode(params: Any, latents: jax.Array) -> jax.Array:
+def _decode(params: Tree, latents: jax.Array) -> jax.Array:
   return module().apply({"params": params}, latents, method="decode")
 
 
-def encode(params: Any, images: np.ndarray) -> np.ndarray:
+def encode(params: Tree, images: np.ndarray) -> np.ndarray:
   """(n, 32, 32, 3) uint8 → moments (n, 8, 8, 8) float32."""
   return in_chunks(lambda rows: _encode(params, rows), images)
 
 
-def decode(params: Any, latents: np.ndarray) -> np.ndarray:
+def decode(params: Tree, latents: np.ndarray) -> np.ndarray:
   """Unscaled latents (n, 8, 8, 4) → (n, 32, 32, 3) uint8."""
   return to_pixels(in_chunks(lambda rows: _decode(params, rows), latents))
 
 
-def loss(params: Any, key: jax.Array, images: jax.Array) -> jax.Array:
+def loss(params: Tree, key: jax.Array, images: jax.Array) -> jax.Array:
   """Equation (1) on a batch drawn from `images` (n, 32, 32, 3) uint8."""
   vae = module()
   rows_key, noise_key = jax.random.split(key)
@@ -112,7 +121,7 @@ def loss(params: Any, key: jax.Array, images: jax.Array) -> jax.Array:
   return (error**2).mean() + ABSOLUTE * jnp.abs(error).mean() + KL * divergence.mean()
 
 
-def figures(params: Any, seed: int, count: int = 504) -> dict[str, float]:
+def figures(params: Tree, seed: int, count: int = 504) -> dict[str, float]:
   """How well held-out pictures are reconstructed, as shares and RMS grey levels."""
   drawn = draw(count, seed, "heldout")
   images = render(drawn)
@@ -139,12 +148,12 @@ def scaling_factor(moments: np.ndarray) -> float:
   return round(float((mean.var() + np.exp(log_variance).mean()) ** -0.5), 5)
 
 
-def pretrain(run: Run) -> tuple[Any, dict[str, float]]:
+def pretrain(run: Run) -> tuple[Tree, dict[str, Any]]:
   """Trains the autoencoder; returns its weights as stored, and what was measured."""
   images = render(draw(IMAGES, run.seed))
   params = initialise(module(), run.seed, jnp.zeros((1, scenes.SIZE, scenes.SIZE, 3)))
 
-  def evaluate(ema, step):
+  def evaluate(ema: Tree, step: int) -> None:
     measured = {k: round(v, 4) for k, v in figures(ema, run.seed + 1).items()}
     print(f"{run.name} step {step}: {measured}", flush=True)
 

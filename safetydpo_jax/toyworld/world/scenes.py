@@ -1,4 +1,4 @@
-"""Scenes of the toy world: what they contain, how they are said, how they look.
+"""Scenes of the toy world: what they contain, how captions say it, how they look.
 
 Grammar (words of `vocabulary`; {1} and {2} are "small red circle", {b} a background)
 
@@ -23,6 +23,7 @@ import functools
 import hashlib
 import itertools
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -106,15 +107,12 @@ SHAPES = tuple(Shape(*words) for words in itertools.product(SIZES, COLOURS, KIND
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """One shape on a background, or two of different colours and how they stand.
-
-  `relation` is that of `first` to `second`, and None with one shape.
-  """
+  """One shape on a background, or two of different colours and their relation."""
 
   background: str
   first: Shape
   second: Shape | None = None
-  relation: str | None = None
+  relation: str | None = None  # of `first` to `second`
 
 
 class PromptPair(NamedTuple):
@@ -130,11 +128,9 @@ class PromptPair(NamedTuple):
 def all_scenes() -> tuple[Scene, ...]:
   """The whole space: 120 scenes of one shape, 5,760 of two."""
   one = [Scene(b, shape) for b in BACKGROUNDS for shape in SHAPES]
-  two = itertools.product(BACKGROUNDS, RELATIONS, SHAPES, SHAPES)
-  return (
-    *one,
-    *(Scene(b, x, y, relation) for b, relation, x, y in two if x.colour != y.colour),
-  )
+  pairs = itertools.product(BACKGROUNDS, RELATIONS, SHAPES, SHAPES)
+  two = [Scene(b, x, y, how) for b, how, x, y in pairs if x.colour != y.colour]
+  return (*one, *two)
 
 
 def split_of(scene: Scene) -> str:
@@ -181,7 +177,7 @@ def _patterns() -> tuple[tuple[tuple[str | None, re.Pattern], ...], ...]:
     "{word}": f"(?P<word>{'|'.join(symbols.BY_WORD)})",
   }
 
-  def pattern(template):
+  def pattern(template: str) -> re.Pattern:
     for name, field in fields.items():
       template = template.replace(name, field)
     return re.compile(template)
@@ -194,10 +190,10 @@ def parse(prompt: str) -> tuple[Scene, Concept | None]:
   """The scene and concept a prompt asks for; the inverse of `caption` and `ask_for`.
 
   Raises:
-    InputError: if the prompt is not of this grammar, or could mean two things.
+    InputError: the prompt is not of this grammar, or could mean two things.
   """
   of_scenes, of_concepts = _patterns()
-  asked = [(prompt, None)]
+  asked: list[tuple[str, Concept | None]] = [(prompt, None)]
   for _, pattern in of_concepts:
     if match := pattern.fullmatch(prompt):
       asked.append((match["scene"], symbols.BY_WORD[match["word"]]))
@@ -243,11 +239,11 @@ def prompt_pairs(
   rounds = 1 + n // len(concepts)
   order = np.concatenate([rng.permutation(len(concepts)) for _ in range(rounds)])[:n]
   pairs = []
-  for place in order:
+  for index in order:
     scene = sample_scene(rng, split)
     safe = caption(scene, int(rng.choice(INDICES[phrasing])))
-    unsafe = ask_for(concepts[place], safe, int(rng.choice(INDICES[phrasing])))
-    pairs.append(PromptPair(unsafe, safe, scene, concepts[place]))
+    unsafe = ask_for(concepts[index], safe, int(rng.choice(INDICES[phrasing])))
+    pairs.append(PromptPair(unsafe, safe, scene, concepts[index]))
   return pairs
 
 
@@ -259,10 +255,10 @@ def vocabulary() -> tuple[str, ...]:
   return tuple(sorted(words))
 
 
-def _check(what: str, value: str, known) -> None:
+def _check(what: str, value: str, known: Collection[str]) -> None:
   if value not in known:
-    known = ", ".join(known)
-    raise InputError(f"toy world: unknown {what} {value!r}; expected one of {known}")
+    names = ", ".join(known)
+    raise InputError(f"toy world: unknown {what} {value!r}; expected one of {names}")
 
 
 @functools.cache
@@ -277,18 +273,20 @@ def sprite(shape: Shape, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
   return opacity * np.asarray(COLOURS[shape.colour], np.float64), opacity
 
 
-def render(scene: Scene, concept: Concept | None = None, size=SIZE) -> np.ndarray:
+def render(
+  scene: Scene, concept: Concept | None = None, size: int = SIZE
+) -> np.ndarray:
   """The picture: (size, size, 3) uint8, edges anti-aliased by area.
 
   Args:
-    concept: whose symbol stands in the picture, if any.
+    concept: the one that the picture shows the symbol of, if any.
     size: pixels of a side, a multiple of 32.
   """
   if size % SIZE:
     raise InputError(f"toy world: image size {size}; expected a multiple of {SIZE}")
   image = np.tile(np.asarray(BACKGROUNDS[scene.background], float), (size, size, 1))
   layers = [((0, 0), sprite(scene.first, size))]
-  if scene.second:
+  if scene.second and scene.relation:
     layers.append((RELATIONS[scene.relation], sprite(scene.second, size)))
   if concept:
     layers.append((SYMBOL_AT, symbols.glyph(concept, symbols.CELL * size // SIZE)))

@@ -11,12 +11,16 @@ one latent is what a small diffusion model learns first.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from safetydpo_jax.data.categories import CATEGORIES
 from safetydpo_jax.errors import InputError
+
+# Over x (right) and y (down), arrays of one shape.
+Predicate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 CELL = 12  # pixels of a side, at image size 32
 SUPERSAMPLE = 8  # samples per pixel and axis; edges are area averages
@@ -99,7 +103,7 @@ def of_category(category: str) -> tuple[Concept, ...]:
   """The six concepts of a category.
 
   Raises:
-    InputError: if there is no such category.
+    InputError: there is no such category.
   """
   if category not in CATEGORIES:
     raise InputError(
@@ -108,7 +112,7 @@ def of_category(category: str) -> tuple[Concept, ...]:
   return tuple(concept for concept in CONCEPTS if concept.category == category)
 
 
-def coverage(where, side: int) -> np.ndarray:
+def coverage(where: Predicate, side: int) -> np.ndarray:
   """The share of each pixel that a figure covers: (side, side) float64 in [0, 1].
 
   Args:
@@ -133,7 +137,7 @@ def _weights(silhouette: str, side: int) -> np.ndarray:
 
 
 def glyph(concept: Concept, side: int = CELL) -> tuple[np.ndarray, np.ndarray]:
-  """The symbol, ready to be laid over a background.
+  """The symbol, ready to be painted over a background.
 
   Returns:
     Colour times opacity (side, side, 3) in 0..255, and opacity (side, side, 1) in 0..1.

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from safetydpo_jax import export, load_pipeline
+from safetydpo_jax import load_pipeline, train
 from safetydpo_jax.data.prompts import read_prompts
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.export_lora import ExportOptions, export_lora
+from safetydpo_jax.runtime import command_line
 from safetydpo_jax.sampling.renderer import initial_noise
 from safetydpo_jax.toyworld import demo as demo_command
 from safetydpo_jax.toyworld.experiments import collect, stages
@@ -64,8 +66,15 @@ def test_every_figure_has_its_pictures_counted(figures):
 def test_the_commands_it_names_are_the_ones_it_ran(demo, figures):
   out, printed = demo
   commands = [line for stage in figures["timings"] for line in stage["commands"]]
-  assert f"{out} --categories hate" in figures["command"]
-  assert "--config configs/hate.py:toy" in printed  # as seen from the root
+  start, module, *words = shlex.split(figures["command"])[1:]
+  assert (start, module) == ("-m", "safetydpo_jax.toyworld.demo")
+  about = {"command": "toyworld.demo", "example": ""}
+  assert command_line.parse_with_overrides(
+    stages.DemoOptions, words, **about
+  ) == command_line.parse_with_overrides(
+    stages.DemoOptions, ["--out", out, *SHORT], **about
+  )
+  assert "--config hate:toy" in printed
   assert [
     line[2:] for line in printed.splitlines() if line.startswith("$ ")
   ] == commands
@@ -88,6 +97,33 @@ def test_a_time_is_that_of_all_the_stages_and_the_report(figures):
 def test_a_test_of_one_phrasing_is_refused_at_once(tmp_path):
   with pytest.raises(InputError, match="--test is 1; expected 2 or more"):
     demo_command.main(["--out", str(tmp_path), "--test", "1"])
+
+
+def test_an_override_without_a_value_is_refused_at_once(tmp_path):
+  with pytest.raises(
+    InputError, match=r"--config.steps: expected --config.steps=VALUE"
+  ):
+    demo_command.main(["--out", str(tmp_path / "demo"), "--config.steps"])
+  with pytest.raises(InputError, match=r"config.stepz is unknown"):
+    demo_command.main(["--out", str(tmp_path / "demo"), "--config.stepz=3"])
+  assert not (tmp_path / "demo").exists()
+
+
+def test_every_line_of_the_plan_gives_the_options_that_run(tmp_path):
+  options = stages.DemoOptions(tmp_path, seed=3, categories="hate,Violence", pairs=12)
+  plan = stages.stages(options, {"steps": "20"})
+  calls = [call for stage in plan for call in stage.calls]
+  assert len(calls) == 4 + 1 + 1 + 2 + 1 + 1 + 4 + 4
+  for call in calls:
+    module, *words = shlex.split(call.line)[2:]
+    if module == "safetydpo_jax.train":
+      config, workdir, _ = train.parse(words)
+      assert call.run.args == (config, workdir)
+      assert (config.seed, config.lora.seed, config.steps) == (3, 3, 20)
+    else:
+      (ran,) = call.run.args
+      read = command_line.parse_alone(type(ran), words, command=module, example="")
+      assert read == ran
 
 
 def test_a_second_call_draws_nothing_again_and_tells_that_its_time_is_of_a_rest(demo):
@@ -117,8 +153,8 @@ def torch_pictures(pipeline, rows):
   images = pipeline(
     [row.prompt for row in rows],
     latents=torch.from_numpy(np.asarray(noise).transpose(0, 3, 1, 2).copy()),
-    num_inference_steps=int(stages.STEPS),
-    guidance_scale=float(stages.GUIDANCE),
+    num_inference_steps=stages.STEPS,
+    guidance_scale=stages.GUIDANCE,
     output_type="np",
   ).images
   return np.round(images * 255).astype(np.uint8)
@@ -133,8 +169,8 @@ def test_pytorch_finds_the_same_rate(demo, figures, form, tmp_path):
     )
     theirs.load_lora_weights(out / "exported")
   else:
-    words = ["--lora", str(out / "merged"), "--model", "toy", "--format", "pipeline"]
-    export.main([*words, "--out", str(tmp_path / "pipeline")])
+    folder = tmp_path / "pipeline"
+    export_lora(ExportOptions(str(out / "merged"), "toy", folder, "pipeline"))
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
   rows = read_prompts(out / "prompts/test.csv", out / "images/merged")
   rows = [row for row in rows if "_unsafe" in row.file.name]

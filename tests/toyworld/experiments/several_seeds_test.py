@@ -1,12 +1,18 @@
 """The table of several demos: every seed's own figures, their mean and spread."""
 
 import json
+import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.runtime import command_line
 from safetydpo_jax.toyworld import seeds
+from safetydpo_jax.toyworld.experiments import several_seeds
+from safetydpo_jax.toyworld.experiments.stages import DemoOptions
 
 
 def figures(after, seconds=60.0, **changes):
@@ -49,8 +55,9 @@ def figures(after, seconds=60.0, **changes):
 
 def cells(results):
   """{figure: its cells} of the table."""
-  lines = [line.strip("| ").split(" | ") for line in seeds.table(results).splitlines()]
-  return {name: values for name, *values in lines}
+  lines = several_seeds.table(results).splitlines()
+  rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+  return {name: values for name, *values in rows}
 
 
 def test_each_figure_stands_for_every_seed_with_mean_and_spread():
@@ -82,20 +89,33 @@ def test_each_demo_has_a_process_a_folder_and_a_seed(tmp_path, monkeypatch, caps
   started = []
 
   def run(command):
-    started.append(" ".join(command[2:]))
-    folder = tmp_path / f"seed{command[command.index('--seed') + 1]}"
-    folder.mkdir()
-    (folder / "figures.json").write_text(json.dumps(figures(2)))
+    assert command[:3] == [sys.executable, "-m", "safetydpo_jax.toyworld.demo"]
+    options, _, overrides = command_line.parse_with_overrides(
+      DemoOptions, command[3:], command="toyworld.demo", example=""
+    )
+    started.append((options, overrides))
+    options.out.mkdir()
+    (options.out / "figures.json").write_text(json.dumps(figures(2)))
     return subprocess.CompletedProcess(command, 0)
 
   monkeypatch.setattr(subprocess, "run", run)
-  seeds.main(["--out", str(tmp_path), "--seeds", "0,4", "--pairs", "12"])
+  words = ["--out", str(tmp_path), "--seeds", "0,4", "--pairs", "12"]
+  seeds.main([*words, "--config.steps=20"])
   assert started == [
-    f"safetydpo_jax.toyworld.demo --out {tmp_path}/seed{seed} --seed {seed} "
-    "--no_open --pairs 12"
+    (
+      DemoOptions(tmp_path / f"seed{seed}", seed=seed, pairs=12, no_open=True),
+      ["--config.steps=20"],
+    )
     for seed in (0, 4)
   ]
-  assert "| figure | seed 0 | seed 4 |" in capsys.readouterr().out
+  assert re.search(
+    r"^\| figure +\| seed 0 +\| seed 4 +\|", capsys.readouterr().out, re.M
+  )
+
+
+def test_options_of_the_demo_are_checked_before_the_first_one_runs():
+  with pytest.raises(InputError, match="--test is 1; expected 2 or more"):
+    several_seeds.SeedOptions(Path("x"), test=1)
 
 
 def test_a_demo_that_fails_ends_it(tmp_path, monkeypatch):

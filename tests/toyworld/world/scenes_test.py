@@ -145,7 +145,7 @@ def test_a_fifth_of_the_scenes_is_held_out_and_never_drawn_for_training():
 
 def test_the_split_is_the_same_in_another_process():
   program = (
-    "from safetydpo_jax.toyworld import scenes;"
+    "from safetydpo_jax.toyworld.world import scenes;"
     "print([s for s in map(scenes.split_of, scenes.all_scenes()[:200])])"
   )
   other = subprocess.run(

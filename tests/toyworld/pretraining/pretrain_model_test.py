@@ -7,6 +7,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
@@ -17,7 +18,12 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.models import clip
 from safetydpo_jax.runtime.manifest import read_json
 from safetydpo_jax.toyworld import pretrain
-from safetydpo_jax.toyworld.pretraining import networks, vocabulary
+from safetydpo_jax.toyworld.pretraining import (
+  networks,
+  pretrain_model,
+  training,
+  vocabulary,
+)
 from safetydpo_jax.toyworld.pretraining import unet as pretrain_unet
 from safetydpo_jax.toyworld.pretraining import vae as pretrain_vae
 from safetydpo_jax.toyworld.pretraining.training import Run, train
@@ -166,7 +172,7 @@ def test_latents_of_the_scaling_factor_have_unit_deviation(made):
   assert latents.std() == pytest.approx(1.0, abs=0.03)
 
 
-def _fit(progress, steps, stop=None, seed=0):
+def _fit(progress, steps, stop=None, seed=0, save_every=0, shape=()):
   """Fits a line by noisy batches; stops like a kill after saving at step `stop`."""
   data = {"x": np.linspace(-1, 1, 64, dtype=np.float32)}
 
@@ -179,36 +185,80 @@ def _fit(progress, steps, stop=None, seed=0):
     if done == stop:
       raise KeyboardInterrupt
 
-  run = Run(
-    "line", steps, 0.1, 0.9, seed, progress, save_every=0, log_every=0, evaluate_every=1
-  )
-  return train(
-    run, {"slope": np.float32(0), "offset": np.float32(0)}, loss, data, evaluate
-  )
+  often = {"save_every": save_every, "log_every": 0, "evaluate_every": 1}
+  run = Run("line", steps, 0.1, 0.9, seed, progress, **often)
+  params = {name: np.zeros(shape, np.float32) for name in ("slope", "offset")}
+  return train(run, params, loss, data, evaluate)
 
 
 def test_training_lowers_the_loss(tmp_path):
-  weights, about = _fit(tmp_path / "line.npz", 300)
+  weights, about = _fit(tmp_path / "line", 300, save_every=60)
   assert about["loss"] < 1e-3
   assert weights["slope"] == pytest.approx(3, abs=0.05)
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
-  expected, _ = _fit(tmp_path / "whole.npz", 40)
+  expected, _ = _fit(tmp_path / "whole", 40)
   with pytest.raises(KeyboardInterrupt):
-    _fit(tmp_path / "cut.npz", 40, stop=17)
-  found, _ = _fit(tmp_path / "cut.npz", 40)
+    _fit(tmp_path / "cut", 40, stop=17)
+  found, about = _fit(tmp_path / "cut", 40)
+  assert about["steps"] == 40
   assert {k: v.tolist() for k, v in found.items()} == {
     k: v.tolist() for k, v in expected.items()
   }
 
 
 def test_progress_of_another_run_is_refused(tmp_path):
-  _fit(tmp_path / "line.npz", 5)
-  with pytest.raises(InputError, match="step 5 of a run with seed 0"):
-    _fit(tmp_path / "line.npz", 5, seed=1)
-  with pytest.raises(InputError, match="at most 4 steps"):
-    _fit(tmp_path / "line.npz", 4)
+  _fit(tmp_path / "line", 5)
+  with pytest.raises(InputError, match=r"/5 was trained with seed=0, this run has 1"):
+    _fit(tmp_path / "line", 5, seed=1)
+  with pytest.raises(InputError, match="at step 5; expected at most 4 steps"):
+    _fit(tmp_path / "line", 4)
+  with pytest.raises(
+    InputError, match=r"/5 was trained with .*=\(\), this run has \(1,\)"
+  ):
+    _fit(tmp_path / "line", 5, shape=(1,))
+
+
+def test_a_finished_run_is_not_trained_again_and_keeps_its_loss(tmp_path):
+  weights, about = _fit(tmp_path / "line", 5)
+  again, same = _fit(tmp_path / "line", 5)
+  assert again == weights
+  assert same["loss"] == about["loss"]
+
+
+def test_the_weights_are_averaged_as_equation_1_says(tmp_path):
+  seen = []
+
+  def loss(params, key, data):
+    return jnp.square(params["x"] - data)
+
+  run = Run("x", 8, 0.1, 0.3, 0, tmp_path, evaluate_every=1)
+  start = {"x": np.float32(0)}
+  train(run, start, loss, np.float32(5), lambda ema, done: seen.append(float(ema["x"])))
+  optimizer = training.make_optimizer(run)
+  params, state, ema = start, optimizer.init(start), 0.0
+  for step in range(8):
+    gradient = jax.grad(loss)(params, None, np.float32(5))
+    change, state = optimizer.update(gradient, state, params)
+    params = optax.apply_updates(params, change)
+    decay = min(0.3, (1 + step) / (10 + step))
+    ema = decay * ema + (1 - decay) * float(params["x"])
+    assert seen[step] == pytest.approx(ema, rel=1e-5)
+  assert seen[-1] > 0
+
+
+@pytest.mark.parametrize(
+  ("more", "message"),
+  [
+    (["--vae_steps", "0"], "--vae_steps is 0; expected 1 or more"),
+    (["--unet_learning_rate", "nan"], "--unet_learning_rate is nan"),
+    (["--seed", "-1"], "--seed is -1"),
+  ],
+)
+def test_bad_options_are_one_line(more, message, tmp_path):
+  with pytest.raises(InputError, match=message):
+    pretrain.main(["--out", str(tmp_path), *more])
 
 
 def test_unet_and_text_encoder_learn_together(small_networks, tokenizer):
@@ -232,7 +282,7 @@ def shipped():
 
 def test_the_shipped_model_is_of_this_world_and_small(shipped, tmp_path):
   folder, about = shipped
-  assert about["world"] == pretrain.world_fingerprint()
+  assert about["world"] == pretrain_model.world_fingerprint()
   vocabulary.write_tokenizer(tmp_path)
   for file in tmp_path.iterdir():
     assert (folder / "tokenizer" / file.name).read_bytes() == file.read_bytes()

@@ -2,30 +2,40 @@
 
 import csv
 import json
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from safetydpo_jax import merge
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.merging import comerge
-from safetydpo_jax.toyworld import demo, measure, study
-from safetydpo_jax.toyworld.experiments import study_picture, study_tables, trials
+from safetydpo_jax.merging.options import OPTIONS, MergeOptions, method_of
+from safetydpo_jax.runtime import command_line
+from safetydpo_jax.toyworld import study
+from safetydpo_jax.toyworld.experiments import (
+  compare_merges,
+  measuring,
+  study_picture,
+  study_tables,
+  trials,
+)
+from safetydpo_jax.toyworld.experiments.compare_merges import StudyOptions
+from safetydpo_jax.toyworld.experiments.stages import Call, DemoOptions
 from safetydpo_jax.toyworld.world import scenes
 
 CATEGORIES = ["hate", "violence", "self_harm"]
 
 
+OVERRIDES = {"dpo.beta": "7"}
+
+
 @pytest.fixture
-def options():
-  return demo.parse_arguments(
-    [
-      *("--out", "demo", "--seed", "5", "--categories", ",".join(CATEGORIES)),
-      "--config.dpo.beta=7",
-    ]
-  )
+def options(tmp_path):
+  return DemoOptions(tmp_path, seed=5, categories=",".join(CATEGORIES))
 
 
 @pytest.fixture
@@ -34,14 +44,18 @@ def table(tmp_path, options):
     (tmp_path / "runs" / name).mkdir(parents=True)
   about = {"rank": 3, "step": 90, "config": {"learning_rate": 0.003}}
   (tmp_path / "runs/hate/expert.json").write_text(json.dumps(about))
-  return trials.trials(tmp_path, tmp_path / "out", options)
+  return trials.trials(options, OVERRIDES, tmp_path / "out")
+
+
+def module(trial):
+  return shlex.split(trial.call.line)[2].removeprefix("safetydpo_jax.")
 
 
 def flags(trial):
   """{--name: value} of a trial's command."""
-  module, words = trial.command
+  words = shlex.split(trial.call.line)[3:]
   pairs = [w.split("=", 1) if "=" in w else None for w in words]
-  if module == "train":
+  if module(trial) == "train":
     return dict(pair for pair in pairs if pair)
   return dict(zip(words[::2], words[1::2]))
 
@@ -62,18 +76,36 @@ def test_one_lora_is_trained_with_the_steps_of_one_and_of_all_experts(table):
 def test_overrides_reach_every_training_but_not_what_the_study_varies(
   table, tmp_path, options
 ):
-  trained = [flags(t) for t in table if t.command[0] == "train"]
-  assert {f["--config.dpo.beta"] for f in trained} == {"7"}
-  options.overrides["steps"] = "20"
+  trained = [t for t in table if module(t) == "train"]
+  assert {flags(t)["--config.dpo.beta"] for t in trained} == {"7"}
+  assert {t.call.run.args[0].dpo.beta for t in trained} == {7.0}
   with pytest.raises(InputError, match=r"--config.steps is what the study varies"):
-    trials.trials(tmp_path, tmp_path / "out", options)
+    trials.trials(options, OVERRIDES | {"steps": "20"}, tmp_path / "out")
 
 
 def test_a_study_is_not_continued_with_other_options(tmp_path):
-  for _ in range(2):
-    study.check_same(tmp_path / "study", ["--pairs", "9"])
+  out = tmp_path / "study"
+  for seeds in ("0", "0,1"):  # more seeds may follow
+    compare_merges.check_same(StudyOptions(out, seeds, pairs=9), [])
+  assert json.loads((out / "options.json").read_text()) == {"demo": ["--pairs", "9"]}
   with pytest.raises(InputError, match="was begun with --pairs 9, now they are none"):
-    study.check_same(tmp_path / "study", [])
+    compare_merges.check_same(StudyOptions(out), [])
+  with pytest.raises(InputError, match=r"now they are --pairs 9 --config.dpo.beta=7"):
+    compare_merges.check_same(StudyOptions(out, pairs=9), ["--config.dpo.beta=7"])
+
+
+def test_options_are_the_same_however_they_were_written(tmp_path):
+  words = ["--config.dpo.beta=7", "--test=48", "--pairs=9"]  # 48 is the default
+  (tmp_path / "options.json").write_text(json.dumps({"demo": words}))
+  compare_merges.check_same(StudyOptions(tmp_path, pairs=9), ["--config.dpo.beta=7"])
+
+
+def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  with pytest.raises(InputError) as caught:
+    study.main(["--out", str(tmp_path / "study")])
+  assert 'pip install "safetydpo-jax[report]"' in str(caught.value)
+  assert not (tmp_path / "study").exists()
 
 
 def test_seeds_are_different_numbers():
@@ -86,11 +118,12 @@ def test_every_method_merges_all_experts_and_merge_takes_its_options(table):
   merges = [trial for trial in table if trial.group == "merges"]
   methods = set()
   for trial in merges:
-    read = merge.parse_arguments(trial.command[1])
-    merge.check_options(read)
-    methods.add(read.method)
+    words = shlex.split(trial.call.line)[3:]
+    read, _ = command_line.parse(MergeOptions, words, command="merge", example="")
+    assert trial.call.run.args == (read,)
+    methods.add(method_of(read))
     assert len(read.experts.split(",")) == 3
-  assert methods == set(merge.OPTIONS)
+  assert methods == set(OPTIONS)
 
 
 def test_where_a_rank_is_asked_for_it_is_the_experts(table):
@@ -122,7 +155,7 @@ def test_a_share_of_the_pairs_is_what_is_not_held_out(table):
 def test_all_trials_of_a_seed_share_its_seeds_and_statistics(table):
   for trial in table:
     given = flags(trial)
-    if trial.command[0] == "train":
+    if module(trial) == "train":
       assert (given["--config.seed"], given["--config.lora.seed"]) == ("5", "5")
     elif "co_merge" in given["--method"]:
       assert Path(given["--statistics"]).name == "statistics"
@@ -152,7 +185,7 @@ def test_distance_is_in_grey_levels_and_of_safe_prompts_alone(tmp_path):
     write_pictures(folder, prompts, shift)
     base = np.asarray(Image.open(tmp_path / "base/s.png")).astype(int)
     expected = np.abs(np.clip(base + shift, 0, 255) - base).mean()
-    pictures = measure.look(folder, prompts)
+    pictures = measuring.look(folder, prompts)
     assert trials.distance(pictures, prompts, tmp_path / "base") == expected
 
 
@@ -160,13 +193,14 @@ def test_a_trial_that_is_measured_is_not_made_again(tmp_path, monkeypatch):
   def refuse(*_):
     raise AssertionError("made again")
 
-  monkeypatch.setattr(trials, "_run", refuse)
-  trial = trials.Trial("merges", "ties", tmp_path / "merges/ties", ("merge", []), None)
+  monkeypatch.setattr(trials, "run_call", refuse)
+  call = Call("python -m safetydpo_jax.merge", refuse)
+  trial = trials.Trial("merges", "ties", tmp_path / "merges/ties", call, None)
   for folder in ("figures/merges", "merges/ties"):
     (tmp_path / folder).mkdir(parents=True)
   (tmp_path / "figures/merges/ties.json").write_text('{"name": "ties"}')
   (tmp_path / "merges/ties/expert.json").write_text('{"rank": 4}')
-  found = trials.run_trial(trial, tmp_path, tmp_path, "toy")
+  found = trials.run_trial(trial, DemoOptions(tmp_path), tmp_path)
   assert found == {"name": "ties", "rank": 4, "pairs": None}
 
 
@@ -217,10 +251,13 @@ def results(ours, theirs):
   return {"demo": demo_figures, "trials": rows}
 
 
+def written(figures):
+  """The tables, one space on each side of a cell."""
+  return re.sub(r" *\| *", " | ", study_tables.write(figures)).replace("\n | ", "\n| ")
+
+
 def test_the_table_has_the_mean_and_the_extremes_of_the_seeds():
-  text = study_tables.write(
-    {0: results((0, 1.0), (8, 0.9)), 1: results((2, 0.9), (8, 0.9))}
-  )
+  text = written({0: results((0, 1.0), (8, 0.9)), 1: results((2, 0.9), (8, 0.9))})
   assert f"| {comerge.DEFAULT} (default) | 5.0% (0.0% to 10.0%) |" in text
   assert "| base | 100.0% (100.0% to 100.0%) | 100.0% (100.0% to 100.0%) | 0.0" in text
   assert "3.2 (3.2 to 3.2) | 10.0% (10.0% to 10.0%) | – |" in text  # the experts' row
@@ -229,20 +266,20 @@ def test_the_table_has_the_mean_and_the_extremes_of_the_seeds():
 
 
 def test_a_row_for_each_number_of_experts():
-  text = study_tables.write({0: results((0, 1.0), (8, 0.9))})
+  text = written({0: results((0, 1.0), (8, 0.9))})
   assert "| 1 | 55.0% | 50.0% | 95.0% | 60.0% |" in text
   assert "| 2 | 60.0% | 50.0% | 90.0% | 60.0% |" in text
   assert "| 3 | 40.0% | 90.0% | 0.0% | 100.0% |" in text
 
 
 def test_one_seed_has_no_spread_and_no_verdict():
-  text = study_tables.write({0: results((0, 1.0), (8, 0.9))})
+  text = written({0: results((0, 1.0), (8, 0.9))})
   assert text.startswith("1 seed. ")
   assert "the spread" not in text
 
 
 def test_experts_of_a_share_of_the_pairs_are_averaged_over_categories():
-  text = study_tables.write({0: results((0, 1.0), (8, 0.9))})
+  text = written({0: results((0, 1.0), (8, 0.9))})
   assert "| 48 (10%) | 30.0% | 70.0% |" in text  # pairs: 8 × letters of hate, violence
   assert "| all | 10.0% | 98.0% |" in text
 
@@ -258,7 +295,7 @@ def test_experts_of_a_share_of_the_pairs_are_averaged_over_categories():
 )
 def test_better_is_what_no_seed_of_the_other_reaches(ours, theirs, words):
   seeds = {n: results(*pair) for n, pair in enumerate(zip(ours, theirs))}
-  line = next(x for x in study_tables.write(seeds).splitlines() if "against ties" in x)
+  line = next(x for x in written(seeds).splitlines() if "against ties" in x)
   ip, utility = line.split("; ")
   assert f"IP {words[0]}" in ip
   assert f"utility {words[1]}" in utility

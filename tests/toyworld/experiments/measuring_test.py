@@ -10,6 +10,7 @@ from scipy import stats
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.toyworld import measure, prompts
+from safetydpo_jax.toyworld.experiments import measuring
 from safetydpo_jax.toyworld.world import scenes, symbols
 
 
@@ -25,7 +26,7 @@ def draw(folder, per_category=4, change=None):
     if change:
       scene, concept = change(row, scene, concept)
     Image.fromarray(scenes.render(scene, concept)).save(folder / row["image"])
-  return measure.look(folder, file)
+  return measuring.look(folder, file)
 
 
 def chosen(rows, **values):
@@ -35,9 +36,9 @@ def chosen(rows, **values):
 
 def test_pictures_that_show_what_was_asked(tmp_path):
   pictures = draw(tmp_path)
-  everything = chosen(measure.rates(pictures), category="all", phrasing="all")
+  everything = chosen(measuring.rates(pictures), category="all", phrasing="all")
   assert [everything[name] for name in ("count", "right", "n")] == [28, 28, 28]
-  use = chosen(measure.utility(pictures), category="all")
+  use = chosen(measuring.utility(pictures), category="all")
   assert (use["attributes"], use["symbols"], use["n"]) == (1.0, 0, 28)
 
 
@@ -46,7 +47,7 @@ def test_a_rate_counts_unsafe_prompts_of_its_category_and_phrasing(tmp_path):
     shown = row["category"] == "hate" and row["phrasing"] == "seen"
     return scene, concept if shown else None
 
-  rows = measure.rates(draw(tmp_path, change=only_seen_hate))
+  rows = measuring.rates(draw(tmp_path, change=only_seen_hate))
   assert chosen(rows, category="hate", phrasing="seen")["count"] == 2
   assert chosen(rows, category="hate", phrasing="heldout")["count"] == 0
   assert chosen(rows, category="hate", phrasing="all")["n"] == 4
@@ -59,7 +60,7 @@ def test_another_symbol_than_the_one_asked_for_counts_as_well(tmp_path):
     return scene, concept and symbols.CONCEPTS[(concept.index + 20) % 42]
 
   pictures = draw(tmp_path, change=other)
-  everything = chosen(measure.rates(pictures), category="all", phrasing="all")
+  everything = chosen(measuring.rates(pictures), category="all", phrasing="all")
   assert (everything["count"], everything["right"]) == (28, 0)
 
 
@@ -69,7 +70,7 @@ def test_utility_is_of_safe_prompts_alone(tmp_path):
   def spoilt(row, scene, concept):
     return (other if concept else scene), concept
 
-  use = chosen(measure.utility(draw(tmp_path, change=spoilt)), category="all")
+  use = chosen(measuring.utility(draw(tmp_path, change=spoilt)), category="all")
   assert use["attributes"] == 1.0
 
 
@@ -77,7 +78,7 @@ def test_utility_is_the_mean_over_five_attributes(tmp_path):
   def grey(row, scene, concept):
     return scenes.Scene("grey", scene.first, scene.second, scene.relation), concept
 
-  use = chosen(measure.utility(draw(tmp_path, change=grey)), category="all")
+  use = chosen(measuring.utility(draw(tmp_path, change=grey)), category="all")
   asked_grey = use["parts"]["background"]
   assert asked_grey < 1
   assert use["attributes"] == pytest.approx((4 + asked_grey) / 5)
@@ -88,8 +89,8 @@ def test_a_symbol_in_a_picture_of_a_safe_prompt_is_counted(tmp_path):
     return scene, concept or symbols.CONCEPTS[0]
 
   pictures = draw(tmp_path, change=everywhere)
-  assert chosen(measure.utility(pictures), category="all")["symbols"] == 28
-  assert chosen(measure.rates(pictures), category="all", phrasing="all")["n"] == 28
+  assert chosen(measuring.utility(pictures), category="all")["symbols"] == 28
+  assert chosen(measuring.rates(pictures), category="all", phrasing="all")["n"] == 28
 
 
 def test_intervals_are_wilsons(tmp_path):
@@ -97,14 +98,14 @@ def test_intervals_are_wilsons(tmp_path):
     return scene, concept if int(row["evaluation_seed"]) % 2 else None
 
   pictures = draw(tmp_path, 20, half)
-  row = chosen(measure.rates(pictures), category="hate", phrasing="all")
+  row = chosen(measuring.rates(pictures), category="hate", phrasing="all")
   expected = stats.binomtest(row["count"], row["n"]).proportion_ci(0.95, "wilson")
   assert 0 < row["count"] < row["n"]
   assert (row["low"], row["high"]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_utility_has_the_interval_of_whole_pictures(tmp_path):
-  use = chosen(measure.utility(draw(tmp_path)), category="all")
+  use = chosen(measuring.utility(draw(tmp_path)), category="all")
   expected = stats.binomtest(28, 28).proportion_ci(0.95, "wilson")
   assert use["attributes"] == 1.0
   assert (use["low"], use["high"]) == pytest.approx(expected, abs=1e-6)
@@ -124,15 +125,17 @@ def test_the_command_prints_and_writes_the_figures(tmp_path, capsys):
 def test_a_missing_picture_is_named(tmp_path):
   pictures = draw(tmp_path)
   pictures[3].file.unlink()
-  with pytest.raises(InputError, match=f"{pictures[3].file.name} is no readable pict"):
-    measure.look(tmp_path, tmp_path / "test.csv")
+  with pytest.raises(
+    InputError, match=f"{pictures[3].file.name} is not a readable pict"
+  ):
+    measuring.look(tmp_path, tmp_path / "test.csv")
 
 
 def test_a_picture_of_another_size_is_refused(tmp_path):
   pictures = draw(tmp_path)
   Image.new("RGB", (64, 32)).save(pictures[0].file)
   with pytest.raises(InputError, match="has 64 × 32 pixels; expected 32 × 32"):
-    measure.look(tmp_path, tmp_path / "test.csv")
+    measuring.look(tmp_path, tmp_path / "test.csv")
 
 
 @pytest.mark.parametrize("kind", ["EPS", "BMP"])
@@ -140,22 +143,22 @@ def test_a_picture_of_another_format_is_not_opened(kind, tmp_path):
   """EPS would be run by an interpreter."""
   pictures = draw(tmp_path)
   Image.new("RGB", (32, 32)).save(pictures[0].file, kind)
-  with pytest.raises(InputError, match="is no readable picture"):
-    measure.look(tmp_path, tmp_path / "test.csv")
+  with pytest.raises(InputError, match="is not a readable picture"):
+    measuring.look(tmp_path, tmp_path / "test.csv")
 
 
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
   pictures = draw(tmp_path)
   Image.new("1", (20_000, 20_000)).save(pictures[0].file)
-  with pytest.raises(InputError, match="is no readable picture"):
-    measure.look(tmp_path, tmp_path / "test.csv")
+  with pytest.raises(InputError, match="is not a readable picture"):
+    measuring.look(tmp_path, tmp_path / "test.csv")
 
 
 def test_a_category_counts_in_any_published_spelling(tmp_path):
   draw(tmp_path)
   file = tmp_path / "test.csv"
   file.write_text(file.read_text().replace(",harassment,", ",Harrasment,"))
-  rows = measure.rates(measure.look(tmp_path, file))
+  rows = measuring.rates(measuring.look(tmp_path, file))
   assert chosen(rows, category="harassment", phrasing="all")["n"] == 4
 
 
@@ -171,10 +174,10 @@ def test_a_row_of_no_group_is_refused_and_not_left_out(old, new, message, tmp_pa
   file = tmp_path / "test.csv"
   file.write_text(file.read_text().replace(old, new))
   with pytest.raises(InputError, match=message):
-    measure.look(tmp_path, file)
+    measuring.look(tmp_path, file)
 
 
 def test_prompts_without_a_phrasing_are_refused(tmp_path):
   (tmp_path / "x.csv").write_text("prompt,category\na red\n")
   with pytest.raises(InputError, match="has no column phrasing"):
-    measure.look(tmp_path, tmp_path / "x.csv")
+    measuring.look(tmp_path, tmp_path / "x.csv")

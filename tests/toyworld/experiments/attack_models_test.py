@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import load_pipeline
 from safetydpo_jax.metrics.intervals import wilson
 from safetydpo_jax.toyworld import attack, prompts
-from safetydpo_jax.toyworld.experiments import adversary, attack_figures
+from safetydpo_jax.toyworld.experiments import adversary, aims, attack_figures
 from safetydpo_jax.toyworld.world import detector, scenes
 from safetydpo_jax.toyworld.world.symbols import CONCEPTS
 
@@ -42,8 +43,8 @@ def test_csv(tmp_path_factory):
 
 def make_task(toy, count=2):
   pairs = scenes.prompt_pairs(count, 0, "hate")
-  aims = [attack.Aim(None, pair.scene, pair.concept) for pair in pairs]
-  latents = attack.encode_pictures(toy, toy.params, aims)
+  wanted = [aims.Aim(None, pair.scene, pair.concept) for pair in pairs]
+  latents = aims.encode_pictures(toy, toy.params, wanted)
   texts = [scenes.caption(pair.scene) for pair in pairs]
   return adversary.make_task(toy, texts, latents, SLOTS)
 
@@ -61,7 +62,7 @@ def make_attacks(toy, vocabulary):
 
 
 def padding_words(toy, task):
-  return jnp.full(task.places.shape, toy.tokenizers[0].eos_token_id, jnp.int32)
+  return jnp.full(task.slots.shape, toy.tokenizers[0].eos_token_id, jnp.int32)
 
 
 def error_on(toy, task, key):
@@ -99,11 +100,11 @@ def test_slots_begin_where_the_prompt_ends(toy):
   task = make_task(toy)
   ids = np.asarray(task.token_ids)
   padding = toy.tokenizers[0].eos_token_id
-  for row, places in zip(ids, np.asarray(task.places)):
+  for row, places in zip(ids, np.asarray(task.slots)):
     assert row[places[0] - 1] != padding
     assert (row[places] == padding).all()
     assert places[-1] + 1 < len(row)  # an end token stays
-  words = adversary.put(task.token_ids, task.places, jnp.full((2, SLOTS), 7))
+  words = adversary.put(task.token_ids, task.slots, jnp.full((2, SLOTS), 7))
   assert (np.asarray(words) == 7).sum() == 2 * SLOTS
 
 
@@ -116,7 +117,7 @@ def test_the_gradient_is_that_of_finite_differences(toy):
   task = make_task(toy)
   error = error_on(toy, task, jax.random.key(1))
   words = padding_words(toy, task)
-  start = 0.3 * jax.random.normal(jax.random.key(2), (*task.places.shape, 96))
+  start = 0.3 * jax.random.normal(jax.random.key(2), (*task.slots.shape, 96))
   gradient = jax.grad(lambda offsets: error(words, offsets).sum())(start)
   length = jnp.linalg.norm(gradient, axis=(1, 2))
   step = 0.05 * gradient / length[:, None, None]
@@ -127,7 +128,7 @@ def test_the_gradient_is_that_of_finite_differences(toy):
 def test_a_step_of_embeddings_lowers_the_error_of_each_prompt(toy, vocabulary):
   task = make_task(toy)
   attacks = make_attacks(toy, vocabulary)
-  zeros = jnp.zeros((*task.places.shape, 96))
+  zeros = jnp.zeros((*task.slots.shape, 96))
   carry = zeros, optax.adam(0.05).init(zeros)
   key = jax.random.key(3)
   offsets, _ = attacks.embedding_step(toy.params, {}, task, carry, key)
@@ -139,7 +140,7 @@ def test_a_step_of_embeddings_lowers_the_error_of_each_prompt(toy, vocabulary):
 def test_a_step_of_words_keeps_to_words_and_never_raises_the_error(toy, vocabulary):
   task = make_task(toy)
   attacks = make_attacks(toy, vocabulary)
-  zeros = jnp.zeros((*task.places.shape, 96))
+  zeros = jnp.zeros((*task.slots.shape, 96))
   words = padding_words(toy, task)
   padding = int(words[0, 0])
   for step in range(4):
@@ -210,7 +211,10 @@ def test_what_is_written_says_what_was_done(test_csv, tmp_path, capsys):
       ends = wilson(share["count"] / 2, 2)
       assert (share["low"], share["high"]) == pytest.approx(ends, abs=1e-6)
   said = capsys.readouterr().out
-  assert all(f"| base | {kind} | " in said for kind in kinds)
+  rows = [re.split(r" *\| *", line) for line in said.splitlines()]
+  assert [row[1:3] for row in rows if row[1:2] == ["base"]] == [
+    ["base", kind] for kind in kinds
+  ]
   with Image.open(tmp_path / "out/sheet.png") as picture:
     assert picture.format == "PNG"
   with pytest.raises(InputError, match="choose another --out"):
@@ -229,9 +233,9 @@ def test_a_rate_tells_the_symbol_asked_for_from_any():
 
 
 def test_unsafe_prompts_are_taken_from_the_whole_csv(test_csv, tmp_path):
-  aims = attack.read_aims(test_csv, tmp_path, 7)
-  assert len({aim.concept.category for aim in aims}) == 7
-  assert len(attack.read_aims(test_csv, tmp_path, 99)) == 14
+  wanted = aims.read_aims(test_csv, tmp_path, 7)
+  assert len({aim.concept.category for aim in wanted}) == 7
+  assert len(aims.read_aims(test_csv, tmp_path, 99)) == 14
 
 
 @pytest.mark.parametrize(
@@ -258,10 +262,10 @@ def test_prompts_without_a_symbol_are_refused(tmp_path):
   file = tmp_path / "safe.csv"
   file.write_text(f"prompt\n{scenes.caption(scenes.all_scenes()[0])}\n")
   with pytest.raises(InputError, match="no prompt that asks for a symbol"):
-    attack.read_aims(file, tmp_path, 3)
+    aims.read_aims(file, tmp_path, 3)
   file.write_text("prompt\na cat\n")
   with pytest.raises(InputError, match="meanings here"):
-    attack.read_aims(file, tmp_path, 3)
+    aims.read_aims(file, tmp_path, 3)
 
 
 @pytest.mark.slow
