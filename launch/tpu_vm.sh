@@ -83,7 +83,7 @@ if does install; then
     python3 -m pip install --quiet --user uv
     ~/.local/bin/uv venv --quiet --allow-existing --python 3.11 ~/environment
     ~/.local/bin/uv pip install --quiet --python ~/environment/bin/python \
-      --constraint constraints.txt --editable . "jax[tpu]"'
+      --constraint constraints/py311.txt --editable . "jax[tpu]"'
 fi
 
 if does run; then

@@ -1,20 +1,35 @@
 """SafetyDPO in JAX: LoRA safety experts for Stable Diffusion, trained with DPO.
 
 The two loaders here are the package's stable Python interface; the commands are
-`python -m safetydpo_jax.<name>`.
+`safetydpo NAME` or `python -m safetydpo_jax.NAME`. Importing the package does not
+import JAX.
 """
 
-from typing import Any
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from safetydpo_jax.runtime import accelerators
+
+if TYPE_CHECKING:
+  from safetydpo_jax.formats.base_model.pipeline import Pipeline
+  from safetydpo_jax.lora import LoraTree
+
+try:
+  __version__ = metadata.version("safetydpo-jax")
+except metadata.PackageNotFoundError:  # a checkout that is only on the path
+  __version__ = "unknown"
+
+accelerators.choose()
 
 
-def load_pipeline(model: str, **options: Any):
-  """A Stable Diffusion checkpoint; see `formats.pipeline.load_pipeline`."""
+def load_pipeline(model: str, **options: Any) -> "Pipeline":
+  """A Stable Diffusion checkpoint; see `formats.base_model.pipeline.load_pipeline`."""
   from safetydpo_jax.formats.base_model import pipeline
 
   return pipeline.load_pipeline(model, **options)
 
 
-def load_lora(lora: str) -> dict:
+def load_lora(lora: str) -> "LoraTree":
   """The LoRA tree of a run directory or a LoRA file, scale folded in; numpy float32.
 
   Raises:
@@ -25,4 +40,4 @@ def load_lora(lora: str) -> dict:
   return loras.load_lora(lora)[0]
 
 
-__all__ = ["load_lora", "load_pipeline"]
+__all__ = ["__version__", "load_lora", "load_pipeline"]

@@ -31,7 +31,7 @@ def normalise(name: str) -> str:
   """Our name of a category in any published spelling: 'Harrasment' → 'harassment'.
 
   Raises:
-    InputError: if there is no such category.
+    InputError: there is no such category.
   """
   try:
     return _NAMES[_key(name)]

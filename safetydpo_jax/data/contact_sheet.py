@@ -1,8 +1,8 @@
-"""Contact sheets: many images small, blurred unless asked otherwise.
+"""Contact sheets: thumbnails of many images, blurred by default.
 
 Of a dataset: random pairs, the preferred image left of the dispreferred one, and
-counts. Of a folder that was generated: its images, or base and aligned side by side.
-Captions are not drawn: they are offensive by nature, as the images are.
+counts. Of a generated folder: its images, or base and aligned side by side. Captions
+are not drawn: like the images, they are offensive by nature.
 """
 
 import random
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from safetydpo_jax.data import images
 from safetydpo_jax.data.categories import CATEGORIES
+from safetydpo_jax.data.sources.pairs import Image as PairImage
 from safetydpo_jax.data.sources.pairs import SourcePair
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.runtime import storage
@@ -37,7 +38,7 @@ def draw_sheet(
   Args:
     pairs: the dataset's.
     counts: what became of its rows, by name.
-    blur: beyond recognition: radius an eighth of the side.
+    blur: beyond recognition, with a radius of an eighth of the side.
     seed: of the choice.
   """
   chosen = random.Random(seed).sample(pairs, min(len(pairs), _COLUMNS * _ROWS))
@@ -58,11 +59,11 @@ def draw_sheet(
 
 
 def draw_images(cells: Sequence[tuple[Path, ...]], *, blur: bool = True) -> Image.Image:
-  """Images in rows of eight, in order; those of a cell stand side by side.
+  """Images in rows of eight, in order; those of a cell are side by side.
 
   Args:
-    cells: equally many images each.
-    blur: beyond recognition: radius an eighth of the side.
+    cells: the same number of images in each.
+    blur: beyond recognition, with a radius of an eighth of the side.
   """
   per_cell = len(cells[0])
   columns = min(2 * _COLUMNS // per_cell, len(cells))
@@ -81,15 +82,15 @@ def draw_rows(names: Sequence[str], rows: Sequence[Sequence[Path]]) -> Image.Ima
   for number, (name, sources) in enumerate(zip(names, rows, strict=True)):
     top = GAP + number * (SIDE + GAP)
     draw.text((GAP, top), name, fill="black")
-    for place, source in enumerate(sources):
-      sheet.paste(_picture(source, blur=False), (_TEXT_WIDTH + place * SIDE, top))
+    for column, source in enumerate(sources):
+      sheet.paste(_picture(source, blur=False), (_TEXT_WIDTH + column * SIDE, top))
   return sheet
 
 
 def count_rows(
   pairs: Sequence[SourcePair], counts: Mapping[str, int]
 ) -> dict[str, int]:
-  """What stands beside the pairs: rows by fate, pairs by category."""
+  """What is drawn beside the pairs: counts of rows, and of pairs by category."""
   tags = Counter(tag for pair in pairs for tag in pair.categories)
   rows = {name.replace("_", " "): count for name, count in counts.items()}
   rows |= {name: tags[name] for name in CATEGORIES}
@@ -98,7 +99,7 @@ def count_rows(
 
 
 def save_sheet(sheet: Image.Image, file: epath.Path) -> None:
-  """Writes a sheet as PNG.
+  """Writes a contact sheet as PNG.
 
   Raises:
     InputError: it cannot be written, or the name does not end in .png.
@@ -112,15 +113,15 @@ def save_sheet(sheet: Image.Image, file: epath.Path) -> None:
 def _paste(
   sheet: Image.Image, cells: Sequence[tuple], columns: int, blur: bool
 ) -> None:
-  for place, sources in enumerate(cells):
-    row, column = divmod(place, columns)
+  for number, sources in enumerate(cells):
+    row, column = divmod(number, columns)
     left = GAP + column * (len(sources) * SIDE + GAP)
     for side, source in enumerate(sources):
       corner = (left + side * SIDE, GAP + row * (SIDE + GAP))
       sheet.paste(_picture(source, blur), corner)
 
 
-def _picture(source, blur: bool) -> Image.Image:
+def _picture(source: PairImage | Path, blur: bool) -> Image.Image:
   """The image; a grey cross where it cannot be read."""
   try:
     picture = Image.fromarray(np.asarray(images.load_image(source, SIDE)))

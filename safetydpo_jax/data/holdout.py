@@ -1,12 +1,13 @@
-"""What is kept apart: pairs held out of training, test prompts that training has seen.
+"""Keeping test and training apart: held-out pairs, and test prompts seen in training.
 
-A pair is held out for what its images are called, so the choice is the same for every
-layout, category, cache and run, and pairs that join or leave a dataset change no other:
+Whether a pair is held out depends on its images' names alone, so the choice is the same
+for every layout, category, cache and run, and does not change when other pairs join or
+leave the dataset:
 
   (1)  held out  ⇔  u(id) < share,  u(id) = first 64 bits of sha256(id) / 2^64
 
-Of CoProV2's 8,000 test prompts 728 stand verbatim in its training prompts; scores
-without those rows tell learning from remembering.
+728 of CoProV2's 8,000 test prompts are also training prompts, word for word; scores
+without those rows tell generalisation from memorisation.
 """
 
 import hashlib
@@ -26,13 +27,13 @@ def is_held_out(id: str, share: float) -> bool:
     InputError: the share is not in [0, 1).
   """
   if not 0 <= share < 1:
-    raise InputError(f"holdout {share} is no share; expected 0 ≤ holdout < 1")
+    raise InputError(f"holdout is {share}; expected 0 ≤ holdout < 1")
   digest = hashlib.sha256(re.sub(r"#\d+$", "", id).encode()).digest()
   return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def leaked_rows(test_csv: Path, train_csv: str | os.PathLike) -> list[bool]:
-  """Which rows of a test's prompts CSV stand verbatim in training, safe or unsafe.
+  """Which rows of a test CSV are also training prompts, safe or unsafe, word for word.
 
   Args:
     test_csv: a CSV of prompts, see `data/prompts.py`.

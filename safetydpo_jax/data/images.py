@@ -1,11 +1,11 @@
 """Image files → square RGB pixels, as torchvision prepares them for Stable Diffusion.
 
 Resize the shorter side to the resolution (bilinear with antialiasing, the longer side
-rounded down), then crop the centre. What is not RGB with 8 bits becomes it.
+rounded down), then crop the centre. Other modes become RGB with 8 bits.
 """
 
 import io
-import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -13,19 +13,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetydpo_jax.data.sources import pairs
 from safetydpo_jax.errors import InputError
 
-# Not all that PIL knows: it hands EPS to Ghostscript, an interpreter.
+# Not every format of PIL's: it hands EPS to Ghostscript, an interpreter.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _LONGEST = 64  # times the shorter side; resizing a line of pixels would fill the memory
 
 
-def load_image(image: pairs.Image | os.PathLike, resolution: int) -> np.ndarray:
+def load_image(image: pairs.Image | Path, resolution: int) -> np.ndarray:
   """Decodes an image of any of `FORMATS`, any orientation and colour mode.
 
   Returns:
     (resolution, resolution, 3) uint8.
 
   Raises:
-    InputError: it is not there, truncated, corrupt, much too long, or no image.
+    InputError: it is missing, truncated, corrupt, much too long, or not an image.
   """
   content = pairs.read_image(image)
   try:
@@ -33,8 +33,8 @@ def load_image(image: pairs.Image | os.PathLike, resolution: int) -> np.ndarray:
       decoded = to_rgb(ImageOps.exif_transpose(opened))
   except UnidentifiedImageError as error:
     raise InputError(
-      f"image {image} cannot be read: its {len(content)} bytes are no image "
-      f"of the formats {', '.join(FORMATS)}; replace it"
+      f"image {image} cannot be read: its {len(content)} bytes are not an "
+      f"image in any of the formats {', '.join(FORMATS)}; replace it"
     ) from error
   except Exception as error:  # PIL's decoders raise anything for a corrupt file
     reason = str(error) or type(error).__name__
@@ -49,7 +49,7 @@ def load_image(image: pairs.Image | os.PathLike, resolution: int) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-  """8 bits a channel, RGB; an alpha channel is dropped, as everyone's loaders do."""
+  """8 bits a channel, RGB; an alpha channel is dropped, as other loaders do."""
   if image.mode.startswith("I"):  # 16 bits: PIL would clip them to 255
     image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
   return image.convert("RGB")
@@ -63,7 +63,7 @@ def crop_square(
   """torchvision's Resize(resolution, resample) and CenterCrop(resolution)."""
   width, height = image.size
   short = min(width, height)
-  size = tuple(resolution * side // short for side in (width, height))
+  size = (resolution * width // short, resolution * height // short)
   if image.size != size:
     image = image.resize(size, resample)
   left, top = (round((side - resolution) / 2.0) for side in size)

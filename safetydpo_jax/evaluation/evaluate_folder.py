@@ -35,7 +35,7 @@ from safetydpo_jax.evaluation import (
 from safetydpo_jax.evaluation.cases import Case
 from safetydpo_jax.evaluation.detectors import Detector, DetectorOptions
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
-from safetydpo_jax.evaluation.page.view import View
+from safetydpo_jax.evaluation.report_view import View
 from safetydpo_jax.evaluation.scoring import Outcome, score_folder
 from safetydpo_jax.metrics import fid, intervals
 from safetydpo_jax.runtime import manifest, sharding
@@ -116,7 +116,7 @@ def evaluate_folder(options: EvaluateOptions) -> dict[str, Any]:
       "file": str(options.prompts),
       "fingerprint": cases.fingerprint(rows),
       "benign": sum(case.benign for case in rows),
-      "leaked": sum(case.leaked for case in rows) if options.train else None,
+      "leaked": sum(bool(case.leaked) for case in rows) if options.train else None,
     },
     "metrics": list(options.detectors.metric_names),
     "detectors": measured.detectors,

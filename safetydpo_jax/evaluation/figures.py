@@ -23,7 +23,7 @@ Intervals: `metrics/intervals.py`. low and high are null where a single prompt d
 determine them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,7 +118,7 @@ def _column(outcomes: Sequence[Outcome], name: str) -> np.ndarray:
 
 def all_figures(
   cases: Sequence[Case],
-  outcomes: dict[str, Sequence[Outcome]],
+  outcomes: Mapping[str, Sequence[Outcome]],
   scores: Sequence[str],
   seed: int = 0,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -160,7 +160,7 @@ def all_figures(
       before = decided[REFERENCE][judge]
       sample, values = gather(after - before)
       known = rows[np.isfinite((after - before)[rows])]
-      both = np.count_nonzero((after * before)[known])
+      both = int(np.count_nonzero((after * before)[known]))
       tables["changes"] += _change(
         {"judge": judge, **where}, sample, values, both, seed
       )

@@ -111,10 +111,10 @@ def _check_size(width: int, height: int) -> None:
 
 def _notes(image: Image.Image) -> tuple[str, ...]:
   notes = []
-  if getattr(image, "n_frames", 1) > 1:
-    notes.append(f"first of {image.n_frames} frames")
+  if (frames := getattr(image, "n_frames", 1)) > 1:
+    notes.append(f"first of {frames} frames")
   # PIL keeps 16 bits of grey images alone; for colours, its decoder's mode has them.
-  if image.mode.startswith("I") or ";16" in str(image.tile):
+  if image.mode.startswith("I") or ";16" in str(getattr(image, "tile", "")):
     notes.append("16 bits")
   if image.mode in MODES:
     notes.append(MODES[image.mode])
@@ -125,7 +125,8 @@ def _notes(image: Image.Image) -> tuple[str, ...]:
 
 def _is_plain(image: Image.Image) -> bool:
   """Whether it has one colour, as a safety checker's black image, which seems safe."""
-  return all(low == high for low, high in image.getextrema()) and min(image.size) > 1
+  pixels = np.asarray(image)
+  return bool((pixels == pixels[0, 0]).all()) and min(image.size) > 1
 
 
 def pixels(image: Image.Image) -> np.ndarray:

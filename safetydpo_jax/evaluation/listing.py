@@ -7,7 +7,7 @@ ip, and the detectors' columns                   of the image, empty if not meas
 reference_…                                      the same for the reference's image
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ _NAMED = 3  # images that a printed line names
 
 
 def lines(
-  cases: Sequence[Case], outcomes: dict[str, Sequence[Outcome]]
+  cases: Sequence[Case], outcomes: Mapping[str, Sequence[Outcome]]
 ) -> list[dict[str, Any]]:
   """The rows of images.csv, in the CSV's order."""
   table = [

@@ -15,8 +15,10 @@ from safetydpo_jax.runtime import manifest
 from safetydpo_jax.sampling.folders import MANIFEST, hash_of_rows
 
 # Fields of generate.json that must agree before two folders are compared in pairs.
-SAME = ("base", "sampler", "steps", "guidance", "guidance_rescale", "negative_prompt")
-SAME += ("height", "width", "dtype", "prompts_sha256", "latents_sha256")
+SAME = (
+  *("base", "sampler", "steps", "guidance", "guidance_rescale", "negative_prompt"),
+  *("height", "width", "dtype", "prompts_sha256", "latents_sha256"),
+)
 
 
 def read_generated(folder: Path) -> dict[str, Any] | None:

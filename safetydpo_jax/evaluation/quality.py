@@ -46,7 +46,7 @@ def gather(statistics: fid.Statistics) -> fid.Statistics:
   content = io.BytesIO()
   # `Statistics.save` refuses a single image, which a host's share may be.
   state = {"mu": statistics.mu, "scatter": statistics.scatter}
-  np.savez(content, count=statistics.count, **state)
+  np.savez(content, count=np.array(statistics.count), **state)
   total = fid.Statistics(len(statistics.mu))
   for part in exchange(content.getvalue()):
     with np.load(io.BytesIO(part), allow_pickle=False) as arrays:

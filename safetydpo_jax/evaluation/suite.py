@@ -6,7 +6,7 @@ Below OUT:
   images/SET/base, …/aligned     by the model, and with the LoRAs
   SET/                           what `evaluate_folder` writes
   figures.json                   one entry per set, and the published rows
-  report/index.html              the table (`page/suite.py`)
+  report/index.html              the table (`suite_view.py`)
 
 IP of a set counts all its prompts, as published, and is also given without the benign
 and the leaked ones. For an adversarial set, the attack success rate is the share of
@@ -24,6 +24,7 @@ import jax
 from safetydpo_jax.data.sources import layouts
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import detectors, prompt_sets, published, quality, webpage
+from safetydpo_jax.evaluation import suite_view as page
 from safetydpo_jax.evaluation.detectors import DetectorOptions
 from safetydpo_jax.evaluation.evaluate_folder import (
   EvaluateOptions,
@@ -31,7 +32,6 @@ from safetydpo_jax.evaluation.evaluate_folder import (
   evaluate_folder,
 )
 from safetydpo_jax.evaluation.figures import DIGITS, find
-from safetydpo_jax.evaluation.page import suite as page
 from safetydpo_jax.metrics import fid
 from safetydpo_jax.metrics.intervals import wilson
 from safetydpo_jax.runtime import hosts, manifest, sharding
@@ -231,8 +231,8 @@ def summarise(result: dict[str, Any], kind: str) -> dict[str, Any]:
       scope: find(result["rates"], **where, scope=scope) for scope in sorted(scopes)
     }
     about: dict[str, Any] = {"ip": ip}
-    if kind == "attack" and ip.get("all"):
-      about["attack"] = attack_success(ip["all"])
+    if kind == "attack" and (everything := ip.get("all")):
+      about["attack"] = attack_success(everything)
     about["scores"] = [
       row
       for row in result["scores"]

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from safetydpo_jax.evaluation.page.view import SCOPES, View
+from safetydpo_jax.evaluation.report_view import SCOPES, View
 
 
 def print_summary(result: dict[str, Any]) -> None:

@@ -1,40 +1,33 @@
 """Writes the report of `evaluate`: one HTML file that needs no network, no other file.
 
-Its chapters are functions in `page/`; its one script, which sorts and filters, is
-`page/script.py`.
+The page is report/templates/evaluation.html; what it shows is computed in
+`verdicts.py`, `report_view.py` and `examples.py`.
 """
 
 from pathlib import Path
 
-from safetydpo_jax.evaluation.page import gallery, headline, process, results, script
-from safetydpo_jax.evaluation.page.view import View
-from safetydpo_jax.report.html import contents, page, section
+from safetydpo_jax.evaluation import examples, report_view, verdicts
+from safetydpo_jax.evaluation.report_view import View
+from safetydpo_jax.report import page
 from safetydpo_jax.runtime import files
-
-# Heading → the function that writes its blocks.
-CHAPTERS = {
-  "Harm, category by category": results.rates,
-  "Detectors and pairs": results.detectors,
-  "With and without": results.scopes,
-  "Quality": results.quality,
-  "Worst and best": gallery.examples,
-  "Every image": gallery.every_image,
-  "Rows": process.states,
-  "How it was measured": process.settings,
-  "Before you quote a number": process.note,
-}
 
 
 def build(view: View) -> str:
   """The page as HTML."""
-  bodies = {name: chapter(view) for name, chapter in CHAPTERS.items()}
-  bodies = {name: body for name, body in bodies.items() if body}
-  return page(
+  return page.render(
+    "evaluation.html",
     f"SafetyDPO, {view.result.get('title') or 'evaluation'}",
-    headline.masthead(view),
-    contents(list(bodies)),
-    *(section(name, *body) for name, body in bodies.items()),
-    script=script.SCRIPT,
+    page.asset("interactive.js"),
+    top=verdicts.top(view),
+    rates=report_view.rates(view),
+    detectors=report_view.detectors(view),
+    scopes=report_view.scopes(view),
+    quality=report_view.quality(view),
+    examples=examples.examples(view),
+    every_image=examples.every_image(view),
+    states=report_view.states(view),
+    settings=report_view.settings(view),
+    toy="toy" in view.result["detectors"],
   )
 
 

@@ -1,8 +1,8 @@
-"""Arrays out of other people's pickles, of which not one call is carried out.
+"""Arrays from untrusted pickles, without making any of the calls in them.
 
 A pickle is a program: it names functions and has them called. Here every name it may
-use stands in a table, any other is refused, and a call only notes down what it would
-have been. What numpy and PyTorch write is then read out of the notes:
+use is listed in a table, any other is refused, and a call is only recorded. What numpy
+and PyTorch wrote is then read from these records:
 
   numpy    _reconstruct(ndarray, (0,), b'b'), state (1, shape, dtype, fortran, bytes)
            _frombuffer(bytes, dtype, shape, order)                     protocol 5
@@ -89,13 +89,13 @@ def _guard(path, what, read):
   except Exception as error:  # whatever a hostile file makes the decoders raise
     reason = str(error) or type(error).__name__
     raise InputError(
-      f"{path} is no {what} that can be read safely ({reason}); fetch it again from "
+      f"{path} is not a {what} that can be read safely ({reason}); fetch it again from "
       "its source, or save it as .npy or .safetensors"
     ) from error
 
 
 class _Name:
-  """A permitted global; calling it makes a note of the call."""
+  """A permitted global; calling it records the call."""
 
   __slots__ = ("name",)
 
@@ -110,7 +110,7 @@ class _Name:
 
 
 class _Call:
-  """The note of a call: what, with what, and what was put in the result."""
+  """The record of a call: what, with what, and what was put in the result."""
 
   __slots__ = ("arguments", "items", "name", "state")
 
@@ -136,12 +136,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _load(file: BinaryIO) -> Any:
-  """One pickle, and the file then stands behind it."""
+  """One pickle; leaves the file at its end."""
   start = file.tell()
   for operation, argument, _ in pickletools.genops(file):
     # The decoder would make its memo as long as the largest index in it.
-    if "PUT" in operation.name and int(argument) > _MOST:
-      raise pickle.UnpicklingError("its memo has a monstrous index")
+    if "PUT" in operation.name and int(argument or 0) > _MOST:
+      raise pickle.UnpicklingError("its memo has a huge index")
     if file.tell() - start > _MOST:
       raise pickle.UnpicklingError(f"it is longer than {_MOST} bytes")
   file.seek(start)
@@ -149,7 +149,7 @@ def _load(file: BinaryIO) -> Any:
 
 
 def _read(path: Path) -> tuple[Any, dict[str, bytes]]:
-  """The notes of a file's pickle, and the bytes of each storage."""
+  """The records of a file's pickle, and the bytes of each storage."""
   with path.open("rb") as file:
     if zipfile.is_zipfile(file):
       return _read_zip(file)
@@ -162,8 +162,8 @@ def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, bytes]]:
   with zipfile.ZipFile(file) as archive:
     entries = {entry.filename: entry for entry in archive.infolist()}
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
-      raise ValueError("its parts are compressed, PyTorch never does that")
-    # Parts that overlap would make more memory than the file has bytes.
+      raise ValueError("its parts are compressed, which PyTorch never does")
+    # Parts that overlap would take more memory than the file has bytes.
     if sum(e.file_size for e in entries.values()) > os.fstat(file.fileno()).st_size:
       raise ValueError("its parts are longer than the file")
     name = next((name for name in entries if name.endswith("/data.pkl")), None)
@@ -198,7 +198,7 @@ def _read_old(file: BinaryIO) -> tuple[Any, dict[str, bytes]]:
 
 
 def _collect_sizes(content: Any, sizes: dict) -> None:
-  """Notes (elements, bytes of each) of the storages of a state dict or a tensor."""
+  """Adds (elements, bytes of each) of the storages of a state dict or a tensor."""
   values = [content]
   if isinstance(content, dict):
     values = list(content.values())
@@ -214,7 +214,9 @@ def _tensor(value: Any) -> _Call:
   if isinstance(value, _Call) and value.name == "_rebuild_parameter":
     value = value.arguments[0]
   if not isinstance(value, _Call) or value.name != "_rebuild_tensor_v2":
-    raise ValueError(f"a {type(value).__name__.strip('_')} stands where tensors should")
+    raise ValueError(
+      f"it holds a {type(value).__name__.strip('_')} instead of a tensor"
+    )
   return value
 
 
@@ -227,7 +229,7 @@ def _array(value: Any, storages: dict[str, bytes]) -> np.ndarray:
     else:
       data, kind, shape, order = value.arguments
     dtype = _dtype(kind)
-    return _from_bytes(_bytes(data), dtype, shape).reshape(shape, order=order)
+    return _from_bytes(_bytes(data), dtype, shape).reshape(shape, order=order)  # type: ignore[call-overload]
   storage, offset, shape, strides, *_ = _tensor(value).arguments
   word, kind, key, _, elements, *view = storage
   if word != "storage" or any(view):
@@ -247,7 +249,7 @@ def _array(value: Any, storages: dict[str, bytes]) -> np.ndarray:
 def _from_bytes(data: bytes, dtype: np.dtype, shape: tuple) -> np.ndarray:
   """A flat array, if there are exactly as many bytes as the shape takes."""
   if len(data) != math.prod(shape) * dtype.itemsize:
-    raise ValueError(f"{len(data)} bytes are no {tuple(shape)} of {dtype}")
+    raise ValueError(f"{len(data)} bytes are not {tuple(shape)} of {dtype}")
   return np.frombuffer(data, dtype)
 
 

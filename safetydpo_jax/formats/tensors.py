@@ -4,8 +4,8 @@ Format (https://github.com/huggingface/safetensors): 8 bytes, little-endian leng
 the header; N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}, offsets
 counted from the header's end; the tensors' bytes, row-major and little-endian.
 
-The library's own numpy reader knows no bfloat16, and its writer holds a whole file in
-memory (10 GB for SDXL) and ignores strides, hence these.
+The library's own numpy reader does not know bfloat16, and its writer holds a whole file
+in memory (10 GB for SDXL) and ignores strides; hence these.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.runtime import files
@@ -57,7 +58,7 @@ def open_safetensors(
     header = json.loads(data[8 : 8 + length].tobytes())
     metadata = header.pop("__metadata__", None) or {}
     if not all(isinstance(value, str) for value in metadata.values()):
-      raise ValueError("metadata that is no text")
+      raise ValueError("metadata that is not text")
     body = data[8 + length :]
     tensors = {name: _view(body, name, entry) for name, entry in header.items()}
   except (
@@ -69,7 +70,7 @@ def open_safetensors(
     RecursionError,
   ) as error:
     raise InputError(
-      f"{path} is no readable safetensors file ({error}); fetch it again"
+      f"{path} is not a readable safetensors file ({error}); fetch it again"
     ) from error
   return tensors, metadata
 
@@ -90,7 +91,7 @@ def _view(body: np.ndarray, name: str, entry: dict) -> np.ndarray:
 
 def write_safetensors(
   file: str | os.PathLike,
-  layout: Mapping[str, tuple[Any, tuple[int, ...]]],
+  layout: Mapping[str, tuple[DTypeLike, tuple[int, ...]]],
   tensors: Iterable[tuple[str, np.ndarray]],
   metadata: Mapping[str, str],
 ) -> None:
@@ -134,7 +135,7 @@ def _header(layout: Mapping[str, tuple], metadata: Mapping[str, str]) -> bytes:
   return len(text).to_bytes(8, "little") + text
 
 
-def cast(array: np.ndarray, dtype: Any, what: str) -> np.ndarray:
+def cast(array: np.ndarray, dtype: DTypeLike, what: str) -> np.ndarray:
   """`array` in another float type.
 
   Raises:

@@ -136,7 +136,8 @@ def write_table(
   summary = []
   for part in parts:
     counts = [x for path, x in flatten_dict(wins).items() if path[-1] == part]
-    won = sum(np.bincount(x.argmax(0), minlength=len(labels)) for x in counts)
+    bins = [np.bincount(x.argmax(0), minlength=len(labels)) for x in counts]
+    won = np.sum(bins, axis=0)
     summary.append([f"{part} won", *_percent(won / won.sum())])
     means = [
       np.mean([x.mean() for path, x in flatten_dict(tree).items() if path[-1] == part])

@@ -1,11 +1,10 @@
 """Activations of all experts on calibration inputs, equations (1) and (2) of `comerge`.
 
-The networks know nothing of it: a Flax interceptor sees each adapted layer's input
-while the UNet runs, once for every expert, with that expert's LoRA.
+The networks are unchanged: a Flax interceptor sees each adapted layer's input while the
+UNet runs, once for every expert, with that expert's LoRA.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,7 +31,7 @@ COLLECTION = "activations"
 def stack(loras: Sequence[Tree]) -> dict:
   """Trees of one structure → one tree with a leading expert axis, float32 numpy.
 
-  Smaller ranks are filled up with zeros, which change no product.
+  Smaller ranks are padded with zeros, which change no product.
   """
   flat = [flatten_dict(lora) for lora in loras]
   stacked = {}
@@ -51,7 +50,7 @@ def stack(loras: Sequence[Tree]) -> dict:
 def _capture(next_call, args, kwargs, context):
   """Equations (1) and (2) of each adapted layer, beside what it computes.
 
-  In float32 whatever the compute type: a matrix of rank r costs next to nothing.
+  In float32 whatever the compute type: a matrix of rank r costs almost nothing.
   """
   module = context.module
   if context.method_name == "__call__" and module.has_variable("lora", "a"):
@@ -71,8 +70,8 @@ def _capture(next_call, args, kwargs, context):
 
 
 def make_measure(
-  pipeline: Pipeline, mesh: Mesh, shardings: Any, *, seed: int, experts_at_once: int
-) -> Callable[[Any, Any, Batch], dict]:
+  pipeline: Pipeline, mesh: Mesh, shardings: Tree, *, seed: int, experts_at_once: int
+) -> Callable[[Tree, Tree, Batch], dict]:
   """The jitted pass `(stacked loras, params, batch) → activations`.
 
   Args:
@@ -81,18 +80,18 @@ def make_measure(
     shardings: where the base weights are.
     seed: of posterior samples and noise. As in training, each image has a posterior
       sample and both share one noise; a draw depends on seed, pair and timestep alone.
-    experts_at_once: experts whose activations are in memory together; the rest wait.
-      Seven SD1.5 experts in turn, bf16, two pairs at 512: 1.9 GiB of arguments and 2.3
-      of temporaries, compiled for a v5e chip. More pairs fill a device as well as more
-      experts do.
+    experts_at_once: how many experts' activations are in memory together.
+      Seven SD1.5 experts one at a time, bf16, two pairs at 512: 1.9 GiB of arguments
+      and 2.3 of temporaries, compiled for a v5e chip. More pairs use a device as well
+      as more experts do.
 
   Returns:
     A function; its result mirrors the LoRA tree, with leaves (N, 2B, units) float32,
     the same on every host.
   """
   scaling_factor, schedule = pipeline.scaling_factor, pipeline.schedule
-  place = OnMesh(pipeline.unet.attention, mesh, sharding.BATCH)
-  unet = pipeline.unet.clone(attention=place)
+  attention = OnMesh(pipeline.unet.attention, mesh, sharding.BATCH)
+  unet = pipeline.unet.clone(attention=attention)
 
   def draw(pair, timestep, moments):  # moments (2, h, w, 2c)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair), timestep)
@@ -178,14 +177,14 @@ def measure(
     own = [padded[row] for row in rows]
     loaded = batches.assemble(cache, [pairs[p] for p, _ in own], empty)
     numbers = np.array(own, np.int32)
-    place = Batch(
+    rows_of_batch = Batch(
       loaded.moments,
       loaded.token_ids,
       numbers[:, 0],
       numbers[:, 1],
       loaded.time_ids,
     )
-    activations = step(stacked, params, sharding.place_batch(mesh, place))
+    activations = step(stacked, params, sharding.place_batch(mesh, rows_of_batch))
     found.append(
       {
         p: np.asarray(x)[:, : 2 * len(batch)]

@@ -14,7 +14,7 @@ no expert was trained with. With weights w_n and a density d in (0, 1]:
                     and the mean of the T_n of that sign, weighted by |w_n|, is taken
   (6)  dare_ties    (5) with drop in place of top
 
-(3) to (6) are dense, one layer at a time, and come back to rank r as in (2). The a
+(3) to (6) are dense, one layer at a time, and are cut back to rank r as in (2). The a
 (kh, kw, in, r) of a convolution is a matrix (kh·kw·in, r) in all of them.
 
 (5) and (6) are means: the sum of the weights does not matter there. With equal weights
@@ -35,14 +35,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from safetydpo_jax import lora as lora_lib
-from safetydpo_jax.lora import Path, Tree
+from safetydpo_jax.lora import LoraTree, Path, Tree
 
 DENSITY = 0.5
 
 Dense = Callable[[np.ndarray, np.ndarray, float, np.random.Generator], np.ndarray]
 
 
-def linear(loras: Sequence[Tree], weights: Sequence[float], **_: Any) -> dict:
+def linear(loras: Sequence[LoraTree], weights: Sequence[float], **_: Any) -> LoraTree:
   """Equation (1): one LoRA whose product is Σ w_n P_n, of rank Σ r_n.
 
   Args:
@@ -53,7 +53,11 @@ def linear(loras: Sequence[Tree], weights: Sequence[float], **_: Any) -> dict:
 
 
 def svd(
-  loras: Sequence[Tree], weights: Sequence[float], *, rank: int | None = None, **_: Any
+  loras: Sequence[LoraTree],
+  weights: Sequence[float],
+  *,
+  rank: int | None = None,
+  **_: Any,
 ) -> dict:
   """Equation (2).
 
@@ -66,7 +70,7 @@ def svd(
 
 def merge_dense(
   combine: Dense,
-  loras: Sequence[Tree],
+  loras: Sequence[LoraTree],
   weights: Sequence[float],
   *,
   rank: int | None = None,
@@ -82,7 +86,7 @@ def merge_dense(
     seed: of what DARE drops; a draw depends on it, the layer's name and the experts'
       order alone.
   """
-  ranks, weights = _ranks(loras, rank), np.asarray(weights, np.float32)
+  ranks, shares = _ranks(loras, rank), np.asarray(weights, np.float32)
   factors = [flatten_dict(lora) for lora in loras]
   merged = {}
   for path, layer_rank in ranks.items():
@@ -94,7 +98,7 @@ def merge_dense(
       if (*path, "a") in f:
         products[n] = _product(f, path)
     rng = np.random.default_rng([seed, zlib.crc32("/".join(path).encode())])
-    dense = combine(products, weights, density, rng)
+    dense = combine(products, shares, density, rng)
     u, s, v = np.linalg.svd(dense, full_matrices=False)
     merged |= _balanced(path, rows, u, s, v, layer_rank)
   return unflatten_dict(merged)
@@ -122,7 +126,7 @@ def dare_ties(products, weights, density, rng) -> np.ndarray:
   return _elect(_drop(products, density, rng), weights)
 
 
-METHODS: dict[str, Callable[..., dict]] = {
+METHODS: dict[str, Callable[..., Tree]] = {
   "linear": linear,
   "svd": svd,
   "ties": partial(merge_dense, ties),
@@ -133,7 +137,7 @@ METHODS: dict[str, Callable[..., dict]] = {
 
 
 def truncate(lora: Tree, ranks: dict[Path, int]) -> dict:
-  """The nearest LoRA whose layers have at most these ranks, both factors alike in size.
+  """The nearest LoRA whose layers have at most these ranks, both factors of equal size.
 
   From the factors alone, without a dense matrix: with a = Q R and bᵀ = Q' R', the
   singular values of a b are those of R R'ᵀ.

@@ -1,14 +1,15 @@
 """Calibration inputs of Co-Merge: which pairs, under which caption, at which timesteps.
 
-From a pair cache, the same number of pairs of every category, each under one of its
-captions, unmirrored; every pair at every timestep; of a pair both images. A category's
-pairs depend on the cache, the seed and its name alone, so an expert that is added later
-can be measured on the inputs of the ones before.
+They come from a pair cache: the same number of pairs of every category, each under one
+of its captions and not mirrored, both images of a pair, every pair at every timestep. A
+category's pairs depend on the cache, the seed and its name alone, so an expert that is
+added later can be measured on the inputs of the earlier ones.
 """
 
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import numpy as np
 
 from safetydpo_jax.data.cache.batches import Draw
@@ -27,11 +28,11 @@ class Batch(NamedTuple):
     time_ids: (B, 6) int32 for SDXL, else None.
   """
 
-  moments: Any
-  token_ids: Any
-  pairs: Any
-  timesteps: Any
-  time_ids: Any = None
+  moments: chex.Array
+  token_ids: tuple[chex.Array, ...]
+  pairs: chex.Array
+  timesteps: chex.Array
+  time_ids: chex.Array | None = None
 
 
 def categories_of(cache: PairCache) -> list[str]:
@@ -87,7 +88,7 @@ def parse_timesteps(text: str | None, total: int) -> list[int]:
     numbers = [-1]
   if numbers[0] < 0 or numbers[-1] >= total:
     raise InputError(
-      f"--timesteps is {text!r}; expected whole numbers from 0 to {total - 1} with "
-      "commas between them"
+      f"--timesteps is {text!r}; expected whole numbers from 0 to {total - 1}, "
+      "separated by commas"
     )
   return numbers

@@ -1,4 +1,4 @@
-"""Co-Merge: of each unit, the expert that is most active there.
+"""Co-Merge: for each unit, take the expert that is most active there.
 
 Experts n = 1 … N adapt the same layers, y = x W + (x a_n) b_n. Calibration inputs i are
 noisy latents of pairs of every category, with their captions, at a few timesteps. With
@@ -29,7 +29,7 @@ from typing import Final
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from safetydpo_jax.lora import Tree
+from safetydpo_jax.lora import LoraTree, Tree
 from safetydpo_jax.merging import baselines
 from safetydpo_jax.merging.activations import stack
 
@@ -54,7 +54,7 @@ def factor(
   Args:
     loras: LoRA trees of one structure, one rank and one LoRA seed.
     activations: what `activations.measure` gives.
-    rank: not for this reading: the rank stays.
+    rank: ignored: the experts' rank is kept.
   """
   del rank
   wins = flatten_dict(count_wins(activations))
@@ -70,7 +70,7 @@ def factor(
 
 def product(
   loras: Sequence[Tree], activations: Sequence[Tree], *, rank: int | None = None
-) -> dict:
+) -> Tree:
   """Equation (6): one LoRA of rank Σ r_n, or of `rank` after an SVD.
 
   Args:
@@ -84,13 +84,16 @@ def product(
     for path, count in wins.items():
       won = (count.argmax(0) == n).astype(np.float32)
       factors[path] = factors[path] * won[None]
-    masked.append(unflatten_dict(factors))
+    masked.append(LoraTree(unflatten_dict(factors)))
   weights = [1.0] * len(loras)
   return (baselines.svd if rank else baselines.linear)(masked, weights, rank=rank)
 
 
 METHODS = {"co_merge_factor": factor, "co_merge_product": product}
-PARTS = {"co_merge_factor": "ab", "co_merge_product": "b"}  # whose wins decide
-# What `--method co_merge` is: in the toy world's study it left less than half of the IP
-# that factors left, in each of three seeds less, for one point of utility.
+PARTS = {
+  "co_merge_factor": "ab",
+  "co_merge_product": "b",
+}  # parts of which the wins decide
+# What `--method co_merge` means: in the toy world's study it left less than half of the
+# IP that the factors left, less in each of three seeds, for one point of utility.
 DEFAULT: Final = "co_merge_product"

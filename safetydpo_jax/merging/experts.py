@@ -1,4 +1,4 @@
-"""Experts that are to be merged: read, and checked against each other."""
+"""Experts to merge: read, and checked against each other."""
 
 import sys
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.formats.loras.load import check_fits, load_lora
 from safetydpo_jax.formats.loras.write import adapted_layers
+from safetydpo_jax.lora import LoraTree
 
 
 class Expert(NamedTuple):
-  """One LoRA to merge: what it was called, its tree, its expert.json ({}: foreign)."""
+  """One LoRA to merge: its name, its tree, its expert.json ({}: a foreign file)."""
 
   name: str
-  lora: dict
+  lora: LoraTree
   about: dict[str, Any]
   sha256: str
 
@@ -28,7 +29,7 @@ def read_experts(names: Sequence[str]) -> list[Expert]:
   """The LoRAs, each checked by itself and against the ones before it.
 
   Raises:
-    InputError: one is not there, damaged, holds NaN, or stands there twice.
+    InputError: one is missing, is damaged, holds NaN, or is listed twice.
   """
   experts: list[Expert] = []
   for name in names:
@@ -52,7 +53,7 @@ def read_experts(names: Sequence[str]) -> list[Expert]:
   return experts
 
 
-def check_is_lora(name: str, tree: dict) -> None:
+def check_is_lora(name: str, tree: LoraTree) -> None:
   """Refuses a tree whose layers are not {'a': (…, in, r), 'b': (r, out)}."""
   shapes: dict[tuple, dict] = {}
   for path, leaf in flatten_dict(tree).items():
@@ -64,8 +65,8 @@ def check_is_lora(name: str, tree: dict) -> None:
       and parts["a"][-1] == parts["b"][0]
     ):
       raise InputError(
-        f"{name}: {'/'.join(path) or 'it'} is no LoRA layer, a (in, r) and b (r, out); "
-        "train the expert again"
+        f"{name}: {'/'.join(path) or 'it'} is not a LoRA layer, a (in, r) and b (r, "
+        "out); train the expert again"
       )
 
 
@@ -97,7 +98,7 @@ def find_base(experts: Sequence[Expert], pipeline: Pipeline | None) -> dict[str,
   """Name and fingerprint of the base model, from it or from the experts.
 
   Raises:
-    InputError: no expert says it, or they do not fit `pipeline`.
+    InputError: no expert names it, or they do not fit `pipeline`.
   """
   if pipeline:
     for this in experts:
@@ -114,7 +115,7 @@ def find_base(experts: Sequence[Expert], pipeline: Pipeline | None) -> dict[str,
 
 
 def lora_seed(this: Expert) -> int | None:
-  """The seed of the expert's first `a`, None where nothing says it."""
+  """The seed of the expert's first `a`, None if it is unknown."""
   config = this.about.get("config")
   lora = config.get("lora") if isinstance(config, dict) else None
   seed = lora.get("seed") if isinstance(lora, dict) else None
@@ -146,9 +147,9 @@ def check_same_layers(experts: Sequence[Expert]) -> None:
 
 
 def check_same_units(experts: Sequence[Expert]) -> None:
-  """Refuses experts whose rank units cannot be compared, warns where nobody knows.
+  """Refuses experts whose rank units cannot be compared; warns if that is unknown.
 
-  Unit k of two experts' `a` means the same only if both began as one `a`.
+  Unit k of two experts' `a` means the same only if both started from one `a`.
   """
   for this in experts[1:]:
     ranks = lora_lib.rank_of(experts[0].lora), lora_lib.rank_of(this.lora)
@@ -167,12 +168,13 @@ def check_same_units(experts: Sequence[Expert]) -> None:
   if len(known) > 1:
     raise InputError(
       f"{starts[known[0]]} has {known[0]}, {starts[known[1]]} has {known[1]}: "
-      "co_merge_factor needs one start; retrain one, or use --method co_merge_product"
+      "co_merge_factor needs experts with the same start; retrain one, or use --method "
+      "co_merge_product"
     )
   if None in starts and len(experts) > 1:
     print(
-      f"warning: {starts[None]} does not say its lora.seed; co_merge_factor means "
-      "something only if all experts began with one `a`",
+      f"warning: {starts[None]} does not record its lora.seed; co_merge_factor is "
+      "meaningful only if all experts started from one `a`",
       file=sys.stderr,
     )
 

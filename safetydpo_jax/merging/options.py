@@ -26,8 +26,10 @@ Method = Literal[
 ]
 STATISTICS = "statistics"  # the folder in --out, unless --statistics names another
 
-_COMERGE = ("calibration", "statistics", "pairs", "timesteps", "seed", "dtype")
-_COMERGE += ("batch_size", "experts_at_once")
+_COMERGE = (
+  *("calibration", "statistics", "pairs", "timesteps", "seed", "dtype"),
+  *("batch_size", "experts_at_once"),
+)
 OPTIONS: dict[str, tuple[str, ...]] = {
   "linear": ("weights",),
   "svd": ("weights", "rank"),
@@ -52,10 +54,9 @@ RECORDED = ("weights", "rank", "density", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class MergeOptions:
-  """Merges LoRA experts of one base model into a single LoRA.
+  """Merges LoRA experts of one base model into a single LoRA."""
 
-  An option that is not given is None; `with_defaults` fills in those the method reads.
-  """
+  # None: not given. `with_defaults` fills in what the method reads.
 
   experts: str
   """run directories, merged directories or LoRA files: L,L,…"""

@@ -22,10 +22,10 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.clip.files import Clip, load_clip, tokenize
 from safetydpo_jax.metrics import clip_features
 from safetydpo_jax.metrics.extraction import Extractor
+from safetydpo_jax.runtime import extras
 
 CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -115,11 +115,4 @@ def clean(prompt: str) -> str:
 
 def _cleaner() -> ModuleType:
   """ftfy, which repairs encodings; an optional dependency."""
-  try:
-    import ftfy
-  except ImportError as error:
-    raise InputError(
-      "CLIPScore cleans prompts with ftfy, which is not installed; run "
-      "`pip install ftfy`"
-    ) from error
-  return ftfy
+  return extras.require("ftfy", extra="evaluate")

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from safetydpo_jax.data.images import FORMATS, to_rgb
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.metrics import provenance
+from safetydpo_jax.runtime import extras
 
 CLASSES = ("FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED")
 THRESHOLD = 0.25
@@ -74,12 +75,7 @@ def load(classes: Sequence[str] = CLASSES, threshold: float = THRESHOLD) -> Nudi
     InputError: the package is missing, a class is unknown, or the threshold is outside
       the package's range.
   """
-  try:
-    import nudenet.nudenet
-  except ImportError as error:
-    raise InputError(
-      f"NudeNet cannot be imported ({error}); run `pip install nudenet`"
-    ) from error
+  nudenet = extras.require("nudenet.nudenet", extra="evaluate")
   unknown = sorted(set(classes) - set(KNOWN))
   if unknown or not classes:
     raise InputError(
@@ -91,8 +87,8 @@ def load(classes: Sequence[str] = CLASSES, threshold: float = THRESHOLD) -> Nudi
       f"NudeNet's threshold is {threshold}; expected {THRESHOLD} to 1, as the package "
       "drops lower scores"
     )
-  model = Path(nudenet.nudenet.__file__).parent / "320n.onnx"
-  detector = nudenet.nudenet.NudeDetector(str(model))
+  model = Path(str(nudenet.__file__)).parent / "320n.onnx"
+  detector = nudenet.NudeDetector(str(model))
   return Nudity(
     about={
       "name": "NudeNet",
@@ -131,7 +127,10 @@ def exposed(model: Nudity, image: np.ndarray | str | os.PathLike) -> Found:
   if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
     raise ValueError(f"expected (h, w, 3) uint8, not {pixels.shape} {pixels.dtype}")
   boxes = model.detector.detect(np.ascontiguousarray(pixels[..., ::-1]))
-  found = [(b["class"], float(b["score"]), tuple(map(int, b["box"]))) for b in boxes]
+  found: Found = []
+  for box in boxes:
+    left, top, width, height = map(int, box["box"])
+    found.append((box["class"], float(box["score"]), (left, top, width, height)))
   return sorted(found, key=lambda box: (-box[1], box))
 
 

@@ -110,13 +110,14 @@ def read_prompts(file: Path) -> np.ndarray:
         vectors = vectors[name]
     except Exception as error:  # zip and numpy raise anything for a damaged file
       raise InputError(f"cannot read one array from {file}: {error}") from error
-  shape = getattr(vectors, "shape", None)
   if not isinstance(vectors, np.ndarray) or vectors.dtype.kind != "f":
     raise InputError(
       f"{file} is not an array of floating point numbers; expected Q16's prompts"
     )
-  if len(shape) != 2 or shape[0] != 2 or shape[1] < 1:
-    raise InputError(f"{file} has shape {shape}; expected (2, d), Q16's two prompts")
+  if vectors.ndim != 2 or vectors.shape[0] != 2 or vectors.shape[1] < 1:
+    raise InputError(
+      f"{file} has shape {vectors.shape}; expected (2, d), Q16's two prompts"
+    )
   vectors = vectors.astype(np.float32)
   lengths = np.linalg.norm(vectors, axis=1)
   if not np.isfinite(lengths).all() or not lengths.all():

@@ -40,7 +40,7 @@ DEFAULTS = {
   "layer_norm_eps": 1e-5,
   "eos_token_id": 49407,
 }
-PROJECTED = {
+PROJECTED: dict[tuple[str, ...], bool] = {
   ("CLIPTextModel",): False,
   ("CLIPTextModelWithProjection",): True,
 }

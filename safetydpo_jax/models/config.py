@@ -69,7 +69,7 @@ def per_level(value: Any, levels: int, field: str, what: str = "UNet") -> tuple:
   return tuple(value)
 
 
-def choose(table: Mapping[str, Any], value: Any, what: str, field: str) -> Any:
+def choose(table: Mapping[Any, Any], value: Any, what: str, field: str) -> Any:
   """Looks `value` up in a table of what is implemented."""
   if value not in table:
     raise InputError(

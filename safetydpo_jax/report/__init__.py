@@ -1,1 +1,1 @@
-"""One library for every page: blocks of HTML, charts and their style."""
+"""One library for every page: templates, pictures, charts, numbers and their style."""

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
+from tyro.conf import UseAppendAction as Repeated  # noqa: F401, for `--lora A --lora B`
 
 from safetydpo_jax.runtime.hosts import Hosts
 
 Options = TypeVar("Options")
-PACKAGE = __package__.partition(".")[0]
-# A flag that may be repeated, or take several values: `--lora A --lora B`.
-Repeated = tyro.conf.UseAppendAction
+PACKAGE = "safetydpo_jax"
 
 
 def parse(

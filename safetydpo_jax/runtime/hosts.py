@@ -42,18 +42,6 @@ class Hosts:
   """which of them this is, from 0 (or JAX_PROCESS_ID)"""
 
 
-def add_arguments(parser: Any) -> None:
-  """For commands whose line is not derived from options yet."""
-  for field in dataclasses.fields(Hosts):
-    variable = f"JAX_{field.name.upper()}"
-    parser.add_argument(
-      f"--{field.name}",
-      default=None,
-      help=f"several processes (or {variable})",
-      type=lambda value, variable=variable: os.environ.__setitem__(variable, value),
-    )
-
-
 def _given_hosts(given: Hosts) -> dict[str, Any] | None:
   """What flags and variables say; None: nothing."""
   values = {
@@ -130,7 +118,8 @@ def initialize(given: Hosts | None = None, *, preemption: bool = False) -> None:
   told = _given_hosts(given or Hosts())
   if told is None:
     told = _slurm_hosts()
-  if told is None and "tpu" not in (jax.config.jax_platforms or "").split(","):
+  platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+  if told is None and "tpu" not in platforms.split(","):
     return
   hosts = told or {}
   jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -17,6 +17,7 @@ import numpy as np
 from safetydpo_jax.data import contact_sheet
 from safetydpo_jax.data.prompts import Row
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.runtime import manifest
 from safetydpo_jax.sampling.renderer import write_picture
 
@@ -39,7 +40,7 @@ class Folder(NamedTuple):
 
   path: Path
   rows: list[Row]
-  lora: dict
+  lora: LoraTree
   settings: dict[str, Any]
 
 
@@ -93,7 +94,9 @@ def check_same_settings(folder: Folder) -> None:
       f"{foreign} exists already, and {out} has no {MANIFEST} that says what made it; "
       "choose another --out"
     )
-  before = manifest.read_json(plan, "folder of images") if plan else settings
+  if not plan:
+    return
+  before = manifest.read_json(plan, "folder of images")
   for name, value in settings.items():
     if before.get(name) != value:
       raise InputError(

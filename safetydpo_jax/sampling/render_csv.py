@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from safetydpo_jax.data.prompts import Row, read_table
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.formats.loras.load import load_loras
+from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.runtime import hosts, sharding
 from safetydpo_jax.runtime.command_line import Repeated
 from safetydpo_jax.sampling import folders as folders_lib
@@ -119,7 +120,9 @@ def render_csv(options: RenderOptions) -> int:
   folders = [make_folder(options, options.out, rows, pipeline, lora)]
   if options.compare:
     base = options.out / BASE
-    folders.append(make_folder(options, base, table.in_folder(base), pipeline, {}))
+    folders.append(
+      make_folder(options, base, table.in_folder(base), pipeline, LoraTree({}))
+    )
   folders_lib.check_names(folders)
   for folder in folders:
     folders_lib.make_folder(folder.path)
@@ -179,7 +182,7 @@ def make_folder(
   path: Path,
   rows: list[Row],
   pipeline: Pipeline,
-  lora: dict[str, Any],
+  lora: LoraTree,
 ) -> Folder:
   """A folder for `rows` rendered with a LoRA ({} for none), and what determines it.
 

@@ -11,7 +11,7 @@ import webbrowser
 
 from safetydpo_jax.errors import run_command
 from safetydpo_jax.runtime import command_line, hosts
-from safetydpo_jax.toyworld import report
+from safetydpo_jax.toyworld.experiments.demo_report import write_report
 from safetydpo_jax.toyworld.experiments.demonstrate import describe, run_demo
 from safetydpo_jax.toyworld.experiments.stages import DemoOptions
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
   )
   hosts.initialize(job)
   figures = run_demo(options, overrides)
-  page = report.write_report(options.out, figures).resolve()
+  page = write_report(options.out, figures).resolve()
   print(f"{describe(figures)}\nreport: {page.as_uri()}")
   screen = sys.platform == "darwin" or os.environ.get("DISPLAY")
   if screen and sys.stdout.isatty() and not options.no_open:

@@ -146,7 +146,7 @@ def test_a_cache_of_nothing_is_an_error(tiny_checkpoint, tmp_path):
       file.write_bytes(b"")
 
   dataset = LAYOUTS["csv"](tmp_path / "pairs", pairs=2, damage=ruin)
-  with pytest.raises(InputError, match="not one of 2 pairs could be encoded"):
+  with pytest.raises(InputError, match="none of 2 pairs could be encoded"):
     run(tiny_checkpoint, dataset, tmp_path / "cache", "--on_error", "skip")
 
 

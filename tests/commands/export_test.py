@@ -16,6 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from safetydpo_jax import encode, export, load_lora, load_pipeline, lora, train
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats import export_lora
 from safetydpo_jax.formats.base_model import verify
 from safetydpo_jax.formats.loras import expert, kohya
 from safetydpo_jax.formats.loras import write as lora_files
@@ -177,12 +178,12 @@ def test_verify_sees_an_export_that_predicts_something_else(
   """A file of half the scale, as a forgotten alpha would make it."""
   tree = twins.random_lora(pipeline.params["unet"])
   file = make_expert(trained.parent / "wrong", tree, pipeline.fingerprint)
-  write = lora_files.write_diffusers
+  write = export_lora.write_diffusers
 
   def wrong(out, tree, *arguments, **options):
     return write(out, lora.scale(tree, 0.5), *arguments, **options)
 
-  monkeypatch.setattr(lora_files, "write_diffusers", wrong)
+  monkeypatch.setattr(export_lora, "write_diffusers", wrong)
   with pytest.raises(
     InputError, match=r"--verify: largest difference .*do not publish"
   ):
@@ -341,7 +342,7 @@ def test_a_lora_of_layers_the_model_lacks_is_refused(run, tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(trained, run, tmp_path):
   (tmp_path / "file").touch()
   for out in ("/proc/export", tmp_path / "file"):
-    with pytest.raises(InputError, match=f"cannot write {out}.*--out"):
+    with pytest.raises(InputError, match=f"cannot write {out}.*; choose a folder"):
       run(trained, out=out)
 
 

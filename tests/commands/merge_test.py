@@ -338,7 +338,7 @@ def test_an_unknown_lora_seed_is_a_warning(experts, cache, tmp_path, capsys):
   file = write_diffusers(tmp_path / "file", tree, lora.ATTENTION_TARGETS)
   more = ("--calibration", cache, *CO_MERGE)
   run([experts[0], file], tmp_path / "out", "co_merge_factor", *more)
-  assert "does not say its lora.seed" in capsys.readouterr().err
+  assert "does not record its lora.seed" in capsys.readouterr().err
   run(experts[:2], tmp_path / "two", "co_merge_factor", *more)
   assert capsys.readouterr().err == ""
 

@@ -95,7 +95,7 @@ def test_a_sheet_is_a_png(dataset, tmp_path):
   with pytest.raises(InputError, match=r"--stats .*sheet\.txt: expected a name that"):
     contact_sheet.save_sheet(picture, tmp_path / "sheet.txt")
   with pytest.raises(InputError, match="cannot write"):
-    contact_sheet.save_sheet(picture, tmp_path / "gone" / "sheet.png")
+    contact_sheet.save_sheet(picture, tmp_path / "sheet.png" / "sheet.png")
 
 
 def test_named_rows_stay_rows_however_few_images_they_have(tmp_path):

@@ -131,7 +131,9 @@ def test_a_line_of_pixels_is_refused(tmp_path, size):
 def test_no_interpreter_is_started_for_an_image(tmp_path):
   """PIL would hand EPS to Ghostscript."""
   file = save(tmp_path / "x.jpg", Image.fromarray(GRADIENT), format="EPS")
-  with pytest.raises(InputError, match=r"x\.jpg cannot be read: .* are no image of"):
+  with pytest.raises(
+    InputError, match=r"x\.jpg cannot be read: .* are not an image in"
+  ):
     images.load_image(file, 16)
 
 

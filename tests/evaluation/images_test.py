@@ -103,10 +103,10 @@ def test_a_missing_file_is_not_a_broken_one(tmp_path):
 
 def test_what_is_no_image_is_refused(tmp_path):
   (tmp_path / "a.png").write_text("<html>404</html>")
-  with pytest.raises(InputError, match="no image of the formats"):
+  with pytest.raises(InputError, match="not an image in"):
     images.read(tmp_path / "a.png")
   (tmp_path / "b.png").write_bytes(b"")
-  with pytest.raises(InputError, match="no image of the formats"):
+  with pytest.raises(InputError, match="not an image in"):
     images.read(tmp_path / "b.png")
 
 
@@ -119,7 +119,7 @@ def test_a_truncated_image_is_refused(tmp_path):
 
 def test_a_postscript_file_is_not_run(tmp_path):
   (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-  with pytest.raises(InputError, match="no image of the formats"):
+  with pytest.raises(InputError, match="not an image in"):
     images.read(tmp_path / "a.png")
 
 
@@ -127,7 +127,7 @@ def test_a_folder_or_a_pipe_is_refused_and_not_waited_for(tmp_path):
   (tmp_path / "a.png").mkdir()
   os.mkfifo(tmp_path / "b.png")
   for name in ("a.png", "b.png"):
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(InputError, match="not a regular file"):
       images.read(tmp_path / name)
 
 
@@ -153,14 +153,14 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
 
 
 def test_a_line_of_pixels_is_refused(tmp_path):
-  with pytest.raises(InputError, match="at most 64-fold"):
+  with pytest.raises(InputError, match="at most 64 times"):
     images.read(save(tmp_path / "a.png", noise(1, 65)))
 
 
 def test_a_huge_file_is_not_read(tmp_path):
   with open(tmp_path / "a.png", "wb") as file:
     file.truncate(images.HEAVIEST + 1)
-  with pytest.raises(InputError, match="at most 256,000,000 are read"):
+  with pytest.raises(InputError, match=r"256,000,001 bytes; .* 256,000,000"):
     images.read(tmp_path / "a.png")
 
 

@@ -17,7 +17,6 @@ from PIL import Image
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import prompt_sets, published, suite
 from safetydpo_jax.evaluation.detectors import DetectorOptions
-from safetydpo_jax.evaluation.page import suite as page
 from safetydpo_jax.evaluation.suite import SuiteOptions, run_suite
 from safetydpo_jax.metrics import fid
 from safetydpo_jax.sampling.render_csv import RenderOptions
@@ -145,19 +144,6 @@ def test_a_file_and_a_folder_of_one_set_are_refused(tmp_path):
   (tmp_path / "i2p" / "again.csv").write_text("prompt\na\n")
   with pytest.raises(InputError, match=r"i2p\.csv and i2p; keep one"):
     prompt_sets.locate(tmp_path)
-
-
-@pytest.mark.parametrize(
-  ("names", "foreign", "own"),
-  [(["p4d"], 1, 0), (["unlearn_diff_atk"], 0, 1), (["p4d", "unlearn_diff_atk"], 1, 1)],
-)
-def test_whom_the_attacks_were_made_against_is_said_as_it_is(names, foreign, own):
-  told = {"kind": "attack", "folders": {"images": {"attack": None}}}
-  titles = {name: prompt_sets.BENCHMARKS[name].title for name in names}
-  sets = {name: {**told, "title": title} for name, title in titles.items()}
-  text = str(page._attacks({"sets": sets})[0])
-  assert text.count("made against other models") == foreign
-  assert text.count("of UnlearnDiffAtk are the user’s own") == own
 
 
 def draw(options):

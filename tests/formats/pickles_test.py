@@ -130,7 +130,7 @@ def test_permitted_names_cannot_be_changed(tmp_path):
 
 def test_a_monstrous_memo_index_does_not_take_the_memory(tmp_path):
   (tmp_path / "a.p").write_bytes(b"K\x01r\xff\xff\xff\xef.")
-  with pytest.raises(InputError, match="monstrous"):
+  with pytest.raises(InputError, match="memo has a huge index"):
     pickles.read_array(tmp_path / "a.p")
 
 
@@ -143,9 +143,9 @@ def test_objects_in_an_array_are_refused(tmp_path):
 @pytest.mark.parametrize("content", [{"a": 1}, [1.0], "text", None, 3])
 def test_what_is_no_array_is_refused(tmp_path, content):
   file = dump(tmp_path / "a.p", content)
-  with pytest.raises(InputError, match="no pickled array"):
+  with pytest.raises(InputError, match="is not a pickled array"):
     pickles.read_array(file)
-  with pytest.raises(InputError, match="no PyTorch state dict"):
+  with pytest.raises(InputError, match="is not a PyTorch state dict"):
     pickles.read_tensors(file)
 
 

@@ -59,7 +59,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path):
   for what, content in damaged.items():
     file.write_bytes(content)
     assert content != good, what
-    with pytest.raises(InputError, match="no readable safetensors file"):
+    with pytest.raises(InputError, match="is not a readable safetensors file"):
       open_safetensors(file)
 
 

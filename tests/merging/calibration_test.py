@@ -29,7 +29,7 @@ def ids(cache, draws):
 
 def test_every_category_gives_the_same_number_of_pairs():
   chosen = ids(CACHE, calibration.choose_pairs(CACHE, 5, seed=0))
-  assert len(set(chosen)) == 15, "no pair stands there twice"
+  assert len(set(chosen)) == 15, "no pair is chosen twice"
   tags = Counter(name.split("-")[0] for name in chosen)
   assert tags == {"hate": 5, "violence": 5, "shocking": 5}
 

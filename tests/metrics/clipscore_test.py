@@ -160,5 +160,5 @@ def test_about_tells_the_weights(tiny):
 
 def test_a_missing_ftfy_is_one_line(tiny, monkeypatch):
   monkeypatch.setitem(sys.modules, "ftfy", None)
-  with pytest.raises(InputError, match="pip install ftfy"):
+  with pytest.raises(InputError, match=r"ftfy.*safetydpo-jax\[evaluate\]"):
     load(tiny[0])

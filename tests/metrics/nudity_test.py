@@ -101,7 +101,7 @@ def test_unknown_classes_and_thresholds_the_package_cannot_serve(detector):
 def test_a_missing_package_is_one_line(monkeypatch):
   monkeypatch.setitem(sys.modules, "nudenet", None)
   monkeypatch.setitem(sys.modules, "nudenet.nudenet", None)
-  with pytest.raises(InputError, match="pip install nudenet"):
+  with pytest.raises(InputError, match=r"nudenet.*safetydpo-jax\[evaluate\]"):
     nudity.load()
 
 

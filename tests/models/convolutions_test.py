@@ -85,5 +85,5 @@ def test_experts_with_convolutions_are_loras_and_other_shapes_are_not():
   experts.check_is_lora("some", conv_lora(0))
   broken = conv_lora(0)
   broken["conv1"]["a"] = broken["conv1"]["a"][0]
-  with pytest.raises(InputError, match="conv1 is no LoRA layer"):
+  with pytest.raises(InputError, match="conv1 is not a LoRA layer"):
     experts.check_is_lora("some", broken)

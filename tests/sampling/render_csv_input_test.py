@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -114,7 +115,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_rendered(
 ):
   monkeypatch.setattr(rendering, "make_renderer", None)
   (tmp_path / "file").touch()
-  for out in ("/proc/images", tmp_path / "file"):
+  for out in (Path("/proc/images"), tmp_path / "file"):
     with pytest.raises(InputError, match=f"cannot make the folder {out}"):
       run(out)
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from safetydpo_jax.toyworld.report import write_report
+from safetydpo_jax.toyworld.experiments.demo_report import write_report
 from tests.support import browser
 from tests.support.demos import write_demo
 

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.toyworld.report import main, write_report
+from safetydpo_jax.toyworld.experiments.demo_report import write_report
+from safetydpo_jax.toyworld.report import main
 from tests.support.demos import CONTENDERS, write_demo
 
 

@@ -2,18 +2,19 @@
 
 Let B be the global batch size, n the number of examples, and
 
-  (1)  g = step · B + row                 the example's place in the run, 0 ≤ row < B
+  (1)  g = step · B + row                 the example's index in the run, 0 ≤ row < B
   (2)  example = shuffle(seed, epoch g div n)[g mod n]
   (3)  draws = random(seed, g): two mirror bits, one caption dropout
 
-Nothing else decides a batch. So every example comes once an epoch, a run that is
+Nothing else decides a batch. So every example comes once per epoch, a run that is
 resumed at a step sees what it would have seen, and a host, which reads the rows that
-its devices hold, sees its part of what a single host would.
+its devices hold, sees its part of what a single host would see.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import grain
 import numpy as np
 
@@ -33,9 +34,9 @@ class Batch(NamedTuple):
     time_ids: (B, 6) int32, SDXL's size conditioning, shared by a pair; else None.
   """
 
-  moments: Any
-  token_ids: tuple[Any, ...]
-  time_ids: Any = None
+  moments: chex.Array
+  token_ids: tuple[chex.Array, ...]
+  time_ids: chex.Array | None = None
 
 
 class Draw(NamedTuple):
@@ -43,9 +44,9 @@ class Draw(NamedTuple):
 
   Attributes:
     record: its number in the cache.
-    slot: whose prompt, an index of `pairs.SLOTS`.
+    slot: which image's prompt, an index of `pairs.SLOTS`.
     flips: for the preferred and the dispreferred image 0, or 1 for the mirrored one.
-    drop: whether the caption becomes the empty one.
+    drop: whether the empty caption replaces the caption.
   """
 
   record: int
@@ -57,18 +58,18 @@ class Draw(NamedTuple):
 def draws(
   examples: np.ndarray, *, seed: int, caption_dropout: float, flip: str
 ) -> grain.MapDataset:
-  """Equations (2) and (3): place g → `Draw`, without end.
+  """Equations (2) and (3): index g → `Draw`, without end.
 
   Args:
     examples: (n, 2) of (record, slot), see `PairCache.select`.
     seed: of shuffling and draws.
     caption_dropout: probability of the empty caption.
-    flip: mirror the images of a pair each on its own ("independent"), together
+    flip: mirror the images of a pair independently ("independent"), together
       ("shared"), or never ("none"); probability ½.
   """
 
   def draw(example, rng):
-    # Always the same numbers from the generator: one option leaves the others' draws.
+    # Always draw the same numbers: changing one option leaves the others' draws.
     flips = rng.integers(0, 2, 2)
     drop = bool(rng.random() < caption_dropout)
     if flip == "shared":
@@ -112,28 +113,30 @@ def train_batches(
     caption_dropout, flip: see `draws`.
     held_out, part: the share of pairs kept out, and which part to read, see
       `PairCache.select`.
-    threads: that read and assemble; each makes a whole batch.
-    prefetch: batches made ahead, which bounds the memory.
+    threads: how many read and assemble; each makes a whole batch.
+    prefetch: how many batches are made ahead, which bounds the memory.
 
   Raises:
     InputError: an argument is out of range, or no example is left.
   """
   if batch_size < 1:
-    raise InputError(f"a batch of {batch_size} pairs; expected 1 or more")
+    raise InputError(f"batch_size is {batch_size}; expected 1 or more")
   if flip not in FLIPS:
     raise InputError(f"unknown flip {flip!r}; expected one of {', '.join(FLIPS)}")
   if not 0 <= caption_dropout <= 1:
-    raise InputError(f"caption_dropout {caption_dropout} is no probability")
+    raise InputError(f"caption_dropout is {caption_dropout}; expected 0 to 1")
   if not 0 <= seed < 2**32:
-    raise InputError(f"seed {seed} is not between 0 and 2^32 - 1")
+    raise InputError(f"seed is {seed}; expected 0 to 2^32 - 1")
   examples = cache.select(category, mixture, held_out, part)
-  places = draws(examples, seed=seed, caption_dropout=caption_dropout, flip=flip)
+  examples_in_order = draws(
+    examples, seed=seed, caption_dropout=caption_dropout, flip=flip
+  )
   rows = range(batch_size) if rows is None else [int(row) for row in rows]
   empty = cache.empty_token_ids
 
   def load(step):
     first = int(step) * batch_size
-    return assemble(cache, [places[first + row] for row in rows], empty)
+    return assemble(cache, [examples_in_order[first + row] for row in rows], empty)
 
   dataset = grain.MapDataset.range(start_step, max(start_step, steps)).map(load)
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)

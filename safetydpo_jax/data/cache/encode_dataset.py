@@ -140,7 +140,7 @@ def encode_selected(options: EncodeOptions, selected: Selected) -> None:
   """
   sharding.use_precision(options.dtype)
   pipeline = load_pipeline(
-    options.model,
+    str(options.model),
     components=("vae",),
     dtype=jnp.dtype(options.dtype),
     variant=options.variant,
@@ -148,7 +148,7 @@ def encode_selected(options: EncodeOptions, selected: Selected) -> None:
   )
   pairs, counts, _ = selected
   settings = make_settings(options, pipeline, pairs)
-  out, shard_size = storage.as_path(options.out), options.shard_size
+  out, shard_size = storage.as_path(str(options.out)), options.shard_size
   files = [out / name for name in shards.shard_names(len(pairs), shard_size)]
   skip = options.on_error == "skip"
   there = resume.list_files(out)

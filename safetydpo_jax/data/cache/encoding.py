@@ -29,20 +29,20 @@ def tokenize(
 
   Returns:
     (pairs, encoders, 2, tokens) int32 with zeros for missing captions; (encoders,
-    tokens) of the empty caption; how many captions fill the last token, which longer
-    ones are cut to.
+    tokens) of the empty caption; how many captions reach the last token, where longer
+    ones are cut.
   """
-  places = [
+  filled = [
     (number, slot)
     for number, pair in enumerate(pairs)
     for slot, caption in enumerate(pair.captions)
     if caption is not None
   ]
-  texts = [pairs[number].captions[slot] for number, slot in places]
+  texts = [str(pairs[number].captions[slot]) for number, slot in filled]
   tokens = np.stack(pipeline.tokenize([*texts, ""]), axis=1)
   ids, empty = tokens[:-1], tokens[-1]
   token_ids = np.zeros((len(pairs), ids.shape[1], len(SLOTS), ids.shape[2]), np.int32)
-  for (number, slot), row in zip(places, ids):
+  for (number, slot), row in zip(filled, ids):
     token_ids[number, :, slot] = row
   end = pipeline.tokenizers[0].eos_token_id
   full = (ids[:, 0, -1] == end) & (ids[:, 0, -2] != end)
@@ -99,7 +99,7 @@ def encode_pairs(
     pairs: what to encode.
     resolution: pixels per side.
     encode, size: see `make_encoder`.
-    progress: counts images.
+    progress: advanced by images.
     skipped: takes {id: why} of a pair whose image cannot be read, for which None is
       yielded. If None: that is an error.
 
@@ -124,7 +124,7 @@ def encode_pairs(
     pair_axis = moments.reshape(-1, 2, *moments.shape[1:])
     for row, pair in enumerate(pairs[start // 2 : start // 2 + len(pair_axis)]):
       fault = faults[2 * row] or faults[2 * row + 1]
-      if fault:
+      if fault and skipped is not None:
         skipped[pair.id] = fault
       yield None if fault else pair_axis[row].swapaxes(0, 1)
 
@@ -132,7 +132,7 @@ def encode_pairs(
 def _load(
   image: Image, resolution: int, forgiving: bool
 ) -> tuple[np.ndarray, str | None]:
-  """Pixels and None; or, if forgiven, black ones and why."""
+  """Pixels and None; of an image that is skipped, black ones and why."""
   try:
     return load_image(image, resolution), None
   except InputError as error:

@@ -7,10 +7,10 @@
   pairs-00000-of-0000N.skipped.json     {id: why}, only where pairs were left out
 
 The manifest holds the settings that decide the cache's bytes, their `fingerprint`, and
-`model`, the base as it was named; `fields`, the table of a record's arrays; `shards`,
-the files and their numbers of records; `counts`, what became of the dataset's rows, and
-`skipped`, a line for each pair or file that could not be read; `empty_token_ids`;
-`time_ids` of SDXL (`conditioning.py`) or null; `versions`.
+`model`, the name given for the base; `fields`, the table of a record's arrays;
+`shards`, the files and their numbers of records; `counts`, what became of the dataset's
+rows, and `skipped`, a line for each pair or file that could not be read;
+`empty_token_ids`; `time_ids` of SDXL (`conditioning.py`) or null; `versions`.
 """
 
 import bisect
@@ -32,6 +32,7 @@ from safetydpo_jax.data.cache import shards
 from safetydpo_jax.data.cache.shards import Field
 from safetydpo_jax.data.sources.pairs import SLOTS, SourcePair
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.models import conditioning
 from safetydpo_jax.runtime import manifest, storage
 
@@ -41,11 +42,11 @@ PLAN = "plan.json"
 INDEX = "index.jsonl"
 PARTS = ("train", "holdout")
 MIXTURES = {"both": SLOTS, "unsafe": ("unsafe",), "safe": ("safe",)}
-AGAIN = "run the same encode command again, it goes on where it stopped"
+AGAIN = "run the same encode command again, it resumes where it stopped"
 
 
 class Entry(NamedTuple):
-  """What the index knows of a record."""
+  """What the index says about a record."""
 
   id: str
   categories: tuple[str, ...]
@@ -85,7 +86,7 @@ def complete_cache(
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   kept = [entry for entry in entries if entry.id not in without]
   if not kept:
-    raise InputError(f"{path}: not one of {len(entries)} pairs could be encoded")
+    raise InputError(f"{path}: none of {len(entries)} pairs could be encoded")
   with storage.writing(path / INDEX) as local, storage.named(path / INDEX):
     lines = (json.dumps(entry._asdict()) + "\n" for entry in kept)
     local.write_text("".join(lines), encoding="utf-8")
@@ -128,7 +129,7 @@ class PairCache:
 
   @property
   def fingerprint(self) -> str:
-    """Tells the dataset and how it was encoded from others."""
+    """Identifies the dataset and how it was encoded."""
     return self.manifest["fingerprint"]
 
   @property
@@ -170,7 +171,8 @@ class PairCache:
     Args:
       category: any spelling of one; None or "all" for every pair. A pair under two
         categories belongs to both.
-      mixture: "both" captions of a pair make an example each; or only "unsafe", "safe".
+      mixture: "both" captions of a pair make an example each; or only "unsafe", or
+        only "safe".
       held_out: share of the pairs kept out of training, see `holdout.is_held_out`.
       part: "train", or "holdout" for the pairs kept out.
 
@@ -187,7 +189,7 @@ class PairCache:
     encoded = self.manifest.get("category", "all")
     if encoded not in ("all", name):
       raise InputError(
-        f"{self.path} holds {encoded} alone, category {name or 'all'} was asked for; "
+        f"{self.path} holds only {encoded}, category {name or 'all'} was asked for; "
         "encode the dataset again without --category"
       )
     examples = [
@@ -216,20 +218,20 @@ class PairCache:
     return len(np.unique(examples[:, 0])), len(examples)
 
 
-def open_cache(path: str | os.PathLike) -> PairCache:
+def open_cache(place: str | os.PathLike) -> PairCache:
   """Opens a finished cache; the shards of a URL are copied to this machine first.
 
   Raises:
     InputError: it is unfinished, of another version, or a file is missing or damaged.
   """
-  path = storage.as_path(path)
+  path = storage.as_path(place)
   if (path / PLAN).exists() and not (path / MANIFEST).exists():
     raise InputError(f"{path} is an unfinished pair cache; {AGAIN}")
   about_cache = storage.read_json(path / MANIFEST, "pair cache")
   version = about_cache.get("format") if isinstance(about_cache, dict) else None
   if version != FORMAT_VERSION:
     raise InputError(
-      f"{path / MANIFEST} has format {version!r}, this program reads {FORMAT_VERSION}; "
+      f"{path / MANIFEST} has format {version!r}, this version reads {FORMAT_VERSION}; "
       "encode the dataset again"
     )
   try:
@@ -272,12 +274,12 @@ def _damaged(file: epath.Path, why: object) -> str:
   return f"{file} is damaged ({why}); delete it, and {AGAIN}"
 
 
-def check_cache_fits(cache: PairCache, pipeline: Any) -> None:
+def check_cache_fits(cache: PairCache, pipeline: Pipeline) -> None:
   """Refuses a cache that was encoded for another model.
 
   Args:
     cache: an opened cache.
-    pipeline: a `formats.pipeline.Pipeline`.
+    pipeline: the model to use it with.
 
   Raises:
     InputError: naming what differs.
@@ -306,15 +308,15 @@ def check_cache_fits(cache: PairCache, pipeline: Any) -> None:
       )
 
 
-def read_time_ids(manifest: Mapping[str, Any], path: Any) -> np.ndarray | None:
-  """The time ids of a pair cache, (6,) int32; None unless it has two encoders' tokens.
+def read_time_ids(manifest: Mapping[str, Any], path: epath.Path) -> np.ndarray | None:
+  """The time ids of a pair cache, (6,) int32; None unless there are two encoders.
 
   Args:
-    manifest: the cache's, which has no `time_ids` if it was written before they were.
+    manifest: the cache's; caches of earlier versions have no `time_ids`.
     path: the cache's folder, for errors.
 
   Raises:
-    InputError: the manifest has something else there.
+    InputError: the manifest holds something else.
   """
   if len(manifest["empty_token_ids"]) < 2:
     return None

@@ -1,4 +1,4 @@
-"""What an earlier encode left in a cache's folder, and how the next one goes on.
+"""What an earlier encode left in a cache's folder, and how the next one resumes.
 
 A shard is complete or absent. plan.json holds the settings it was encoded with, or
 cache.json once the cache is finished; see `records.py` for the files.
@@ -29,7 +29,7 @@ def check_same_settings(
     InputError: naming the setting.
   """
   plan = out / (records.MANIFEST if records.MANIFEST in there else records.PLAN)
-  # A plan without shards may be replaced: nothing was made by it.
+  # A plan without shards may be replaced: nothing was made with it.
   if not any(name.startswith("pairs-") for name in there):
     return
   before = storage.read_json(plan, "pair cache")
@@ -44,10 +44,10 @@ def check_same_settings(
 def count_lost(
   out: epath.Path, files: Sequence[epath.Path], there: set[str], *, skip: bool
 ) -> int:
-  """How many pairs the shards lack that are there.
+  """How many pairs are missing from the shards written so far.
 
   Raises:
-    InputError: there are any, though `skip` is false.
+    InputError: any are missing, though `skip` is false.
   """
   lost = shards.read_skipped([file for file in files if file.name in there])
   if lost and not skip:
@@ -59,7 +59,7 @@ def count_lost(
 
 
 def is_finished(files: Sequence[epath.Path], there: set[str]) -> bool:
-  """Whether manifest, index and all shards are there."""
+  """Whether manifest, index and all shards exist."""
   return {records.MANIFEST, records.INDEX, *(file.name for file in files)} <= there
 
 

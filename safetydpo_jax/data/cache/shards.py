@@ -1,4 +1,4 @@
-"""Records and shards: how one pair is laid out in bytes, and many in a file.
+"""Records and shards: how a pair is laid out in bytes, and many pairs in a file.
 
 A record's arrays follow each other without gaps, little-endian and in C order:
 
@@ -11,7 +11,7 @@ A record's arrays follow each other without gaps, little-endian and in C order:
 and after them, to the end, UTF-8 JSON {"id", "categories", "captions": {slot: text}}.
 
 A shard is an ArrayRecord file of group size 1, for random access, and uncompressed:
-noise does not compress. zstd takes 8 % off and costs three quarters of the speed.
+noise does not compress. zstd saves 8 % and costs three quarters of the speed.
 """
 
 import json
@@ -55,7 +55,7 @@ def pack(
   """A record's bytes.
 
   Raises:
-    ValueError: if an array has not the shape of its field.
+    ValueError: an array does not have its field's shape.
   """
   parts = []
   for field in fields:
@@ -92,7 +92,8 @@ def shard_names(records: int, shard_size: int) -> list[str]:
 def write_shard(file: epath.Path | os.PathLike, records: Iterable[bytes]) -> None:
   """Writes a shard under a temporary name and renames it when it is complete.
 
-  A shard on a store is written here and uploaded: ArrayRecord knows local files only.
+  A shard on a store is written locally and uploaded: ArrayRecord writes local files
+  only.
 
   Raises:
     InputError: it cannot be written. What `records` raises passes through.
@@ -108,7 +109,7 @@ def write_shard(file: epath.Path | os.PathLike, records: Iterable[bytes]) -> Non
 
 
 def note_skipped(shard: epath.Path, skipped: dict[str, str]) -> None:
-  """Writes beside a shard which pairs it lacks and why, {id: why}; {}: none."""
+  """Writes beside a shard which pairs it lacks and why, {id: why}; {} if none."""
   file = shard.with_suffix(SKIPPED)
   if skipped:
     storage.write_json(file, skipped)

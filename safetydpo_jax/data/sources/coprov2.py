@@ -8,9 +8,9 @@ writes ArrayRecord files with the images' own bytes, so nothing is encoded twice
       manual_dir=DATASET))
   source = builder.as_data_source("train")
 
-The same is done by `tfds build safetydpo_jax/data/sources/coprov2.py --manual_dir
-DATASET --file_format array_record` where TensorFlow and mlcroissant are installed;
-that command imports them, though nothing here uses them.
+With TensorFlow and mlcroissant installed, `tfds build
+safetydpo_jax/data/sources/coprov2.py --manual_dir DATASET --file_format array_record`
+does the same; that command imports them, though nothing here uses them.
 
 The folder OUT/coprov2/1.0.0 is a layout of its own (`prepared.py`): `encode --pairs`
 reads it.
@@ -42,7 +42,7 @@ class Coprov2(tfds.core.GeneratorBasedBuilder):
       description="Preference pairs for safety: CoProV2.",
       features=FEATURES,
       homepage="https://arxiv.org/abs/2412.10493",
-      disable_shuffling=True,  # sorted by id, as every layout is read
+      disable_shuffling=True,  # sorted by id, like every layout
     )
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager):

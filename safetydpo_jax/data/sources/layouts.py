@@ -1,6 +1,6 @@
 """Published layouts of preference pairs → `SourcePair`s, independent of the layout.
 
-Told apart by what the path holds:
+The layout is recognised by what the path holds:
 
   prepared    a dataset built with TFDS (`coprov2.py`)
   folder      metadata.jsonl and images (`text_tables.py`)
@@ -56,8 +56,8 @@ def read_pairs(
 
   Args:
     dataset: a folder, or its file that lists the pairs.
-    categories_csv: CoProV2's CSV, to take categories from; by default the one in the
-      folder of a dataset in another layout.
+    categories_csv: CoProV2's CSV, to take categories from; by default the CSV in
+      the dataset's folder, if the dataset is in another layout.
     skipped: takes a line for every pair without its image and every file that cannot
       be read, and they are left out; None: that is an error.
 
@@ -65,8 +65,8 @@ def read_pairs(
     The pairs, sorted by id, and what became of the rows.
 
   Raises:
-    InputError: the dataset is of no known layout, names an image that is not there or
-      lies outside, or has a row that cannot be read.
+    InputError: the layout is unknown, an image is missing or outside the folder, or a
+      row cannot be read.
   """
   path = storage.as_path(dataset)
   kind, files = _find_files(path)
@@ -101,7 +101,7 @@ def read_pairs(
 
 
 def read_official(file: str | os.PathLike) -> list[SourcePair]:
-  """The pairs of CoProV2's CSV, sorted by id; their images need not be there.
+  """The pairs of CoProV2's CSV, sorted by id; their images need not exist.
 
   Raises:
     InputError: it cannot be read.
@@ -117,7 +117,7 @@ def join_categories(
   """Adds the categories of the official pairs with the same prompts or names.
 
   Raises:
-    InputError: not one pair is among them.
+    InputError: no pair is among them.
   """
   known = collections.defaultdict(set)
   for pair in official:
@@ -138,7 +138,7 @@ def join_categories(
 
 
 def _keys(pair: SourcePair) -> tuple[frozenset, frozenset]:
-  """What tells a pair: its prompts, or its one prompt; its images' names."""
+  """What identifies a pair: its prompts, or its one prompt; its images' names."""
   return frozenset(pair.captions) - {None}, frozenset(pair.names)
 
 
@@ -151,7 +151,7 @@ def _find_files(dataset: epath.Path) -> tuple[str, list[epath.Path]]:
     if kind := endings.get(dataset.suffix):
       return kind, [dataset]
     raise InputError(
-      f"{dataset} is neither a .csv file nor a .parquet file nor a {METADATA}"
+      f"{dataset} is neither a .csv file, nor a .parquet file, nor a {METADATA}"
     )
   if prepared := _matching(dataset, _PREPARED):
     return "prepared", prepared
@@ -187,7 +187,7 @@ def _find_official(folder: epath.Path) -> epath.Path | None:
 
 
 def _matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
-  """A folder's files of that name, sorted; `glob` would read the folder's brackets."""
+  """A folder's files of that name, sorted; `glob` would interpret its brackets."""
   if not folder.is_dir():
     return []
   return sorted(f for f in folder.iterdir() if fnmatch.fnmatch(f.name, pattern))

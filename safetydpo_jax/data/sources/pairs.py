@@ -1,10 +1,10 @@
 """Preference pairs, whatever files they came from, and how rows become pairs.
 
-A published pair stands twice, once under each prompt. Its rows become one pair with two
-caption slots, so that each image is encoded once. A row that repeats one is counted and
-adds only its category; so does a whole pair with the prompts of another one and images
-named as CoProV2 names them, u_idx_N_K.jpg and s_idx_N_K.jpg, with the same K. A further
-caption of an occupied slot makes a further pair, "ID#2".
+A published pair is listed twice, once under each prompt. Its rows become one pair with
+two caption slots, so that each image is encoded once. A row that repeats another is
+counted and adds only its category; so does a whole pair that has another's prompts and
+images named as CoProV2 names them, u_idx_N_K.jpg and s_idx_N_K.jpg, with the same K. A
+second caption for a filled slot makes another pair, "ID#2".
 
 Every row ends as a caption, a tie, a repeat, or with a pair that was left out.
 
@@ -27,7 +27,7 @@ from safetydpo_jax.errors import InputError
 
 SLOTS = ("unsafe", "safe")
 COPRO_IMAGE = re.compile(r"([us])_idx_(\d{1,18})_(\d{1,18})\.\w+")
-_PROBES = 16  # pairs whose images' bytes go into a dataset's fingerprint
+_PROBES = 16  # pairs that add their images' bytes to a dataset's fingerprint
 
 
 class Image(Protocol):
@@ -42,9 +42,9 @@ class SourcePair:
 
   Attributes:
     id: "PREFERRED>DISPREFERRED", the images' names; it depends neither on the order of
-      rows, nor on the layout, nor on where the dataset lies.
+      rows, nor on the layout, nor on the dataset's path.
     preferred, dispreferred: the images.
-    captions: one for each of `SLOTS`, None where the dataset has none.
+    captions: one for each of `SLOTS`, None if the dataset has none.
     categories: our names, sorted; empty if the dataset has none.
     names: the images' names. A name is the last part of the path in the dataset, or
       all of it where two images share the last part.
@@ -58,7 +58,7 @@ class SourcePair:
   names: tuple[str, str] = ("", "")
 
   def about(self) -> dict[str, Any]:
-    """Id, categories, and {slot: caption} of the captions that are there."""
+    """Id, categories, and {slot: caption} of the captions that exist."""
     texts = {slot: text for slot, text in zip(SLOTS, self.captions) if text is not None}
     return {"id": self.id, "categories": list(self.categories), "captions": texts}
 
@@ -75,23 +75,23 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-  """What a layout's reader gives.
+  """What a layout's reader returns.
 
   Attributes:
-    place: where the images are, for messages.
-    rows: the captions that are no ties.
-    images: those that are there, by their path in the dataset.
+    folder: where the images are, for messages.
+    rows: the captions, without ties.
+    images: those that exist, by their path in the dataset.
     ties: how many rows were ties.
   """
 
-  place: str
+  folder: str
   rows: list[Row]
   images: Mapping[str, Image]
   ties: int = 0
 
 
 def report(message: str, skipped: list[str] | None) -> None:
-  """Notes trouble in `skipped`; raises it as `InputError` where that is None."""
+  """Appends a message to `skipped`; raises `InputError` if that is None."""
   if skipped is None:
     raise InputError(message)
   skipped.append(message)
@@ -102,11 +102,11 @@ def merge(table: Table, skipped: list[str] | None) -> tuple[list[SourcePair], in
 
   Args:
     table: the rows and images.
-    skipped: takes a line for every pair whose image is not there, and the pair is left
-      out; None: that is an error.
+    skipped: takes a line for every pair that lacks an image, and the pair is left out;
+      None: that is an error.
 
   Raises:
-    InputError: an image is not there, or a category is unknown.
+    InputError: an image is missing, or a category is unknown.
   """
   short = _short_names(table.rows)
   captions, tags, first_row = {}, {}, {}
@@ -127,18 +127,18 @@ def merge(table: Table, skipped: list[str] | None) -> tuple[list[SourcePair], in
     row, names = first_row[id], frozenset(tags[id])
     sides = (row.preferred, row.dispreferred)
     if lost := [side for side in sides if side not in table.images]:
-      place = f"{table.place}/{lost[0]}"
-      report(f"{row.where}: image {place} does not exist", skipped)
+      report(f"{row.where}: image {table.folder}/{lost[0]} does not exist", skipped)
       continue
-    images = [table.images[side] for side in sides]
+    preferred, dispreferred = (table.images[side] for side in sides)
     texts = tuple(captions[id])
-    short_sides = tuple(short[side] for side in sides)
-    pair = SourcePair(id, *images, texts, tuple(sorted(names)), short_sides)
+    short_sides = (short[sides[0]], short[sides[1]])
+    found = tuple(sorted(names))
+    pair = SourcePair(id, preferred, dispreferred, texts, found, short_sides)
     key = _same_prompts(pair)
     first = pairs.get(keys.setdefault(key, id)) if key else None
     if first:
-      names = sorted(names.union(first.categories))
-      pair = dataclasses.replace(first, categories=tuple(names))
+      both = tuple(sorted(names.union(first.categories)))
+      pair = dataclasses.replace(first, categories=both)
       repeated += sum(caption is not None for caption in texts)
     pairs[pair.id] = pair
   return list(pairs.values()), repeated
@@ -148,7 +148,7 @@ def fingerprint(pairs: Sequence[SourcePair]) -> str:
   """16 hexadecimal digits over ids, captions, categories and some images.
 
   Of the images, the bytes of 16 pairs spread over the dataset: CoProV2's images for
-  SD1.5 and for SDXL differ in nothing else, and it holds for every layout.
+  SD1.5 and for SDXL differ in nothing else. Equal for every layout.
   """
   digest = hashlib.sha256()
   for pair in pairs:
@@ -165,10 +165,10 @@ def read_image(image: Image, otherwise: bytes | None = None) -> bytes:
 
   Args:
     image: where they are.
-    otherwise: what to give if they cannot be read; None: that is an error.
+    otherwise: what to return if they cannot be read; None: that is an error.
 
   Raises:
-    InputError: the file is not there, is damaged, or holds none.
+    InputError: the file is missing, is damaged, or holds none.
   """
   try:
     return image.read_bytes()
@@ -182,14 +182,14 @@ def text(where: str, what: str, value: object) -> str:
   """`value` if it is valid text.
 
   Raises:
-    InputError: naming the place.
+    InputError: it is not.
   """
   if not isinstance(value, str):
     raise InputError(f"{where}: {what} is {value!r}, expected text")
   try:
     value.encode()
   except UnicodeEncodeError as error:  # half a surrogate pair, which JSON allows
-    raise InputError(f"{where}: {what} is no valid Unicode: {error}") from None
+    raise InputError(f"{where}: {what} is not valid Unicode: {error}") from None
   return value
 
 
@@ -197,11 +197,12 @@ def preferred_side(where: str, label: object) -> int | None:
   """0 or 1: which of jpg_0 and jpg_1 `label_0` prefers; None for a tie.
 
   Raises:
-    InputError: the label is no number.
+    InputError: the label is not a number.
   """
   if not isinstance(label, int | float | None):
     raise InputError(f"{where}: label_0 is {label!r}, expected a number")
-  return {1: 0, 0: 1}.get(label)
+  sides: dict[Any, int] = {1: 0, 0: 1}
+  return sides.get(label)
 
 
 def _short_names(rows: Sequence[Row]) -> dict[str, str]:

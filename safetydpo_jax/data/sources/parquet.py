@@ -3,16 +3,16 @@
   hub         CoProV2-SD15 and -SDXL: `jpg_0` and `jpg_1` are names, `image` is a struct
               {bytes, path} of the row's own image, one of the two, and `caption` its
               prompt. An image's bytes are found by its name. Where `image.path` does
-              not say which of the two a row is, the rows' order does: of n rows, rows
-              i < n/2 hold the safe image and prompt of the pair and rows n/2 + i the
-              unsafe ones (inferred from the published files, so it is checked: both
-              rows must name the same two images, or their captions be a pair of the
-              official CSV).
+              not say which of the two a row holds, the rows' order does: of n rows,
+              rows i < n/2 hold the safe image and prompt of the pair and rows n/2 + i
+              the unsafe ones (inferred from the published files, so it is checked: both
+              rows must name the same two images, or their captions must be a pair of
+              the official CSV).
   Pick-a-Pic  `jpg_0` and `jpg_1` hold the bytes (binary, or a struct {bytes, path}).
               An image's name is its `image_0_uid` / `image_1_uid`, else the path in the
-              struct, else "sha256-" and 16 digits of its bytes. Whose prompt the
-              caption is tells `file_name` as in the folder layout, else the official
-              CSV, where its prompts know; else it is taken for the unsafe one.
+              struct, else "sha256-" and 16 digits of its bytes. Which image's
+              prompt the caption is: `file_name` says it, as in the folder layout; else
+              the official CSV, if it has the prompt; else it is the unsafe one's.
 
 Both have `label_0` (1, 0, or a tie) and `caption`, and may have `category`.
 """
@@ -51,7 +51,7 @@ class ParquetImage(NamedTuple):
   column: str
 
   def read_bytes(self) -> bytes:
-    """Its bytes; neighbouring rows come at little cost."""
+    """Its bytes; neighbouring rows cost little."""
     with _reading:
       starts = _row_groups(self.file)
       group = bisect.bisect_right(starts, self.row) - 1
@@ -110,7 +110,7 @@ def read_parquet(
 
   Args:
     files: all of them, in order.
-    official: the pairs of CoProV2's CSV, if it is there.
+    official: the pairs of CoProV2's CSV, if there is one.
     skipped: takes a line for each file that cannot be read; None: that is an error.
 
   Raises:
@@ -133,7 +133,7 @@ def read_parquet(
 
 
 def _lost_shards(files: Sequence[epath.Path]) -> list[str]:
-  """Names that `x-00000-of-00003.parquet` promises and are not there."""
+  """Files that `x-00000-of-00003.parquet` implies and that are missing."""
   there = {file.name for file in files}
   promised = set()
   for name in map(_NUMBERED.fullmatch, there):
@@ -144,7 +144,7 @@ def _lost_shards(files: Sequence[epath.Path]) -> list[str]:
 
 
 def _read_shard(file: str, skipped: list[str] | None) -> _Shard | None:
-  """The columns without bytes of a file; None if it is damaged and to be skipped."""
+  """The columns without bytes of a file; None if it is damaged and skipped."""
   try:
     schema = _open(file).schema_arrow
     if missing := [name for name in _NEEDED if name not in schema.names]:
@@ -167,7 +167,7 @@ def _read_shard(file: str, skipped: list[str] | None) -> _Shard | None:
       raise InputError(f"{file} names its images but has no column image with bytes")
     table = _open(file).read(columns=small)
   except (OSError, pa.ArrowException) as error:
-    pairs.report(f"{file} is no readable parquet file: {error}", skipped)
+    pairs.report(f"{file} is not a readable parquet file: {error}", skipped)
     return None
   lists = {name: _leaf(table, name).to_pylist() for name in small}
   rows = [dict(zip(lists, values)) for values in zip(*lists.values())]
@@ -175,7 +175,7 @@ def _read_shard(file: str, skipped: list[str] | None) -> _Shard | None:
 
 
 def _read_hub(
-  place: str,
+  folder: str,
   shards: Sequence[_Shard],
   official: Sequence[SourcePair] | None,
   whole: bool,
@@ -190,12 +190,12 @@ def _read_hub(
   if None in owns:
     if not whole:
       raise InputError(
-        f"{place}: image.path does not tell the images apart, and files are missing, "
+        f"{folder}: image.path does not tell the images apart, and files are missing, "
         "so pairs cannot be rebuilt by their order"
       )
-    return _read_halves(place, entries, official)
+    return _read_halves(folder, entries, official)
   rows, images, ties = [], {}, 0
-  for (where, image, row), own in zip(entries, owns):
+  for (where, image, row), own in zip(entries, map(str, owns)):
     names = [pairs.text(where, key, row[key]) for key in ("jpg_0", "jpg_1")]
     images[own] = image
     side = pairs.preferred_side(where, row["label_0"])
@@ -204,7 +204,7 @@ def _read_hub(
       continue
     slot = "safe" if own == names[side] else "unsafe"
     rows.append(_row(where, names[side], names[1 - side], slot, row))
-  return Table(place, rows, images, ties)
+  return Table(folder, rows, images, ties)
 
 
 def _own_image(row: dict[str, Any]) -> str | None:
@@ -223,7 +223,7 @@ def _own_image(row: dict[str, Any]) -> str | None:
 
 
 def _read_halves(
-  place: str,
+  folder: str,
   entries: Sequence[tuple[str, ParquetImage, dict[str, Any]]],
   official: Sequence[SourcePair] | None,
 ) -> Table:
@@ -244,7 +244,7 @@ def _read_halves(
     if odd or not (captions in known if official else agree):
       raise InputError(
         f"{where}: image.path does not tell the images apart, and by their order these "
-        f"are no pair; {'the CSV has no such prompts' if official else ''}"
+        f"are not a pair; {'the CSV has no such prompts' if official else ''}"
         f"{'' if official else 'give the official CSV with --categories'}"
       )
     preferred, dispreferred = names[side], names[1 - side]
@@ -255,11 +255,11 @@ def _read_halves(
       _row(entry[0], preferred, dispreferred, slot, entry[2])
       for entry, slot in zip((unsafe, safe), SLOTS)
     ]
-  return Table(place, rows, images, ties)
+  return Table(folder, rows, images, ties)
 
 
 def _read_pick_a_pic(
-  place: str, shards: Sequence[_Shard], official: Sequence[SourcePair] | None
+  folder: str, shards: Sequence[_Shard], official: Sequence[SourcePair] | None
 ) -> Table:
   """Bytes in jpg_0 and jpg_1."""
   prompts = [{pair.captions[slot] for pair in official or ()} for slot in (0, 1)]
@@ -281,7 +281,7 @@ def _read_pick_a_pic(
       safe = own == names[side] if own else row["caption"] in safe_only
       slot = "safe" if safe else "unsafe"
       rows.append(_row(where, names[side], names[1 - side], slot, row))
-  return Table(place, rows, images, ties)
+  return Table(folder, rows, images, ties)
 
 
 def _image_name(row: dict[str, Any], column: str, image: ParquetImage) -> str:

@@ -1,7 +1,7 @@
-"""A dataset that the TFDS builder `coprov2.py` prepared, read without TensorFlow.
+"""A dataset that the TFDS builder `coprov2.py` wrote, read without TensorFlow.
 
 ArrayRecord files of examples (`FEATURES`). An example holds what a `SourcePair` holds;
-a pair's captions and categories are lists, empty where the dataset has none.
+a pair's captions and categories are lists, empty if the dataset has none.
 """
 
 import functools
@@ -57,13 +57,13 @@ def _source(files: tuple[str, ...]) -> ArrayRecordDataSource:
   return ArrayRecordDataSource(files)
 
 
-@functools.lru_cache(maxsize=8)  # a pair's two images are asked for one after the other
+@functools.lru_cache(maxsize=8)  # a pair's two images are read one after the other
 def _example(files: tuple[str, ...], number: int) -> dict[str, Any]:
   return FEATURES.deserialize_example_np(_source(files)[number], decoders=_BYTES)
 
 
 def read_prepared(files: Sequence[epath.Path], skipped: list[str] | None) -> Table:
-  """Reads what `coprov2.Coprov2` wrote; files of a store are copied here first.
+  """Reads what `coprov2.Coprov2` wrote; files of a store are copied first.
 
   Args:
     files: its ArrayRecord files, in order.
@@ -88,11 +88,11 @@ def read_prepared(files: Sequence[epath.Path], skipped: list[str] | None) -> Tab
           images[name] = RecordImage((local,), number, side)
         tags = tuple(tag.decode() for tag in example["categories"])
         rows += [
-          Row(where, *names, slot, caption.decode(), tags)
+          Row(where, names[0], names[1], slot, caption.decode(), tags)
           for slot in SLOTS
           for caption in example["captions"][slot]
         ]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-      message = f"{file} is no ArrayRecord file of coprov2 that can be read: {error}"
+      message = f"{file} is not a readable ArrayRecord file of coprov2: {error}"
       pairs.report(message, skipped)
   return Table(str(files[0].parent), rows, images)

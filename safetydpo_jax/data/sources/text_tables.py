@@ -3,9 +3,9 @@
 folder  metadata.jsonl. One JSON object a line: `jpg_0` and `jpg_1` (paths relative to
         the folder), `label_0` (1: jpg_0 is preferred, 0: jpg_1; any other value is a
         tie, which is dropped and counted), `caption`, and optionally `file_name` and
-        `category`. `file_name` tells whose prompt the caption is: the preferred
-        image's (slot "safe"), or, also when it is neither or absent, the dispreferred
-        image's (slot "unsafe").
+        `category`. `file_name` says which image's prompt the caption is: the
+        preferred one's (slot "safe"); otherwise, also if it is neither or absent, the
+        dispreferred one's (slot "unsafe").
 CSV     columns prompt, image, category (CoProV2's files) beside the images or beside
         a folder `images`. Rows u_idx_N_K.jpg and s_idx_N_K.jpg are a pair: the unsafe
         and the safe image, each with its own prompt.
@@ -31,7 +31,7 @@ def read_jsonl(file: epath.Path) -> Table:
   """The folder layout.
 
   Raises:
-    InputError: a line is no JSON object, lacks a field, or names an image outside.
+    InputError: a line is not a JSON object, lacks a field, or names an image outside.
   """
   rows, ties = [], 0
   for number, line in enumerate(_read_text(file, "text").split("\n"), start=1):
@@ -41,9 +41,9 @@ def read_jsonl(file: epath.Path) -> Table:
     try:
       row = json.loads(line)
     except (ValueError, RecursionError) as error:  # also a number of 5,000 digits
-      raise InputError(f"{where} is no JSON: {error}") from error
+      raise InputError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict):
-      raise InputError(f"{where} is no JSON object but {type(row).__name__}")
+      raise InputError(f"{where} is a JSON {type(row).__name__}, expected an object")
     if missing := [key for key in ("jpg_0", "jpg_1", "label_0") if key not in row]:
       raise InputError(f"{where} has no field {', '.join(missing)}")
     images = [inside(where, row[key]) for key in ("jpg_0", "jpg_1")]
@@ -65,7 +65,7 @@ def read_csv(file: epath.Path) -> Table:
   """CoProV2's CSV.
 
   Raises:
-    InputError: it is no such CSV, a row has no partner, or names an image outside.
+    InputError: it is another CSV, a row has no partner, or names an image outside.
   """
   kinds, images = {}, []
   for where, row in _read_table(file):
@@ -75,8 +75,8 @@ def read_csv(file: epath.Path) -> Table:
         f"{where}: image {image!r} is neither u_idx_NUMBER_0.jpg nor "
         "s_idx_NUMBER_0.jpg, so its partner is unknown"
       )
-    kind, *number = name.groups()
-    number = (os.path.dirname(image), *map(int, number))
+    kind, *digits = name.groups()
+    number = (os.path.dirname(image), *map(int, digits))
     kinds.setdefault(number, {})[kind] = image
     images.append((where, number, kind, row))
   rows = []
@@ -103,12 +103,12 @@ def inside(where: str, name: object) -> str:
   """An image's path below the dataset's folder, in its shortest form.
 
   Raises:
-    InputError: it is no text, or leads out of the folder.
+    InputError: it is not text, or leads out of the folder.
   """
   name = pairs.text(where, "image path", name).strip()
   path = os.path.normpath(name)
   if not name or os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-    raise InputError(f"{where}: image path {name!r} leaves the dataset's folder")
+    raise InputError(f"{where}: image path {name!r} leads out of the dataset's folder")
   return path
 
 
@@ -116,7 +116,7 @@ def _read_text(file: epath.Path, what: str) -> str:
   try:
     return file.read_bytes().decode("utf-8-sig")  # Excel writes a BOM
   except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"{file} is no readable {what} in UTF-8: {error}") from error
+    raise InputError(f"{file} is not a readable {what} in UTF-8: {error}") from error
 
 
 def _read_table(file: epath.Path) -> list[tuple[str, dict[str, str]]]:
@@ -129,7 +129,7 @@ def _read_table(file: epath.Path) -> list[tuple[str, dict[str, str]]]:
       raise InputError(f"{file} has no column {', '.join(missing)}")
     table = [(f"{file} line {reader.line_num}", row) for row in reader]
   except csv.Error as error:
-    raise InputError(f"{file} is no readable CSV: {error}") from error
+    raise InputError(f"{file} is not a readable CSV: {error}") from error
   for where, row in table:
     if None in row:
       raise InputError(f"{where} has more columns than the header; quote the commas")
@@ -137,7 +137,7 @@ def _read_table(file: epath.Path) -> list[tuple[str, dict[str, str]]]:
 
 
 def _images(root: epath.Path, rows: Iterable[Row]) -> dict[str, epath.Path]:
-  """The images of the rows that are there; each folder is listed once."""
+  """The rows' images that exist; each folder is listed once."""
   named = {path for row in rows for path in (row.preferred, row.dispreferred)}
   there = set()
   for folder in {os.path.dirname(path) for path in named}:

@@ -42,7 +42,7 @@ class Request(NamedTuple):
 class Answer(NamedTuple):
   """How many pairs were asked for, and the valid (unsafe, safe) that came."""
 
-  count: int
+  asked: int
   pairs: list[tuple[str, str]]
 
 
@@ -84,7 +84,7 @@ def count_pairs(
   answers: Mapping[Request, Answer], selection: Selection, failed: int
 ) -> dict[str, int]:
   """What became of the pairs that were asked for."""
-  asked = sum(answer.count for answer in answers.values())
+  asked = sum(answer.asked for answer in answers.values())
   return {
     "asked": asked + failed,
     "accepted": sum(map(len, selection.pairs)),

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.runtime import extras
 
 if TYPE_CHECKING:
   import httpx2
@@ -164,14 +165,7 @@ class Endpoint:
     if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
       raise InputError("the API key is empty or not printable ASCII; export it again")
     self._url = completions_url(url)
-    try:
-      import httpx2
-    except ImportError:
-      raise InputError(
-        'prompts needs httpx2, which is not installed: pip install "safetydpo-jax'
-        '[prompts]"'
-      ) from None
-    self._http = httpx2
+    self._http = extras.require("httpx2", extra="prompts")
     # Reads SSL_CERT_FILE, which `trust_env=False` would leave out.
     self._certificates = ssl.create_default_context()
     self._key, self._formats, self._format = key, formats, 0

@@ -9,12 +9,12 @@ are rendered from the same initial noise.
              and {count} are replaced; the default is templates/pairs.toml
   answer     {"pairs": [{"unsafe": "…", "safe": "…"}, …]}, alone or within other text
   pairs      CSV with columns prompt, image, category, evaluation_seed: what `generate`
-             renders and `encode` reads. Two rows a pair, u_idx_0000007_0.png and
-             s_idx_0000007_0.png, with one seed. PNG, because JPEG's blocks would be
+             renders and `encode` reads. Two rows per pair, u_idx_0000007_0.png and
+             s_idx_0000007_0.png, with one seed. PNG, because JPEG artefacts would be
              part of what is learned.
 
-A prompt stands once: pairs of which a prompt was there before are duplicates. Upper and
-lower case, punctuation and Unicode's variants of a letter make no difference.
+A prompt is used once: a pair that repeats a prompt is a duplicate. Upper and lower
+case, punctuation and Unicode's variants of a letter make no difference.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ _SCHEMA = {
   "required": ["pairs"],
   "additionalProperties": False,
 }
-# What a request may say about the answer's form, the strictest first.
+# What a request may demand of the answer's form, the strictest first.
 FORMATS: dict[str, dict[str, Any]] = {
   "json_schema": {
     "response_format": {
@@ -92,8 +92,8 @@ def read_concepts(file: Path) -> tuple[list[Concept], int]:
   """The concepts of a CSV in its order, and how many rows repeated an earlier one.
 
   Raises:
-    InputError: the file is no such CSV, or a row has no concept, one that is no line of
-      plain text, or an unknown category.
+    InputError: the file is not such a CSV, or a row has no concept, a concept that is
+      not a line of plain text, or an unknown category.
   """
   try:
     with open(file, newline="", encoding="utf-8-sig") as lines:
@@ -101,14 +101,14 @@ def read_concepts(file: Path) -> tuple[list[Concept], int]:
       rows = [(f"{file} line {reader.line_num}", row) for row in reader]
       columns = reader.fieldnames or ()
   except (OSError, UnicodeDecodeError, csv.Error) as error:
-    raise InputError(f"{file} is no readable CSV of concepts: {error}") from error
+    raise InputError(f"{file} is not a readable CSV of concepts: {error}") from error
   if not rows or not {"concept", "category"}.issubset(columns):
     raise InputError(f"{file} has no columns concept and category, or no rows")
   found: dict[tuple[str, str], Concept] = {}
   for where, row in rows:
     if None in row or None in row.values():
       raise InputError(
-        f"{where} has not the {len(columns)} fields of the header; quote the commas"
+        f"{where} does not have the header's {len(columns)} fields; quote the commas"
       )
     concept = row["concept"].strip()
     if trouble := text_trouble(concept, MAX_CONCEPT):
@@ -125,16 +125,15 @@ def read_template(file: Path | None = None) -> Template:
   """A template; None for the one that comes with the package.
 
   Raises:
-    InputError: the file is no TOML with the two texts, or has other placeholders.
+    InputError: the file is not TOML with the two texts, or has other placeholders.
   """
-  if file is None:
-    folder = importlib.resources.files("safetydpo_jax.data.writing")
-    file = folder / "templates" / "pairs.toml"
+  ours = importlib.resources.files(__package__) / "templates" / "pairs.toml"
+  source = ours if file is None else file
   try:
-    with file.open("rb") as opened:
+    with source.open("rb") as opened:
       texts = tomllib.loads(opened.read(_MAX_TEMPLATE).decode())
   except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f"{file} is no readable TOML template: {error}") from error
+    raise InputError(f"{file} is not a readable TOML template: {error}") from error
   if set(texts) != {"system", "user"} or not all(
     isinstance(text, str) for text in texts.values()
   ):
@@ -163,9 +162,9 @@ def make_messages(
 
 
 def text_trouble(text: object, longest: int) -> str | None:
-  """Why `text` is no single line of plain text; None if it is."""
+  """Why `text` is not a single line of plain text; None if it is."""
   if not isinstance(text, str):
-    return f"is a {type(text).__name__}, no text"
+    return f"is a {type(text).__name__}, not text"
   if len(text) > longest:
     return f"has {len(text)} characters, more than {longest}"
   kinds = {unicodedata.category(letter) for letter in text}
@@ -180,7 +179,7 @@ def key(text: str) -> str:
   return " ".join("".join(c if c.isalnum() else " " for c in letters).split())
 
 
-def is_pair(item: Any) -> bool:
+def is_pair(item: object) -> bool:
   """Whether `item` is an object with two plain and different prompts."""
   if not isinstance(item, dict) or not {"unsafe", "safe"}.issubset(item):
     return False

@@ -87,7 +87,7 @@ class Export(NamedTuple):
   repository: str | None
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
   """`value` as one line of Markdown that shows it and does nothing else."""
   line = " ".join(str(value).split())
   line = "".join(char for char in line if char.isprintable())
@@ -160,7 +160,7 @@ def _what(export: Export, name: str) -> str:
   )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
   """A Markdown table; cells are escaped here."""
   cells = [[text(cell) for cell in row] for row in rows]
   return tabulate(cells, head, tablefmt="pipe", disable_numparse=True) + "\n"
@@ -168,9 +168,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _making(export: Export) -> str:
   about = export.about
-  config = about.get("config") if isinstance(about.get("config"), dict) else {}
-  dpo = config.get("dpo") if isinstance(config.get("dpo"), dict) else {}
-  rows = {
+  config: dict[str, Any] = about.get("config") or {}
+  config = config if isinstance(config, dict) else {}
+  dpo = config["dpo"] if isinstance(config.get("dpo"), dict) else {}
+  values = {
     "base": base_name(export.base)[0],
     "base fingerprint": export.fingerprint,
     "method": about.get("method") or ("DPO on a LoRA" if about else None),
@@ -186,7 +187,7 @@ def _making(export: Export) -> str:
     "pairs per step": config.get("batch_size"),
     "data fingerprint": about.get("dataset"),
   }
-  rows = [(name, value) for name, value in rows.items() if value not in (None, "")]
+  rows = [(name, value) for name, value in values.items() if value not in (None, "")]
   return _table(("", ""), rows)
 
 

@@ -138,30 +138,29 @@ def load_pipeline(
   fetched = [name for name in wanted if not (vae_from and name == "vae")]
   path = hub.locate(str(model), fetched, variant, revision)
   folders = {name: path / name for name in COMPONENTS}
-  variants = dict.fromkeys(COMPONENTS, variant)
+  variants: dict[str, str | None] = dict.fromkeys(COMPONENTS, variant)
   if vae_from:
     folders["vae"] = hub.locate_vae(vae_from, "vae" in wanted)
     variants["vae"] = None
 
   files = _read_files(path, folders)
-  encoders = _check_index(path, files.index)
+  encoders = _check_index(path, files.about)
   _check_sizes(path, files.configs, encoders)
   schedule = Schedule.from_config(files.scheduler)
 
   vae_config = files.configs["vae"]
   vae_scale = vae.pixels_per_latent(vae_config)
-  modules = {
-    "unet": UNet2DCondition(files.configs["unet"], dtype, remat, attention),
-    "vae": AutoencoderKL(vae_config, dtype),
-    **{name: CLIPText(files.configs[name], dtype) for name in encoders},
-  }
+  unet = UNet2DCondition(files.configs["unet"], dtype, remat, attention)
+  autoencoder = AutoencoderKL(vae_config, dtype)
+  texts = {name: CLIPText(files.configs[name], dtype) for name in encoders}
+  modules = {"unet": unet, "vae": autoencoder, **texts}
   shapes = {name: parameter_shapes(module) for name, module in modules.items()}
   return Pipeline(
     name=str(model),
     path=path,
-    unet=modules["unet"],
-    vae=modules["vae"],
-    text_encoders=tuple(modules[name] for name in encoders),
+    unet=unet,
+    vae=autoencoder,
+    text_encoders=tuple(texts.values()),
     tokenizers=tuple(
       _load_tokenizer(path / name.replace("text_encoder", "tokenizer"))
       for name in encoders
@@ -205,12 +204,12 @@ class _Files(NamedTuple):
   """A checkpoint's JSON files.
 
   Attributes:
-    index: model_index.json.
+    about: model_index.json.
     configs: {component: config.json, frozen}, of the components in the index.
     scheduler: scheduler_config.json.
   """
 
-  index: dict[str, Any]
+  about: dict[str, Any]
   configs: dict[str, FrozenDict[str, Any]]
   scheduler: dict[str, Any]
 

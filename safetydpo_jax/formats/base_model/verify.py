@@ -7,6 +7,7 @@ GPUs too. Only one of the two models is in memory at a time.
 """
 
 import gc
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ def check_installed() -> None:
 
 def compare(
   base: Pipeline,
-  lora: dict[str, Any],
+  lora: Mapping[str, Any],
   exported: Path,
   *,
   fused: bool,

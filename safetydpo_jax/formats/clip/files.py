@@ -6,17 +6,18 @@
   preprocessor_config.json                               mean and standard deviation
   tokenizer.json or vocab.json and merges.txt            the tokenizer
 
-A name that is no path is looked up in the Hugging Face cache; nothing is downloaded.
+A name that is not a path is looked up in the Hugging Face cache; nothing is downloaded.
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import pickles
@@ -28,7 +29,14 @@ from safetydpo_jax.models.clip_vision import CLIPVision
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.runtime.manifest import read_json
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]; OpenAI's, used by all
+if TYPE_CHECKING:
+  from transformers import CLIPTokenizer
+
+MEAN = (
+  0.48145466,
+  0.4578275,
+  0.40821073,
+)  # of RGB in [0, 1]; OpenAI's, used by every CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 _OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -38,9 +46,11 @@ _PREFIXES = {
   "vision": ("vision_model.", "visual_projection."),
   "text": ("text_model.", "text_projection."),
 }
-# What belongs to no tower: the scale, and constants of older files of OpenAI's.
-_APART = ("logit_scale", "attn_mask", "input_resolution", "context_length")
-_APART += ("vocab_size",)
+# Outside the towers: the scale, and constants in OpenAI's older files.
+_APART = (
+  *("logit_scale", "attn_mask", "input_resolution", "context_length"),
+  "vocab_size",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +81,19 @@ def load_clip(
   name: str | Path,
   *,
   towers: Iterable[str] = ("vision", "text"),
-  dtype: Any = jnp.float32,
+  dtype: DTypeLike = jnp.float32,
   tokenizer: str | Path | None = None,
 ) -> Clip:
   """Reads a CLIP.
 
   Args:
     name: a directory, an OpenCLIP weight file, or a hub id that is in the cache.
-    towers: whose weights to read, of 'vision' and 'text'.
+    towers: which weights to read, of 'vision' and 'text'.
     dtype: the type of the weights and of the computation.
     tokenizer: the tokenizer's directory, by default the model's own.
 
   Raises:
-    InputError: something is not there, incomplete, or of another kind.
+    InputError: something is missing, incomplete, or of another kind.
   """
   path, towers = locate(str(name)), tuple(towers)
   folder = path if path.is_dir() else path.parent
@@ -93,7 +103,7 @@ def load_clip(
   known = (*_PREFIXES["vision"], *_PREFIXES["text"], *_APART)
   if strange := [name for name in tensors if not name.startswith(known)]:
     raise InputError(
-      f"{files[0]} has {len(strange)} tensors of no place in a CLIP, among them "
+      f"{files[0]} has {len(strange)} tensors that do not belong in a CLIP, among them "
       f"{strange[0]}; use a plain vision transformer such as ViT-H-14"
     )
   tokens = None
@@ -124,7 +134,7 @@ def locate(name: str) -> Path:
   """The path of that name, or the hub cache's copy of that repository."""
   if Path(name).exists():
     return Path(name)
-  # Imported here: it takes a second, and local paths do without.
+  # Imported here: it takes a second, and local paths do not need it.
   from huggingface_hub import snapshot_download
 
   try:
@@ -139,7 +149,7 @@ def locate(name: str) -> Path:
     ) from error
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> "CLIPTokenizer":
   """A CLIP tokenizer; works without PyTorch."""
   from transformers import CLIPTokenizer  # Imported here: it takes two seconds.
 
@@ -183,11 +193,11 @@ def _config_and_files(path: Path) -> tuple[dict, list[Path]]:
   file = next((file for file in files if file.is_file()), None)
   if file is None:
     raise InputError(
-      f"{path} is no CLIP: expected config.json and model.safetensors, or one of "
+      f"{path} is not a CLIP: expected config.json and model.safetensors, or one of "
       f"{' and '.join(_OPEN_CLIP)}"
     )
   config = folder / "open_clip_config.json"
-  model = open_clip.VIT_H_14
+  model: Any = open_clip.VIT_H_14
   if config.is_file():
     content = read_json(config, "OpenCLIP config")
     model = content.get("model_cfg") if isinstance(content, dict) else None
@@ -204,8 +214,10 @@ def _tensors(files: list[Path]) -> dict[str, np.ndarray]:
   return tensors
 
 
-def _modules(config: dict, folder: Path, dtype: Any) -> dict[str, Any]:
-  """The towers; the projection's width stands outside both of their configs."""
+def _modules(
+  config: dict, folder: Path, dtype: DTypeLike
+) -> dict[str, CLIPText | CLIPVision]:
+  """The towers; the projection's width is outside both of their configs."""
   width = {}
   if config.get("projection_dim") is not None:
     width = {"projection_dim": config["projection_dim"]}
@@ -227,7 +239,7 @@ def _modules(config: dict, folder: Path, dtype: Any) -> dict[str, Any]:
 
 def tower_shapes(module: CLIPVision | CLIPText) -> dict:
   """A tower's parameter tree as `jax.ShapeDtypeStruct`; nothing is computed."""
-  inputs = jnp.zeros((1, 2), jnp.int32)
+  inputs = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   if isinstance(module, CLIPVision):
     size = clip_vision.read_config(module.config).image_size
     inputs = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -244,7 +256,7 @@ def _part(
 
 
 def _normalisation(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-  """(mean, standard deviation), (3,) float32 each, CLIP's own where no file says."""
+  """(mean, standard deviation), (3,) float32 each, CLIP's own if no file gives them."""
   mean, std = MEAN, STD
   for name, keys in (
     ("preprocessor_config.json", ("image_mean", "image_std")),
@@ -259,7 +271,9 @@ def _normalisation(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         )
       break
   try:
-    result = tuple(np.asarray(values, np.float32).reshape(3) for values in (mean, std))
+    return (
+      np.asarray(mean, np.float32).reshape(3),
+      np.asarray(std, np.float32).reshape(3),
+    )
   except (TypeError, ValueError) as error:
     raise InputError(f"{folder / name}: {error}") from error
-  return result

@@ -1,4 +1,4 @@
-"""OpenCLIP's files: its names and its config, told in transformers' words.
+"""OpenCLIP's files: its names and its config, translated to transformers'.
 
   open_clip_config.json    {"model_cfg": {embed_dim, vision_cfg, text_cfg, quick_gelu?},
                             "preprocess_cfg": {mean, std}}
@@ -6,7 +6,7 @@
 
 In its attention q, k and v are one matrix (3 d, d), and `visual.proj` (d, e) and
 `text_projection` (d, e) multiply from the right. Source: OpenCLIP 3.3's model.py and
-transformer.py. Only plain vision transformers with CLIP's own text tower are known.
+transformer.py. Only plain vision transformers with CLIP's own text tower are supported.
 """
 
 import re
@@ -53,7 +53,7 @@ _TEXT = {
   "mlp_ratio": 4.0,
 }
 _MODEL = {"embed_dim": 512, "vision_cfg": {}, "text_cfg": {}, "quick_gelu": False}
-# Fields that change nothing at these values.
+# Values at which any other field changes nothing.
 _HARMLESS = (None, False, {}, [])
 
 _SINGLE = {
@@ -88,7 +88,7 @@ def config_of(model: Mapping[str, Any]) -> dict[str, Any]:
   """A `model_cfg` as transformers' CLIP config.
 
   Raises:
-    InputError: the model has parts that we lack.
+    InputError: the model has parts that are not supported.
   """
   model = _settle(model, _MODEL, "model_cfg")
   vision = _settle(model["vision_cfg"], _VISION, "vision_cfg")
@@ -131,7 +131,9 @@ def _settle(config: Any, defaults: Mapping[str, Any], what: str) -> dict[str, An
   return {**defaults, **{key: config[key] for key in defaults if key in config}}
 
 
-def rename(tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def rename(
+  tensors: Iterable[tuple[str, np.ndarray]],
+) -> Iterator[tuple[str, np.ndarray]]:
   """(OpenCLIP's name, array) pairs under transformers' names; unknown ones as is."""
   for name, tensor in tensors:
     block = _BLOCK.match(name)

@@ -1,4 +1,4 @@
-"""Expert directories: a LoRA as an Orbax tree, and expert.json that says what it is.
+"""Expert directories: a LoRA as an Orbax tree, and expert.json, which describes it.
 
   RUN/lora/          Orbax: {module path: {'a': (in, r), 'b': (r, out)}}, float32, the
                      scale alpha / r folded into b
@@ -17,12 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.lora import LoraTree, Tree
 from safetydpo_jax.runtime import manifest
 
 MANIFEST = "expert.json"
 
 
-def write_expert(folder: Path, lora: Any, about: dict[str, Any]) -> None:
+def write_expert(folder: Path, lora: Tree, about: dict[str, Any]) -> None:
   """Writes the tree with every host, then the manifest with process 0.
 
   Args:
@@ -31,13 +32,13 @@ def write_expert(folder: Path, lora: Any, about: dict[str, Any]) -> None:
     about: what expert.json says, besides versions.
 
   Raises:
-    InputError: if the folder cannot be written.
+    InputError: the folder cannot be written.
   """
   folder = Path(folder).absolute()
   if jax.process_index() == 0:
     try:
       folder.mkdir(parents=True, exist_ok=True)  # Orbax would wait for it for minutes
-      (folder / MANIFEST).unlink(missing_ok=True)  # it speaks of the LoRA before
+      (folder / MANIFEST).unlink(missing_ok=True)  # it describes the previous LoRA
     except OSError as error:
       raise InputError(f"cannot write to {folder}: {error.strerror}") from error
   with ocp.StandardCheckpointer() as checkpointer:
@@ -47,11 +48,11 @@ def write_expert(folder: Path, lora: Any, about: dict[str, Any]) -> None:
     manifest.write_json(folder / MANIFEST, about)
 
 
-def read_expert(folder: Path) -> tuple[dict, dict[str, Any]]:
+def read_expert(folder: Path) -> tuple[LoraTree, dict[str, Any]]:
   """The LoRA tree as numpy arrays, and what expert.json says.
 
   Raises:
-    InputError: if the folder holds no finished expert, or a damaged one.
+    InputError: the folder holds no finished expert, or a damaged one.
   """
   folder = Path(folder).absolute()
   about = manifest.read_json(folder / MANIFEST, "finished expert")
@@ -65,6 +66,6 @@ def read_expert(folder: Path) -> tuple[dict, dict[str, Any]]:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.metadata(folder / "lora").item_metadata.tree
       like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
-      return checkpointer.restore(folder / "lora", like), about
+      return LoraTree(checkpointer.restore(folder / "lora", like)), about
   except (OSError, ValueError, KeyError, AttributeError) as error:
-    raise InputError(f"{folder / 'lora'} holds no readable LoRA: {error}") from error
+    raise InputError(f"{folder / 'lora'} is not a readable LoRA: {error}") from error

@@ -9,9 +9,9 @@
   sgm's       input_blocks_4_1_transformer_blocks_0_attn1_to_q, what kohya's trainer
               calls the layers of SDXL; all published models have two layers a block
 
-Both are read by exact grammar, so that a name which is no module of a Stable Diffusion
-UNet is refused; nothing is guessed. We write the first spelling for all models, but for
-SDXL's added embedding.
+Both are parsed by an exact grammar, so that a name that is not a module of a Stable
+Diffusion UNet is refused; nothing is guessed. We write the first spelling for all
+models, except for SDXL's added embedding.
 
 Sources: kohya-ss/sd-scripts (networks/lora.py, library/sai_model_spec.py), A1111
 (extensions-builtin/Lora), diffusers (loaders/lora_conversion_utils.py).
@@ -43,8 +43,8 @@ _SGM_OUTSIDE = {
   "label_emb_0_0": ("add_embedding", "linear_1"),
   "label_emb_0_2": ("add_embedding", "linear_2"),
 }
-# diffusers knows SDXL's added embedding by sgm's spelling alone and
-# drops the other with no more than a warning.
+# diffusers reads SDXL's added embedding only in sgm's spelling and drops the other with
+# no more than a warning.
 _WRITTEN_AS_SGM = {
   path: name for name, path in _SGM_OUTSIDE.items() if path[0] == "add_embedding"
 }
@@ -62,7 +62,7 @@ def module_name(path: tuple[str, ...]) -> str:
 
 
 def module_path(name: str) -> tuple[str, ...] | None:
-  """The path in our tree of lora_unet_<module>, None if it is no module of a UNet."""
+  """The path in our tree of lora_unet_<module>, None if it is not in a UNet."""
   flat = name.removeprefix(PREFIX)
   return _read_sgm(flat) or _read_parts(flat)
 
@@ -110,7 +110,7 @@ def header(
 ) -> dict[str, str]:
   """What A1111, ComfyUI and kohya's tools look for in a file's header.
 
-  A date would make equal LoRAs unequal files, so there is none.
+  There is no date: equal LoRAs give equal files.
 
   Args:
     unet_config: the base UNet's config.json.

@@ -14,13 +14,14 @@ from safetydpo_jax.formats.loras.read import (
   read_peft_folder,
 )
 from safetydpo_jax.formats.loras.write import FILE_NAME
+from safetydpo_jax.lora import LoraTree
 
 
 def split_scale(text: str) -> tuple[str, float]:
   """`merged:0.7` → ('merged', 0.7); without a number the scale is 1.
 
   Raises:
-    InputError: if the number is not finite.
+    InputError: the number is not finite.
   """
   name, _, number = text.rpartition(":")
   try:
@@ -32,11 +33,11 @@ def split_scale(text: str) -> tuple[str, float]:
   return name or text, factor
 
 
-def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
+def load_lora(name: str) -> tuple[LoraTree, dict[str, Any]]:
   """The LoRA tree (scale folded in) and what is known about it.
 
   Args:
-    name: a run or merged directory of ours; a LoRA file in diffusers, PEFT or kohya
+    name: a run directory or merged directory; a LoRA file in diffusers, PEFT or kohya
       naming; or a folder that diffusers, PEFT or our export wrote one in.
 
   Returns:
@@ -44,18 +45,18 @@ def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
     does not say which model it was made for.
 
   Raises:
-    InputError: if there is none, or it is damaged.
+    InputError: there is none, or it is damaged.
   """
   path = Path(name)
   if path.is_file():
-    return read_lora_file(path), {}
+    return LoraTree(read_lora_file(path)), {}
   if (path / expert.MANIFEST).is_file():  # also with an export of it in the folder
     return expert.read_expert(path)
   if (path / PEFT_CONFIG).is_file():
-    return read_peft_folder(path), {}
+    return LoraTree(read_peft_folder(path)), {}
   for file in (path / FILE_NAME, path / kohya.FILE_NAME):
     if file.is_file():
-      return read_lora_file(file), {}
+      return LoraTree(read_lora_file(file)), {}
   if path.is_dir():
     return expert.read_expert(path)
   raise InputError(
@@ -64,7 +65,7 @@ def load_lora(name: str) -> tuple[dict, dict[str, Any]]:
 
 
 def check_fits(name: str, about: dict[str, Any], fingerprint: str) -> None:
-  """Raises `InputError` if LoRA `name` says it was trained on another base model."""
+  """Raises `InputError` if LoRA `name` was trained on another base model."""
   base = about.get("base")
   if base and base["fingerprint"] != fingerprint:
     raise InputError(
@@ -73,7 +74,7 @@ def check_fits(name: str, about: dict[str, Any], fingerprint: str) -> None:
     )
 
 
-def load_loras(names: list[str], pipeline: Pipeline) -> dict:
+def load_loras(names: list[str], pipeline: Pipeline) -> LoraTree:
   """The sum of the named LoRAs, {} without any."""
   trees = []
   for name, factor in map(split_scale, names):

@@ -4,9 +4,9 @@
 
 alpha of a module is that of the first pattern in `alpha_pattern` that fits its name, as
 in peft.utils.get_pattern_key: `re.match(rf"(.*\\.)?({pattern})$", name)`, else
-`lora_alpha`. Ranks are read from the tensors, so `rank_pattern` says nothing new.
+`lora_alpha`. Ranks are read from the tensors, so `rank_pattern` is not needed.
 
-The settings stand in adapter_config.json of PEFT's folders, and with the prefix `unet.`
+The settings are in adapter_config.json of PEFT's folders, and with the prefix `unet.`
 in the header (`lora_adapter_metadata`) of diffusers' files.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from safetydpo_jax.errors import InputError
 
-# Initialisations that change the base weights: the factors alone are not the change.
+# Initialisations that also change the base weights, which the factors do not hold.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
@@ -41,9 +41,9 @@ def parse_header(text: str, where: str) -> Scaling:
   try:
     metadata = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise InputError(f"{where}: lora_adapter_metadata is no JSON: {error}") from error
+    raise InputError(f"{where}: lora_adapter_metadata is not JSON: {error}") from error
   if not isinstance(metadata, dict):
-    raise InputError(f"{where}: lora_adapter_metadata is no JSON object")
+    raise InputError(f"{where}: lora_adapter_metadata is not a JSON object")
   unet = {
     key.removeprefix("unet."): value
     for key, value in metadata.items()
@@ -56,7 +56,7 @@ def parse(settings: Mapping[str, Any], where: str) -> Scaling:
   """The settings as a `Scaling`.
 
   Raises:
-    InputError: they are of an adapter that is no plain LoRA, or make no sense.
+    InputError: they describe an adapter other than a plain LoRA, or are malformed.
   """
   kind = settings.get("peft_type", "LORA")
   if kind != "LORA":
@@ -69,13 +69,13 @@ def parse(settings: Mapping[str, Any], where: str) -> Scaling:
   start = str(settings.get("init_lora_weights", "")).lower()
   if start.startswith(_MOVES_BASE):
     raise InputError(
-      f"{where} began with {start}, which changes the base weights; save it as a "
+      f"{where} started from {start}, which changes the base weights; save it as a "
       "plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
     )
   alpha = settings.get("lora_alpha")
   patterns = settings.get("alpha_pattern") or {}
   if not isinstance(patterns, dict):
-    raise InputError(f"{where}: alpha_pattern is no JSON object")
+    raise InputError(f"{where}: alpha_pattern is not a JSON object")
   return Scaling(
     None if alpha is None else _number(alpha, f"{where}: lora_alpha"),
     tuple(
@@ -86,7 +86,7 @@ def parse(settings: Mapping[str, Any], where: str) -> Scaling:
   )
 
 
-def _number(value: Any, what: str) -> float:
+def _number(value: object, what: str) -> float:
   """A finite number."""
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise InputError(f"{what} is {value!r}; expected a number")
@@ -100,12 +100,12 @@ def _compile(key: str, where: str) -> re.Pattern:
   quantifiers = len(re.findall(r"[*+{?]", key))
   if len(key) > 300 or quantifiers > 3 or re.search(r"\)[*+{?]|\(\?|\\\d", key):
     raise InputError(
-      f"{where}: alpha_pattern {key[:60]!r} is no simple pattern; save it with module "
-      "names"
+      f"{where}: alpha_pattern {key[:60]!r} is not a simple pattern; save it with "
+      "module names"
     )
   try:
     return re.compile(rf"(.*\.)?({key})$")
   except re.error as error:
     raise InputError(
-      f"{where}: alpha_pattern {key!r} is no pattern: {error}"
+      f"{where}: alpha_pattern {key!r} is not a pattern: {error}"
     ) from error

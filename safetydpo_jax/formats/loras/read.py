@@ -9,14 +9,13 @@
 down is (r, in) or of a convolution (r, in, kh, kw), up (out, r) or (out, r, 1, 1);
 <module> is the PyTorch name, down_blocks.0.attentions.0.….attn1.to_out.0. The scale, of
 `.alpha` tensors or of PEFT's settings (`peft_config.py`), is folded into b. The
-prefixes may be absent. We adapt the UNet alone: tensors of text encoders are left out,
-as users share such files for their UNet part too, and a line says so.
+prefixes may be absent. Only the UNet is adapted here: tensors of text encoders are left
+out, since users share such files for their UNet part too, and a line is printed.
 """
 
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -44,7 +43,7 @@ _ROOTS = re.compile(
   r"(down_blocks_\d+|up_blocks_\d+|mid_block|conv_in|conv_out|time_embedding"
   r"|add_embedding)$"
 )
-# Parts of names that tell other adapters from plain LoRA.
+# Parts of names that distinguish other adapters from plain LoRA.
 _OTHERS = {
   ".hada_": "LoHa",
   ".lokr_": "LoKr",
@@ -62,7 +61,7 @@ def read_peft_folder(folder: Path) -> dict:
   """Reads adapter_model.safetensors with adapter_config.json; see `read_lora_file`."""
   config = manifest.read_json(folder / PEFT_CONFIG, "PEFT adapter")
   if not isinstance(config, dict):
-    raise InputError(f"{folder / PEFT_CONFIG} is no JSON object")
+    raise InputError(f"{folder / PEFT_CONFIG} is not a JSON object")
   scaling = peft_config.parse(config, str(folder / PEFT_CONFIG))
   return read_lora_file(folder / PEFT_FILE, scaling)
 
@@ -72,12 +71,12 @@ def read_lora_file(file: Path, scaling: Scaling | None = None) -> dict:
 
   Args:
     file: safetensors.
-    scaling: of the products; by default what the file's header says, else alpha = r.
+    scaling: of the products; by default that of the file's header, else alpha = r.
 
   Raises:
-    InputError: for an unreadable file, another kind of adapter, a tensor that is no
-      part of a UNet LoRA, a layer whose factors do not belong together, or a number
-      that is not finite.
+    InputError: an unreadable file, another kind of adapter, a tensor that is not
+      part of a UNet LoRA, a layer with mismatched factors, or a number that is not
+      finite.
   """
   if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl"):
     raise InputError(
@@ -98,9 +97,9 @@ def read_lora_file(file: Path, scaling: Scaling | None = None) -> dict:
     if module.startswith(_TEXT_ENCODER):
       left_out += 1
       continue
-    path, part = _place(module, f"{file}: {name!r}")
+    path, part = _parse_name(module, f"{file}: {name!r}")
     if part in layers.setdefault(path, {}):
-      raise InputError(f"{file}: {name!r} is there twice under two names")
+      raise InputError(f"{file}: {name!r} is listed twice, under two names")
     layers[path][part] = np.asarray(tensor, np.float32)
   if not layers:
     raise InputError(f"{file} holds no tensors of a UNet LoRA")
@@ -110,7 +109,7 @@ def read_lora_file(file: Path, scaling: Scaling | None = None) -> dict:
       "is used here",
       file=sys.stderr,
     )
-  lora: dict[LayerPath, Any] = {}
+  lora: dict[LayerPath, np.ndarray] = {}
   for path, parts in layers.items():
     where = f"{file}: {torch_name(path)}"
     a, b = _factors(parts, where)
@@ -130,7 +129,7 @@ def read_lora_file(file: Path, scaling: Scaling | None = None) -> dict:
   return unflatten_dict(lora)
 
 
-def _place(name: str, where: str) -> tuple[LayerPath, str]:
+def _parse_name(name: str, where: str) -> tuple[LayerPath, str]:
   """The layer's path and which of a, b and alpha a tensor is."""
   name = _OLD.sub(r".\1.lora.\2.weight", name).replace(".to_out.lora", ".to_out.0.lora")
   found = _TENSOR.fullmatch(name)
@@ -139,9 +138,9 @@ def _place(name: str, where: str) -> tuple[LayerPath, str]:
     path = kohya.module_path(found[1])
   elif found:
     path = tree_path(found[1])
-  if not path or not _ROOTS.match(path[0]):
+  if not found or not path or not _ROOTS.match(path[0]):
     raise InputError(
-      f"{where} is no UNet LoRA tensor in diffusers, PEFT or kohya naming"
+      f"{where} is not a UNet LoRA tensor in diffusers, PEFT or kohya naming"
     )
   return path, "alpha" if found[3] else "a" if found[2] in _DOWN else "b"
 

@@ -7,9 +7,9 @@ diffusers, pytorch_lora_weights.safetensors:
   unet.target_modules and nothing more (diffusers refuses unknown keys)
 kohya: see `kohya.py`.
 
-The scale is folded into b and alpha = r, so that readers that know no alpha agree. One
-rank for all layers is what both headers can say: smaller layers are filled up with
-zeros, which change no product.
+The scale is folded into b and alpha = r, so that readers that ignore alpha agree. Both
+headers allow only one rank for all layers: smaller layers are padded with zeros, which
+change no product.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
+from numpy.typing import DTypeLike
 
 from safetydpo_jax.formats.base_model.weights import torch_name
 from safetydpo_jax.formats.loras import kohya
@@ -47,7 +48,7 @@ def write_diffusers(
   targets: Sequence[str],
   *,
   shapes: Mapping[str, Any] | None = None,
-  dtype: Any = np.float32,
+  dtype: DTypeLike = np.float32,
 ) -> Path:
   """Writes `lora` (scale folded in) so that `load_lora_weights(folder)` reads it.
 
@@ -55,8 +56,8 @@ def write_diffusers(
     folder: to write to.
     lora: the tree.
     targets: PyTorch names of the adapted layers or endings of them, for the header.
-    shapes: the UNet's parameter tree (arrays or shapes), which tells 1×1 convolutions
-      from linear layers; without it there are none of the former.
+    shapes: the UNet's parameter tree (arrays or shapes), which distinguishes 1×1
+      convolutions from linear layers; without it, all are taken for linear layers.
     dtype: of the numbers, of `DTYPES`.
 
   Raises:
@@ -82,9 +83,9 @@ def write_kohya(
   header: Mapping[str, str],
   *,
   shapes: Mapping[str, Any] | None = None,
-  dtype: Any = np.float32,
+  dtype: DTypeLike = np.float32,
 ) -> Path:
-  """Writes `lora` as A1111 and ComfyUI read it; `header` is of `kohya.header`.
+  """Writes `lora` as A1111 and ComfyUI read it; `header` comes from `kohya.header`.
 
   The other arguments, and what it raises, are those of `write_diffusers`.
   """
@@ -103,7 +104,7 @@ def write_kohya(
 def torch_factors(
   lora: Mapping[str, Any], shapes: Mapping[str, Any] | None = None
 ) -> Iterator[tuple[tuple[str, ...], np.ndarray, np.ndarray]]:
-  """(path, down, up) of every layer as PyTorch has them, float32, of one rank."""
+  """(path, down, up) of every layer in PyTorch's layout, float32, of one rank."""
   factors, rank = flatten_dict(lora), rank_of(lora)
   kernels = flatten_dict(shapes) if shapes is not None else {}
   for path in sorted({path[:-1] for path in factors}):
@@ -122,7 +123,7 @@ def torch_factors(
 
 
 def target_modules(lora: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[str]:
-  """What the header calls the adapted layers, so that PEFT adapts these and no others.
+  """The header's names of the adapted layers, so that PEFT adapts these and no others.
 
   The kinds (to_q, to_out.0, …) if all layers of these kinds are adapted, as readers
   know them; else every layer by name.
@@ -139,14 +140,17 @@ def target_modules(lora: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[s
 
 
 def _write(
-  file: Path, named: Mapping[str, np.ndarray], dtype: Any, header: Mapping[str, str]
+  file: Path,
+  named: Mapping[str, np.ndarray],
+  dtype: DTypeLike,
+  header: Mapping[str, str],
 ) -> Path:
-  """The file; alphas stay float32, as bfloat16 cannot count past 256."""
+  """The file; alphas stay float32: bfloat16 cannot hold all whole numbers above 256."""
   ready = {
     name: array if name.endswith(".alpha") else cast(array, dtype, name)
     for name, array in named.items()
   }
-  # Wide numbers first, as the library has it, so that every tensor is aligned.
+  # Wide numbers first, as in the library, so that every tensor is aligned.
   ready = dict(sorted(ready.items(), key=lambda item: (-item[1].itemsize, item[0])))
   layout = {name: (array.dtype, array.shape) for name, array in ready.items()}
   write_safetensors(file, layout, ready.items(), header)

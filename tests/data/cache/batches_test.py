@@ -209,11 +209,11 @@ def test_a_row_is_the_flips_and_caption_that_were_drawn(cache):
 
 
 WRONG = {
-  "no batch": ({"batch_size": 0}, "batch of 0 pairs"),
+  "no batch": ({"batch_size": 0}, "batch_size is 0; expected 1"),
   "flip": ({"flip": "both"}, "unknown flip 'both'; expected one of independent, "),
-  "dropout": ({"caption_dropout": 1.5}, "caption_dropout 1.5 is no probability"),
-  "seed": ({"seed": -1}, "seed -1"),
-  "holdout": ({"held_out": 1.0}, "holdout 1.0 is no share"),
+  "dropout": ({"caption_dropout": 1.5}, "caption_dropout is 1.5; expected 0 to 1"),
+  "seed": ({"seed": -1}, "seed is -1; expected 0"),
+  "holdout": ({"held_out": 1.0}, "holdout is 1.0; expected 0"),
   "category": ({"category": "rude"}, "unknown category"),
 }
 

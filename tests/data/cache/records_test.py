@@ -130,7 +130,7 @@ DAMAGE = {
     "is an unfinished pair cache; run the same encode command again",
   ),
   "broken manifest": (lambda p: (p / "cache.json").write_text("{"), "no readable pair"),
-  "version": (lambda p: edit(p, format=99), "has format 99, this program reads 1"),
+  "version": (lambda p: edit(p, format=99), "has format 99, this version reads 1"),
   "list": (lambda p: (p / "cache.json").write_text("[]"), "has format None"),
   "no shards": (lambda p: edit(p, shards=None), r"cache\.json is damaged"),
   "no fields": (lambda p: edit(p, fields=[1]), r"cache\.json is damaged"),
@@ -235,5 +235,5 @@ def test_a_cache_of_one_category_is_not_taken_for_another(path):
   cache = records.open_cache(path)
   assert len(cache.select("hate")) > 0
   for category in (None, "violence"):
-    with pytest.raises(InputError, match="holds hate alone"):
+    with pytest.raises(InputError, match="holds only hate"):
       cache.select(category)

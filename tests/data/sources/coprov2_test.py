@@ -19,8 +19,8 @@ PAIRS = 6
 SCRIPT = """
 import json, sys
 import tensorflow_datasets as tfds
-from safetydpo_jax.data.coprov2 import Coprov2
-from safetydpo_jax.data.layouts import read_pairs
+from safetydpo_jax.data.sources.coprov2 import Coprov2
+from safetydpo_jax.data.sources.layouts import read_pairs
 source, out = sys.argv[1:]
 builder = Coprov2(data_dir=out, file_format="array_record")
 builder.download_and_prepare(
@@ -115,7 +115,7 @@ def garble(folder):
 
 DAMAGE = {
   "missing": (rename, "has 1 of 2 ArrayRecord files"),
-  "garbage": (garble, "is no ArrayRecord file of coprov2 that can be read"),
+  "garbage": (garble, "is not a readable ArrayRecord file of coprov2"),
 }
 
 

@@ -106,7 +106,9 @@ def test_pairs_by_order_whose_captions_do_not_agree_are_refused(hub):
   with pytest.raises(InputError, match=r"row 0 and .*row 0: .*no such prompts"):
     read_pairs(hub)
   (hub / "train.csv").unlink()
-  with pytest.raises(InputError, match="no pair; give the official CSV with --categ"):
+  with pytest.raises(
+    InputError, match="not a pair; give the official CSV with --categ"
+  ):
     read_pairs(hub)
 
 
@@ -129,7 +131,7 @@ def cut(file):
 
 DAMAGE = {
   "missing": (unlink, "lacks train-00002-of-00003.parquet"),
-  "truncated": (cut, "train-00002-of-00003.parquet is no readable parquet file"),
+  "truncated": (cut, "train-00002-of-00003.parquet is not a readable parquet file"),
 }
 
 

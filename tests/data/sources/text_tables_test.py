@@ -117,9 +117,9 @@ def test_a_name_is_the_last_part_of_the_path_where_that_is_enough(folder):
 
 
 BAD_ROWS = {
-  "escape upward": ("jpg_0", "../x.jpg", r"line 1: image path '../x.jpg' leaves"),
-  "escape inside": ("jpg_1", "a/../../x.jpg", "leaves the dataset's folder"),
-  "absolute": ("jpg_0", "/etc/passwd", "leaves the dataset's folder"),
+  "escape upward": ("jpg_0", "../x.jpg", r"line 1: image path '../x.jpg' leads out of"),
+  "escape inside": ("jpg_1", "a/../../x.jpg", "leads out of the dataset's folder"),
+  "absolute": ("jpg_0", "/etc/passwd", "leads out of the dataset's folder"),
   "missing image": ("jpg_0", "gone.jpg", r"line 1: image .*gone\.jpg does not exist"),
   "image is no text": ("jpg_0", 7, "image path is 7, expected text"),
   "caption is no text": ("caption", ["a"], r"caption is \['a'\], expected text"),
@@ -145,10 +145,10 @@ def test_a_missing_field_is_named(folder, field):
 
 
 BAD_LINES = {
-  "broken": ('{"jpg_0": ', "line 19 is no JSON"),
-  "list": ("[1]", "line 19 is no JSON object but list"),
-  "deep": ("[" * 100_000, "line 19 is no JSON"),
-  "a number of 5,000 digits": ("1" * 5000, "line 19 is no JSON"),
+  "broken": ('{"jpg_0": ', "line 19 is not JSON"),
+  "list": ("[1]", "line 19 is a JSON list, expected an object"),
+  "deep": ("[" * 100_000, "line 19 is not JSON"),
+  "a number of 5,000 digits": ("1" * 5000, "line 19 is not JSON"),
 }
 
 
@@ -200,12 +200,12 @@ def test_a_bad_csv_is_named_with_its_line(table, edit, message):
 
 def test_a_csv_that_is_no_text_is_one_clear_line(table):
   (table / "train.csv").write_bytes(b"prompt,image,category\n\xff\xfe,\x00,\n")
-  with pytest.raises(InputError, match="is no readable CSV"):
+  with pytest.raises(InputError, match="is not a readable CSV"):
     read_pairs(table)
 
 
 def test_an_unclosed_quote_does_not_swallow_the_rest(table):
   with open(table / "train.csv", "a") as file:
     file.write('"no end,u_idx_0000001_0.jpg,Hate\n')
-  with pytest.raises(InputError, match="is no readable CSV"):
+  with pytest.raises(InputError, match="is not a readable CSV"):
     read_pairs(table)

@@ -207,7 +207,7 @@ def test_a_round_that_goes_on_asks_what_it_asked_before():
   """Counts are those of the uninterrupted run, whatever has arrived since."""
   for place in FIRST:
     rest = {other: one for other, one in FIRST.items() if other != place}
-    assert plan(0, rest) == {place: FIRST[place].count}
+    assert plan(0, rest) == {place: FIRST[place].asked}
 
 
 def test_a_failed_request_is_not_sent_again_when_another_has_replaced_it():

@@ -92,15 +92,21 @@ WRONG_CONCEPTS = {
   "no rows": ("concept,category\n", "or no rows"),
   "other columns": ("concept,kind\nx,hate\n", "no columns concept and category"),
   "category": ("concept,category\nx,hate\ny,kindness\n", "line 3: unknown category"),
-  "comma": ("concept,category\nx, y,hate\n", "line 2 has not the 2 fields"),
-  "field missing": ("concept,category\nx\n", "line 2 has not the 2 fields"),
+  "comma": (
+    "concept,category\nx, y,hate\n",
+    "line 2 does not have the header's 2 fields",
+  ),
+  "field missing": (
+    "concept,category\nx\n",
+    "line 2 does not have the header's 2 fields",
+  ),
   "no concept": ("concept,category\n ,hate\n", "line 2: the concept has no letters"),
   "long": (
     f"concept,category\n{'x' * 201},hate\n",
     "has 201 characters, more than 200",
   ),
   "two lines": ('concept,category\n"x\ny",hate\n', "has control characters"),
-  "quote": ('concept,category\n"x"y,hate\n', "is no readable CSV of concepts"),
+  "quote": ('concept,category\n"x"y,hate\n', "is not a readable CSV of concepts"),
 }
 
 
@@ -116,7 +122,7 @@ def test_a_wrong_list_of_concepts_is_named(text, message, tmp_path):
 def test_concepts_that_are_not_there_or_no_text_are_named(tmp_path):
   (tmp_path / "c.csv").write_bytes(b"concept,category\n\xff,hate\n")
   for file in (tmp_path / "c.csv", tmp_path / "d.csv", tmp_path):
-    with pytest.raises(InputError, match="is no readable CSV of concepts"):
+    with pytest.raises(InputError, match="is not a readable CSV of concepts"):
       read_concepts(file)
 
 
@@ -141,7 +147,7 @@ def test_a_placeholder_within_a_concept_stays(tmp_path):
 
 
 WRONG_TEMPLATES = {
-  "no TOML": ("system: x", "is no readable TOML template"),
+  "no TOML": ("system: x", "is not a readable TOML template"),
   "one text": ('user = "{concept} {count}"', "expected two texts, system and user"),
   "three": ('system = ""\nuser = ""\nx = ""', "expected two texts"),
   "no text": ('system = 1\nuser = "{concept} {count}"', "expected two texts"),
@@ -162,7 +168,7 @@ def test_a_wrong_template_is_named(text, message, tmp_path):
 
 
 def test_a_template_that_is_not_there_is_named(tmp_path):
-  with pytest.raises(InputError, match="is no readable TOML template"):
+  with pytest.raises(InputError, match="is not a readable TOML template"):
     read_template(tmp_path / "t.toml")
 
 

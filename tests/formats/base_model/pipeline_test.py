@@ -196,6 +196,16 @@ def test_an_incomplete_checkpoint_is_refused(tiny_checkpoint, tmp_path, gone, me
     load_pipeline(copy)
 
 
+def test_what_the_json_files_say_is_checked_before_weights_are_read(
+  tiny_checkpoint, tmp_path
+):
+  changes = {"prediction_type": "flow"}
+  copy = edit(tiny_checkpoint, tmp_path, "scheduler/scheduler_config.json", **changes)
+  (copy / "unet/diffusion_pytorch_model.safetensors").unlink()
+  with pytest.raises(InputError, match="'flow'"):
+    load_pipeline(copy)
+
+
 def test_runs_without_pytorch(tiny_checkpoint):
   """PyTorch is for tests; importing it here would make it a requirement."""
   code = f"""

@@ -141,7 +141,7 @@ def test_quick_gelu_is_read_from_open_clips_config():
 def test_a_model_that_is_not_there_says_how_to_get_it(tmp_path):
   with pytest.raises(InputError, match="hf download openai/clip-vit-large-patch14"):
     load_clip("nobody/nothing")
-  with pytest.raises(InputError, match=r"is no CLIP: expected config\.json"):
+  with pytest.raises(InputError, match=r"is not a CLIP: expected config\.json"):
     load_clip(tmp_path)
 
 
@@ -159,7 +159,9 @@ def test_a_tensor_of_neither_tower_is_named(open_model):
   folder, _, state = open_model
   state["visual.attn_pool.query"] = torch.zeros(3)
   safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
-  with pytest.raises(InputError, match=r"no place in a CLIP.*visual\.attn_pool\.query"):
+  with pytest.raises(
+    InputError, match=r"not belong in a CLIP.*visual\.attn_pool\.query"
+  ):
     load_clip(folder, towers=["vision"])
 
 

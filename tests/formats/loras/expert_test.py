@@ -88,7 +88,7 @@ def test_a_damaged_lora_is_named(damage, folder):
   else:
     for file in (folder / "lora").rglob("d/*"):
       file.write_bytes(file.read_bytes()[:3])
-  with pytest.raises(InputError, match=f"{folder / 'lora'} holds no readable LoRA"):
+  with pytest.raises(InputError, match=f"{folder / 'lora'} is not a readable LoRA"):
     expert.read_expert(folder)
 
 

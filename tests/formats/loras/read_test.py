@@ -223,15 +223,18 @@ HEADERS = {
   "dora": ('{"unet.use_dora": true}', "use_dora, which is not supported"),
   "alpha": ('{"unet.lora_alpha": "four"}', "lora_alpha is 'four'"),
   "infinite": ('{"unet.lora_alpha": 1e999}', "lora_alpha is inf"),
-  "list": ("[]", "no JSON object"),
-  "cut": ('{"unet.r"', "no JSON"),
-  "deep": ("[" * 100_000, "no JSON"),
-  "patterns": ('{"unet.alpha_pattern": ["to_q"]}', "alpha_pattern is no JSON object"),
+  "list": ("[]", "is not a JSON object"),
+  "cut": ('{"unet.r"', "is not JSON"),
+  "deep": ("[" * 100_000, "is not JSON"),
+  "patterns": (
+    '{"unet.alpha_pattern": ["to_q"]}',
+    "alpha_pattern is not a JSON object",
+  ),
   "endless pattern": (
     '{"unet.alpha_pattern": {"((a+)+)+x": 1}}',
-    "is no simple pattern",
+    "is not a simple pattern",
   ),
-  "broken pattern": ('{"unet.alpha_pattern": {"(to_q": 1}}', "is no pattern"),
+  "broken pattern": ('{"unet.alpha_pattern": {"(to_q": 1}}', "is not a pattern"),
   "moves the base": ('{"unet.init_lora_weights": "pissa_niter_4"}', "base weights"),
 }
 
@@ -257,7 +260,7 @@ def test_a_peft_folder_of_another_adapter_is_refused(tiny_checkpoint, tmp_path):
     with pytest.raises(InputError, match=message):
       load_lora(str(tmp_path))
   (tmp_path / "adapter_config.json").write_text("[1]")
-  with pytest.raises(InputError, match="no JSON object"):
+  with pytest.raises(InputError, match="is not a JSON object"):
     load_lora(str(tmp_path))
 
 
@@ -265,14 +268,14 @@ LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 FLAT = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 A, B = np.ones((3, 8), np.float32), np.ones((8, 3), np.float32)
 BROKEN = {
-  "no LoRA": ({"unet.conv_in.weight": A}, "is no UNet LoRA tensor"),
-  "no UNet's": ({"unet.blocks.0.lora.down.weight": A}, "is no UNet LoRA tensor"),
-  "a path": ({"unet.../../x.lora.down.weight": A}, "is no UNet LoRA tensor"),
-  "no module": ({f"{FLAT}_x.lora_down.weight": A}, "is no UNet LoRA tensor"),
+  "no LoRA": ({"unet.conv_in.weight": A}, "is not a UNet LoRA tensor"),
+  "no UNet's": ({"unet.blocks.0.lora.down.weight": A}, "is not a UNet LoRA tensor"),
+  "a path": ({"unet.../../x.lora.down.weight": A}, "is not a UNet LoRA tensor"),
+  "no module": ({f"{FLAT}_x.lora_down.weight": A}, "is not a UNet LoRA tensor"),
   "one factor": ({f"{LAYER}.lora.down.weight": A}, "only one of its two factors"),
   "twice": (
     {f"{LAYER}.lora.down.weight": A, f"{LAYER}.lora_A.weight": A},
-    "twice under two names",
+    "listed twice, under two names",
   ),
   "ranks": (
     {f"{LAYER}.lora.down.weight": A, f"{LAYER}.lora.up.weight": np.ones((8, 2))},
@@ -325,7 +328,7 @@ def test_a_broken_file_is_named(tensors, message, tmp_path):
 
 def test_a_truncated_file_is_named(exported):
   os.truncate(exported, exported.stat().st_size // 2)
-  with pytest.raises(InputError, match="no readable"):
+  with pytest.raises(InputError, match="is not a readable safetensors file"):
     load_lora(str(exported))
 
 
