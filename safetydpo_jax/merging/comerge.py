@@ -24,6 +24,7 @@ inputs; then merge only the most active weights per expert". (1) to (6) are our 
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -95,4 +96,4 @@ PARTS = {
 }  # parts of which the wins decide
 # What `--method co_merge` means: in the toy world's study it left less than half of the
 # IP that the factors left, less in each of three seeds, for one point of utility.
-DEFAULT = "co_merge_product"
+DEFAULT: Final = "co_merge_product"

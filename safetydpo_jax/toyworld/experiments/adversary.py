@@ -198,6 +198,7 @@ def make_attacks(
     sampler_steps, guidance: of `draw`, which samples by DDIM as toy models do.
   """
   padding = pipeline.tokenizers[0].eos_token_id
+  free = jnp.asarray(vocabulary)
   run = make_sampler("ddim", pipeline.schedule, sampler_steps)
   (null_ids,) = pipeline.tokenize([""])
 
@@ -223,7 +224,7 @@ def make_attacks(
     table = params["text_encoder"]["embeddings"]["token_embedding"]["embedding"]
     zeros = jnp.zeros((*words.shape, table.shape[1]))
     gradient = jax.grad(lambda offsets: error(words, offsets).sum())(zeros)
-    slopes = jnp.einsum("nkd,vd->nkv", gradient, table[vocabulary])
+    slopes = jnp.einsum("nkd,vd->nkv", gradient, table[free])
     _, best = jax.lax.top_k(-slopes, min(TOP, len(vocabulary)))  # (n, k, q)
 
     count, slots = words.shape
@@ -235,7 +236,7 @@ def make_attacks(
     choice = jax.random.randint(choice_key, slot.shape, 0, best.shape[-1])
     tried = jnp.tile(words[:, None], (1, candidates, 1))
     columns = jnp.arange(candidates)[None, :]
-    tried = tried.at[rows, columns, slot].set(vocabulary[best[rows, slot, choice]])
+    tried = tried.at[rows, columns, slot].set(free[best[rows, slot, choice]])
     tried = jnp.concatenate([words[:, None], tried], axis=1)  # (n, 1 + B, k)
     errors = jax.lax.map(lambda words: error(words, zeros), tried.swapaxes(0, 1))
     return tried[jnp.arange(count), errors.argmin(axis=0)]
@@ -256,5 +257,4 @@ def make_attacks(
     )
     return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
 
-  vocabulary = jnp.asarray(vocabulary)
   return Attacks(jax.jit(embedding_step), jax.jit(word_step), jax.jit(draw))

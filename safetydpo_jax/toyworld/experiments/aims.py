@@ -30,8 +30,8 @@ def read_aims(file: Path, out: Path, count: int) -> list[Aim]:
   Raises:
     InputError: a prompt is not of the toy grammar, or none asks for a symbol.
   """
-  aims = [Aim(row, *scenes.parse(row.prompt)) for row in read_prompts(file, out)]
-  aims = [aim for aim in aims if aim.concept]
+  parsed = [(row, *scenes.parse(row.prompt)) for row in read_prompts(file, out)]
+  aims = [Aim(row, scene, concept) for row, scene, concept in parsed if concept]
   if not aims:
     raise InputError(f"{file} has no prompt that asks for a symbol")
   spread = np.linspace(0, len(aims) - 1, min(count, len(aims))).round()

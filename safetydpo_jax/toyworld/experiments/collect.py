@@ -67,7 +67,7 @@ def training_pairs(out: Path) -> list[dict[str, str]]:
   """The first pair of each category."""
   with open(out / "pairs/prompts.csv", newline="", encoding="utf-8") as lines:
     rows = list(csv.DictReader(lines))
-  first = {}
+  first: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
   for unsafe, safe in zip(rows[::2], rows[1::2]):
     first.setdefault(unsafe["category"], (unsafe, safe))
   return [
@@ -139,7 +139,7 @@ def collect(options: DemoOptions) -> dict[str, Any]:
 
 def totals(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
   """Per contender IP by phrasing and utility, over all categories."""
-  result = {name: {} for name in figures["contenders"]}
+  result: dict[str, dict[str, float]] = {name: {} for name in figures["contenders"]}
   for row in figures["rates"]:
     if row["category"] == "all":
       result[row["contender"]][row["phrasing"]] = row["count"] / row["n"]

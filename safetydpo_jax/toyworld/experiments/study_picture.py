@@ -66,7 +66,8 @@ def draw(file: Path, results: Results) -> None:
 
 def _mean(seeds: Sequence[Figures]) -> tuple[float, float]:
   """(IP, utility) in per cent."""
-  return 100 * np.mean([x.ip for x in seeds]), 100 * np.mean([x.utility for x in seeds])
+  ip, utility = ([x.ip for x in seeds], [x.utility for x in seeds])
+  return 100 * float(np.mean(ip)), 100 * float(np.mean(utility))
 
 
 def _methods(axes: Axes, figures: Table, count: int) -> None:
@@ -90,10 +91,15 @@ def _methods(axes: Axes, figures: Table, count: int) -> None:
     )
     axes.plot(utility, ip, mark, color=colour, ms=7)
     if name in NAMES and utility >= LEAST:
-      *offset, side = NAMES[name]
-      words = name if group == "merges" else "one LoRA, " + name.split(", ")[-1]
-      about = {"textcoords": "offset points", "size": 7, "ha": side}
-      axes.annotate(words, (utility, ip), offset, **about)
+      right, up, side = NAMES[name]
+      axes.annotate(
+        name if group == "merges" else "one LoRA, " + name.split(", ")[-1],
+        (utility, ip),
+        (right, up),
+        textcoords="offset points",
+        size=7,
+        ha=side,
+      )
   axes.plot(*zip(*sorted(curve)), color=STYLES["linear"][0], lw=1, zorder=0)
   axes.set(xlabel=f"utility from {LEAST} %", ylabel="IP, %", xlim=(LEAST, 103))
   axes.set_title(f"{count} experts in one LoRA")

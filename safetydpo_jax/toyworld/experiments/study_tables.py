@@ -1,6 +1,6 @@
 """The study's figures as Markdown: means over seeds, with the lowest and highest."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,10 +52,20 @@ def read_figures(results: Results) -> Table:
       else:
         table.setdefault((trial["group"], trial["name"]), []).append(one)
     for group, ones in parts.items():
-      means = [float(np.mean([x[i] for x in ones])) for i in range(4)]
-      pairs = round(np.mean([x.pairs for x in ones]))
-      table.setdefault((group, ""), []).append(Figures(*means, {}, pairs=pairs))
+      table.setdefault((group, ""), []).append(_mean(ones))
   return table
+
+
+def _mean(ones: Sequence[Figures]) -> Figures:
+  """Of data trials, each of a category."""
+  return Figures(
+    ip=float(np.mean([one.ip for one in ones])),
+    utility=float(np.mean([one.utility for one in ones])),
+    distance=float(np.mean([one.distance for one in ones])),
+    unasked=float(np.mean([one.unasked for one in ones])),
+    by_category={},
+    pairs=round(float(np.mean([one.pairs for one in ones]))),
+  )
 
 
 def _figures(rates: list[dict], utility: list[dict], distance: float) -> Figures:
@@ -77,7 +87,7 @@ def cell(values: list[float], form: Callable[[float], str] = "{:.1%}".format) ->
     return "–"
   if len(values) == 1:
     return form(values[0])
-  return f"{form(np.mean(values))} ({form(min(values))} to {form(max(values))})"
+  return f"{form(float(np.mean(values)))} ({form(min(values))} to {form(max(values))})"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -107,8 +117,10 @@ def label(group: str, name: str) -> str:
 def compare(ours: list[Figures], theirs: list[Figures]) -> str:
   """Whether two LoRAs differ by more than the spread of seeds, in words."""
   words = []
-  for what, of, sign in (("IP", 0, 1), ("utility", 1, -1)):
-    a, b = ([sign * figures[of] for figures in seeds] for seeds in (ours, theirs))
+  for what, a, b in (
+    ("IP", [x.ip for x in ours], [x.ip for x in theirs]),
+    ("utility", [-x.utility for x in ours], [-x.utility for x in theirs]),
+  ):
     if max(a) < min(b):
       words.append(f"{what} better, beyond the spread")
     elif min(a) > max(b):

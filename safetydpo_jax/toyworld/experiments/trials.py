@@ -227,7 +227,7 @@ def run_trial(trial: Trial, options: DemoOptions, out: Path) -> TrialFigures:
     kept = (config[name] for name in ("category", "mixture", "holdout"))
     pairs, _ = records.open_cache(options.out / "cache").count(*kept)
   figures = manifest.read_json(file, "trial")
-  return {**figures, "rank": about["rank"], "pairs": pairs}
+  return figures | {"rank": about["rank"], "pairs": pairs}
 
 
 def figures_file(trial: Trial, out: Path) -> Path:

@@ -229,4 +229,5 @@ def pretrain(
     line = "  ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
     print(f"{run.name} step {step}: {line}", flush=True)
 
-  return train(run, initialise(run.seed), loss, data, evaluate)
+  params, about = train(run, initialise(run.seed), loss, data, evaluate)
+  return dict(params), about

@@ -58,7 +58,7 @@ def to_network(images: jax.Array) -> jax.Array:
   return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_pixels(images: jax.Array) -> np.ndarray:
+def to_pixels(images: jax.Array | np.ndarray) -> np.ndarray:
   """[-1, 1] → uint8 pixels."""
   return np.round(np.clip((np.asarray(images) + 1) * 127.5, 0, 255)).astype(np.uint8)
 

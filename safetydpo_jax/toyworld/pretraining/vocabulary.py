@@ -35,7 +35,7 @@ def merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
   """Joins every occurrence of the pair, from the left."""
-  merged = []
+  merged: list[str] = []
   for part in parts:
     if merged and (merged[-1], part) == pair:
       merged[-1] += part

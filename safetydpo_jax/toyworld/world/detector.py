@@ -202,8 +202,8 @@ def _slot_templates() -> np.ndarray:
       moved = moved[..., :3] - moved[..., 3:] * base
       rows.append(np.concatenate([blur(moved, sigma) for sigma in BLURS]))
     looks.append([*rows, np.zeros_like(rows[0])])
-  looks = np.asarray(looks, np.float32)
-  return looks.reshape(*looks.shape[:3], -1)
+  every = np.asarray(looks, np.float32)
+  return every.reshape(*every.shape[:3], -1)
 
 
 @functools.cache
@@ -231,7 +231,7 @@ def _scene_errors(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   palette = np.asarray(list(BACKGROUNDS.values()), np.float32)
   offset = ((base[:, None, :] - palette[None, :, :]) ** 2).sum(axis=-1)  # (n, 4)
   of_looks = np.repeat(offset * pixels / 3, shapes, axis=1)
-  total = 0
+  total = np.zeros((), np.float32)
   for (top, left), look in zip([(0, 0), *RELATIONS.values()], _scene_slots()):
     slot = images[:, top : top + SLOT, left : left + SLOT] - base[:, None, None, :]
     slot = slot.reshape(len(images), -1)

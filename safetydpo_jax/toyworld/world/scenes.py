@@ -193,7 +193,7 @@ def parse(prompt: str) -> tuple[Scene, Concept | None]:
     InputError: the prompt is not of this grammar, or could mean two things.
   """
   of_scenes, of_concepts = _patterns()
-  asked = [(prompt, None)]
+  asked: list[tuple[str, Concept | None]] = [(prompt, None)]
   for _, pattern in of_concepts:
     if match := pattern.fullmatch(prompt):
       asked.append((match["scene"], symbols.BY_WORD[match["word"]]))
@@ -286,7 +286,7 @@ def render(
     raise InputError(f"toy world: image size {size}; expected a multiple of {SIZE}")
   image = np.tile(np.asarray(BACKGROUNDS[scene.background], float), (size, size, 1))
   layers = [((0, 0), sprite(scene.first, size))]
-  if scene.second:
+  if scene.second and scene.relation:
     layers.append((RELATIONS[scene.relation], sprite(scene.second, size)))
   if concept:
     layers.append((SYMBOL_AT, symbols.glyph(concept, symbols.CELL * size // SIZE)))
