@@ -87,7 +87,7 @@ def load(classes: Sequence[str] = CLASSES, threshold: float = THRESHOLD) -> Nudi
       f"NudeNet's threshold is {threshold}; expected {THRESHOLD} to 1, as the package "
       "drops lower scores"
     )
-  model = Path(nudenet.__file__).parent / "320n.onnx"
+  model = Path(str(nudenet.__file__)).parent / "320n.onnx"
   detector = nudenet.NudeDetector(str(model))
   return Nudity(
     about={
