@@ -202,7 +202,7 @@ def test_an_installed_wheel_runs_the_toy_pipeline(installed, tmp_path):
     done = run(installed, tmp_path, line)
     assert "Traceback" not in done.stderr
     assert "TPU" not in done.stderr.upper(), done.stderr
-  assert (tmp_path / "world/report/index.html").exists()
+  assert (tmp_path / "world/report/report/index.html").exists()
 
 
 def run_python(installed: Path, code: str) -> str:
