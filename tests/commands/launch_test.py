@@ -15,8 +15,9 @@ import sys
 
 import pytest
 
-from safetydpo_jax import encode, generate, merge, train
+from safetydpo_jax import train
 from safetydpo_jax.data.categories import CATEGORIES
+from tests.support import documents
 from tests.support.runs import ROOT
 
 SCRIPTS = ["launch/gpu.sh", "launch/slurm.sbatch", "launch/tpu_vm.sh"]
@@ -251,10 +252,8 @@ def test_the_page_on_the_first_pod_run_says_what_works(calls):
   names = [line[0].removeprefix("safetydpo_jax.") for line in asked]
   there = ["encode", *["train"] * 7, "merge", "generate", "generate"]
   assert names == [*there, "evaluate", "export"]
-  parsers = {"encode": encode, "merge": merge, "generate": generate}
   for name, line in zip(names, asked):
-    if name in parsers:
-      parsers[name].parse_arguments(line[1:])
+    documents.parse(name, line[1:])
   categories = [train.parse(line[1:])[0].category for line in asked[1:8]]
   assert sorted(categories) == sorted(CATEGORIES)
 
