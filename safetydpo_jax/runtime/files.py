@@ -1,8 +1,7 @@
 """How a file is written: under a temporary name, then renamed, so never half of it.
 
-The temporary name begins with a dot and the process's number and keeps the ending, by
-which writers of pictures and arrays know their format. A write that fails leaves what
-was there before.
+The temporary name begins with a dot and a tag and keeps the ending, by which writers of
+pictures and arrays know their format. A write that fails leaves what was there before.
 """
 
 import contextlib
@@ -16,16 +15,21 @@ from safetydpo_jax.errors import InputError
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def writing(path: str | os.PathLike[str], tag: str | None = None) -> Iterator[Path]:
   """Gives the temporary name to write to; what was written there becomes `path`.
 
   Missing folders above `path` are made.
+
+  Args:
+    path: the file.
+    tag: of the temporary name; None: the process's number, so that several may write.
+      What a killed process left is overwritten by the next if the tag is fixed.
 
   Raises:
     InputError: it cannot be written. What else the block raises passes through.
   """
   path = Path(path)
-  temporary = path.with_name(f".{os.getpid()}.{path.name}")
+  temporary = path.with_name(f".{tag or os.getpid()}.{path.name}")
   with naming(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -61,7 +61,7 @@ def writing(path: epath.Path) -> Iterator[Path]:
       with named(path):
         epath.Path(local).copy(path, overwrite=True)
     return
-  with files.writing(path) as temporary:
+  with files.writing(path, tag="unfinished") as temporary:  # shards are large
     yield temporary
 
 
