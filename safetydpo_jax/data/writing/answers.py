@@ -126,7 +126,8 @@ class AnswerFile:
 
   def add(self, request: Request, answer: Answer) -> None:
     """Appends an answer; it is on disk when this returns."""
-    _append(self.file, self._lines, {**request._asdict(), **answer._asdict()})
+    line = {**request._asdict(), "count": answer.asked, "pairs": answer.pairs}
+    _append(self.file, self._lines, line)
     self.answers[request] = answer
 
 
