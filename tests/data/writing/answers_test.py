@@ -54,6 +54,14 @@ def test_answers_come_back_in_every_run(file):
   assert read(file) == {**SAVED, Request(1, 0, 0): answer(5)}
 
 
+def test_a_line_has_the_names_of_the_format(file):
+  save(file, {Request(0, 1, 2): answer(5)})
+  assert json.loads(file.read_text().splitlines()[-1]) == {
+    **{"round": 0, "concept": 1, "part": 2, "count": 1},
+    "pairs": [["unsafe 5", "safe 5"]],
+  }
+
+
 def test_an_answer_is_on_the_disk_when_add_returns(file):
   with open_answers(file, SETTINGS, 2) as log:
     for lines, (place, one) in enumerate(SAVED.items(), start=2):
