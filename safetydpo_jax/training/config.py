@@ -126,7 +126,7 @@ class RunConfig:
   steps: Count
   batch_size: Count
   accumulation: Count
-  learning_rate: Positive
+  learning_rate: NotNegative
   scale_lr: bool
   warmup_steps: Annotated[int, Rule(lambda n: n >= 0, "0 or more")]
   schedule: Annotated[str, _one_of(SCHEDULES)]
