@@ -78,7 +78,7 @@ WRONG_VALUES = {
   "steps": [0, -1, 1.5, True, "many", None],
   "batch_size": [0, 16.0],
   "accumulation": [0],
-  "learning_rate": [0.0, -1e-5, float("nan"), float("inf"), "fast"],
+  "learning_rate": [-1e-5, float("nan"), float("inf"), "fast"],
   "scale_lr": [1, "yes"],
   "warmup_steps": [-1, 0.5],
   "schedule": ["rising"],
