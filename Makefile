@@ -41,7 +41,7 @@ environment: $(ENVIRONMENT)/ready
 $(ENVIRONMENT)/ready: requirements.txt pyproject.toml $(wildcard constraints/*.txt)
 	$(PYTHON) -m venv $(ENVIRONMENT)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]" -c $(CONSTRAINTS)
+	$(BIN)/python -m pip install -qq --editable ".[dev]" -c $(CONSTRAINTS)
 	touch $@
 
 clean:
