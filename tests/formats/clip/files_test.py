@@ -110,7 +110,7 @@ def test_an_open_clip_file_without_config_is_the_vit_h_14(open_model):
   folder, _, state = open_model
   (folder / "open_clip_config.json").unlink()
   safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
-  with pytest.raises(InputError, match="lacks 480 tensors.*shapes"):
+  with pytest.raises(InputError, match=r"lacks 480 tensors.*shapes"):
     load_clip(folder)
   config = open_clip.config_of(open_clip.VIT_H_14)
   assert config["projection_dim"] == 1024
