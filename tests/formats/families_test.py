@@ -17,6 +17,7 @@ from safetydpo_jax.data.cache import records
 from safetydpo_jax.merging import activations
 from safetydpo_jax.merging.calibration import choose_pairs
 from safetydpo_jax.runtime.sharding import make_mesh
+from safetydpo_jax.training.run import COMPONENTS
 from tests.support import lookalike, runs
 from tests.support.checkpoints import (
   SD2,
@@ -108,7 +109,7 @@ def test_a_cache_from_before_time_ids_trains_the_same(
 
 
 def test_co_merge_measures_experts_of_every_family(expert, checkpoint, cache):
-  pipeline = load_pipeline(checkpoint, components=train.COMPONENTS)
+  pipeline = load_pipeline(checkpoint, components=COMPONENTS)
   opened = records.open_cache(cache)
   (found,) = activations.measure(
     pipeline,
