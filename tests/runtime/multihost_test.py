@@ -17,7 +17,8 @@ from tests.support import runs
 START = """
 import os, sys, time
 import jax, numpy as np
-from safetydpo_jax import errors, hosts, sharding
+from safetydpo_jax import errors
+from safetydpo_jax.runtime import hosts, sharding
 hosts.CONNECT_SECONDS, hosts.HEARTBEAT_SECONDS, errors.LEAVE_SECONDS = 30, 5, 2
 index = int(os.environ["JAX_PROCESS_ID"])
 """
@@ -153,7 +154,7 @@ def test_sigterm_on_one_host_stops_all_at_one_step():
   processes = start(
     """
     import signal
-    from safetydpo_jax import checkpoint
+    from safetydpo_jax.training import checkpoint
     hosts.initialize(preemption=True)
     with checkpoint.on_preemption() as asked:
       for step in range(1, 2000):
