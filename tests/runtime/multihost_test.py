@@ -131,7 +131,7 @@ def test_a_host_that_is_killed_ends_the_others_with_a_word_on_what_to_do():
   printed = outputs(processes, seconds=90)
   assert [process.returncode for process in processes] == [134, 9]
   assert "Traceback" in printed[0]
-  assert "the same command on every host goes on" in printed[0]
+  assert "run the same command on every host again" in printed[0]
 
 
 @pytest.mark.parametrize(
