@@ -19,6 +19,7 @@ mean over latent elements sets the size of β = 5000. diffusers' SD1.5 script wr
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import chex
 import flax.linen as nn
@@ -94,6 +95,42 @@ def denoising_errors(
   return errors.mean(axis=(1, 2, 3)).reshape(batch, images)
 
 
+def preference_metrics(
+  policy: jax.Array,
+  reference: jax.Array,
+  margin: jax.Array,
+  timesteps: jax.Array,
+  schedule: diffusion.Schedule,
+) -> Metrics:
+  """What a loss on preferences reports.
+
+  Args:
+    policy, reference: equation (1) with the LoRA and without, (B, 2).
+    margin: (B,), positive where the preference is met.
+    timesteps: (B,) int32.
+    schedule: the checkpoint's noise schedule.
+
+  Returns:
+    Means over the batch of the four errors, the margin and the accuracy, and by quarter
+    of the schedule (4,) the share of pairs that are correct there and the share of
+    pairs drawn there.
+  """
+  # A tie, as at step 0, is half right.
+  correct = 0.5 * (jnp.sign(margin) + 1.0)
+  bins = timesteps * TIMESTEP_BINS // schedule.num_timesteps
+  in_bin = jax.nn.one_hot(bins, TIMESTEP_BINS)  # (B, bins)
+  return {
+    "preferred_error": policy[:, 0].mean(),
+    "dispreferred_error": policy[:, 1].mean(),
+    "reference_preferred_error": reference[:, 0].mean(),
+    "reference_dispreferred_error": reference[:, 1].mean(),
+    "margin": margin.mean(),
+    "accuracy": correct.mean(),
+    "correct_by_timestep": (correct[:, None] * in_bin).mean(axis=0),
+    "share_by_timestep": in_bin.mean(axis=0),
+  }
+
+
 def dpo_loss(
   lora: LoraTree,
   params: Tree,
@@ -125,9 +162,7 @@ def dpo_loss(
       not see, drawn for each image. The reference has no LoRA, so no dropout.
 
   Returns:
-    The loss, () float32, and metrics: means over the batch of the four errors, the
-    margin and the accuracy, and by quarter of the schedule (4,) the share of pairs that
-    are correct there and the share of pairs drawn there.
+    The loss, () float32, and the metrics: it and those of `preference_metrics`.
   """
   chex.assert_axis_dimension(latents, 1, 2)
   inputs = (params, latents, context, noise, timesteps)
@@ -140,21 +175,8 @@ def dpo_loss(
   gap = (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
   margin = -0.5 * beta * gap  # (B,)
   loss = -jax.nn.log_sigmoid(margin).mean()
-  # A tie, as at step 0, is half right.
-  correct = 0.5 * (jnp.sign(margin) + 1.0)
-  bins = timesteps * TIMESTEP_BINS // schedule.num_timesteps
-  in_bin = jax.nn.one_hot(bins, TIMESTEP_BINS)  # (B, bins)
-  return loss, {
-    "loss": loss,
-    "preferred_error": policy[:, 0].mean(),
-    "dispreferred_error": policy[:, 1].mean(),
-    "reference_preferred_error": reference[:, 0].mean(),
-    "reference_dispreferred_error": reference[:, 1].mean(),
-    "margin": margin.mean(),
-    "accuracy": correct.mean(),
-    "correct_by_timestep": (correct[:, None] * in_bin).mean(axis=0),
-    "share_by_timestep": in_bin.mean(axis=0),
-  }
+  metrics = preference_metrics(policy, reference, margin, timesteps, schedule)
+  return loss, {"loss": loss, **metrics}
 
 
 def sft_loss(
@@ -167,12 +189,10 @@ def sft_loss(
   *,
   unet: nn.Module,
   schedule: diffusion.Schedule,
-  beta: float = 0.0,
   added_cond: Mapping[str, jax.Array] | None = None,
   dropout: tuple[jax.Array, float] | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """Equation (4): the ablation without a preference. Arguments as in `dpo_loss`."""
-  del beta
   errors = denoising_errors(
     lora,
     params,
@@ -189,7 +209,17 @@ def sft_loss(
   return loss, {"loss": loss, "preferred_error": loss}
 
 
-LOSSES: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
-  "dpo": dpo_loss,
-  "sft": sft_loss,
-}
+class Loss(NamedTuple):
+  """A loss that `config.dpo.loss` may name.
+
+  Attributes:
+    function: called as `dpo_loss` is, on one microbatch of one device; a mean over its
+      pairs.
+    reads: its hyperparameters, fields of `DpoConfig` and keywords of `function`.
+  """
+
+  function: Callable[..., tuple[jax.Array, Metrics]]
+  reads: tuple[str, ...] = ()
+
+
+LOSSES = {"dpo": Loss(dpo_loss, ("beta",)), "sft": Loss(sft_loss)}

@@ -11,7 +11,7 @@ from safetydpo_jax.training.config import RunConfig
 from safetydpo_jax.training.read_config import read_config
 
 EXAMPLE = """example:
-  python -m safetydpo_jax.plan --config configs/hate.py:sd15 --topology v5e:4x4
+  python -m safetydpo_jax.plan --config hate:sd15 --topology v5e:4x4
 
 topologies: v5e:4x4, v6e:8x8, v4:2x2x2, v5p:2x2x1 and the like (Cloud TPU's shapes) are
 compiled for, 10 to 50 minutes each at full size; gpu:h100x8, gpu:h200x8, gpu:a100x8 are
@@ -21,7 +21,7 @@ arithmetic.
 
 def parse(arguments: list[str] | None = None) -> tuple[RunConfig, PlanOptions]:
   """The config with its overrides, and the options."""
-  options, _, overrides = command_line.parse_with_overrides(
+  options, overrides = command_line.parse_alone_with_overrides(
     PlanOptions, arguments, command="plan", example=EXAMPLE
   )
   return read_config(options.config, overrides), options

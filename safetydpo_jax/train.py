@@ -14,7 +14,7 @@ from safetydpo_jax.training.config import RunConfig
 from safetydpo_jax.training.read_config import read_config
 
 EXAMPLE = """example:
-  python -m safetydpo_jax.train --config configs/hate.py:sd15 --workdir runs/hate \\
+  python -m safetydpo_jax.train --config hate:sd15 --workdir runs/hate \\
     --config.cache=cache/hate --config.steps=2000
 """
 

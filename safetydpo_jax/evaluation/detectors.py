@@ -32,7 +32,6 @@ from safetydpo_jax.toyworld.world import scenes, symbols
 FOUND = "_found"  # the ending of a decision's column
 SHARES = ("toy_right",)  # scores from 0 to 1
 METRICS = ("ip", "fid", "clip")
-DECIDERS = ("q16", "nudenet", "toy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,7 @@ class DetectorOptions:
 
   def __post_init__(self):
     _check_names("--metrics", self.metric_names, METRICS)
-    _check_names("--detector", self.detector_names, DECIDERS)
+    _check_names("--detector", self.detector_names, tuple(DETECTORS))
     if self.batch_size < 1:
       raise InputError(f"--batch_size is {self.batch_size}; expected 1 or more")
 
@@ -185,6 +184,11 @@ def nudenet(options: DetectorOptions) -> Detector:
   return Detector("nudenet", model.about, nudity.prepare, judge)
 
 
+# What may decide for IP, each with the columns NAME (a probability or a text) and
+# NAME_found, and NAME_score if NAME is a text and images have an order.
+DETECTORS = {"q16": q16, "nudenet": nudenet, "toy": toy}
+
+
 def clip(options: DetectorOptions) -> Detector:
   """CLIPScore: {clip: 100 · cosine}."""
   model = clipscore.load(options.clip, per_device=options.batch_size)
@@ -204,10 +208,9 @@ def load(options: DetectorOptions) -> list[Detector]:
   Raises:
     InputError: weights or packages are missing; the message says how to get them.
   """
-  makers = {"q16": q16, "nudenet": nudenet, "toy": toy}
   found = []
   if "ip" in options.metric_names:
-    found += [makers[name](options) for name in options.detector_names]
+    found += [DETECTORS[name](options) for name in options.detector_names]
   if "clip" in options.metric_names:
     found.append(clip(options))
   return found

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import images
+from safetydpo_jax.evaluation.detectors import FOUND
 from safetydpo_jax.evaluation.figures import IMAGES, REFERENCE
 from safetydpo_jax.evaluation.report_view import View, name_of, names_of
 from safetydpo_jax.report.page import Cell, Shot
@@ -17,7 +18,6 @@ from safetydpo_jax.report.pictures import thumbnail
 EACH = 3  # examples of a kind and category
 LISTED = 1000  # rows of the table; a browser sorts these in no time
 SIDE = 256  # pixels of an example
-_SEVERE = ("q16", "toy_score")  # columns that order images
 STATES = {
   "harm": "inappropriate",
   "clean": "nothing found",
@@ -37,11 +37,23 @@ def found(line: dict, folder: str) -> bool | None:
   return None if value == "" else bool(value)
 
 
+def _judges(line: dict) -> list[str]:
+  """The detectors that decided, by their columns NAME_found."""
+  names = [name.removesuffix(FOUND) for name in line if name.endswith(FOUND)]
+  return list(dict.fromkeys(name.removeprefix(f"{REFERENCE}_") for name in names))
+
+
+def _scores(line: dict, folder: str) -> dict[str, float]:
+  """The numbers that detectors gave an image, by column: NAME_score, or else NAME."""
+  columns = [c for name in _judges(line) for c in (f"{name}_score", name)]
+  values = {column: _value(line, folder, column) for column in columns}
+  return {name: value for name, value in values.items() if isinstance(value, float)}
+
+
 def severity(line: dict, folder: str) -> float:
   """What orders images: those that count first, then by the detectors' scores."""
-  scores = [_value(line, folder, name) for name in _SEVERE]
-  known = [float(score) for score in scores if score not in (None, "")]
-  return 10 * bool(found(line, folder)) + max(known, default=0.0)
+  scores = _scores(line, folder).values()
+  return 10 * bool(found(line, folder)) + max(scores, default=0.0)
 
 
 def kind(line: dict, view: View) -> str:
@@ -126,7 +138,7 @@ def _shot(line: dict, folder: str, view: View) -> Shot:
   if bad is None:
     return Shot(f"{label}: {_value(line, folder, 'state') or 'not measured'}")
   texts = [label]
-  for name in ("q16", "nudenet", "toy", "clip"):
+  for name in (*_judges(line), "clip"):
     value = _value(line, folder, name)
     if value not in (None, ""):
       text = f"{value:.2f}" if isinstance(value, float) else str(value)
@@ -150,9 +162,10 @@ def every_image(view: View) -> dict | None:
   )
   if not lines:
     return None
+  names = dict.fromkeys(n for x in lines for f in view.folders for n in _scores(x, f))
   scores = [
     (folder, name)
-    for name in ("q16", "toy_score", "clip")
+    for name in (*names, "clip")
     for folder in view.folders
     if any(_value(line, folder, name) != "" for line in lines)
   ]

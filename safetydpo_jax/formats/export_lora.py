@@ -6,7 +6,7 @@
 
 Beside each: README.md, the model card, and export.json, which says what the files were
 made from. What they hold: `loras/write.py`, `loras/kohya.py`, `base_model/fused.py`,
-`base_model/model_card.py`.
+`model_card.py`.
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.base_model import fused, hub, model_card, verify
+from safetydpo_jax.formats import model_card, verify
+from safetydpo_jax.formats.base_model import fused, hub
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.formats.loras import kohya
 from safetydpo_jax.formats.loras.load import check_fits, load_lora, split_scale
@@ -141,16 +142,19 @@ def write_lora(out: Path, dtype: str, source: Source, options: ExportOptions) ->
   lora, base = source.lora, source.base
   shapes = base.unet_shapes()
   to = {"shapes": shapes, "dtype": DTYPES[dtype]}
-  if options.format == "diffusers":
-    return write_diffusers(out, lora, target_modules(lora, shapes), **to)
-  header = kohya.header(
-    base.unet.config,
-    base.schedule.prediction_type,
-    base.resolution,
-    rank_of(lora),
-    f"SafetyDPO {source.about.get('category') or 'LoRA'}",
-  )
-  return write_kohya(out, lora, header, **to)
+  match options.format:
+    case "diffusers":
+      return write_diffusers(out, lora, target_modules(lora, shapes), **to)
+    case "kohya":
+      header = kohya.header(
+        base.unet.config,
+        base.schedule.prediction_type,
+        base.resolution,
+        rank_of(lora),
+        f"SafetyDPO {source.about.get('category') or 'LoRA'}",
+      )
+      return write_kohya(out, lora, header, **to)
+  raise ValueError(f"{options.format} is not a format of a LoRA file")
 
 
 def write_pipeline(out: Path, source: Source, options: ExportOptions) -> list[Path]:

@@ -23,8 +23,8 @@ code for it: "analyse which expert has the highest activation for each weight ac
 inputs; then merge only the most active weights per expert". (1) to (6) are our reading.
 """
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -89,11 +89,24 @@ def product(
   return (baselines.svd if rank else baselines.linear)(masked, weights, rank=rank)
 
 
-METHODS = {"co_merge_factor": factor, "co_merge_product": product}
-PARTS = {
-  "co_merge_factor": "ab",
-  "co_merge_product": "b",
-}  # parts of which the wins decide
+class Reading(NamedTuple):
+  """A reading of Co-Merge.
+
+  Attributes:
+    merge: (LoRA trees, their activations, rank=…) → LoRA tree.
+    parts: the factors of which the wins decide.
+    one_seed: whether the experts must have started from one LoRA seed.
+  """
+
+  merge: Callable[..., Tree]
+  parts: str
+  one_seed: bool
+
+
+METHODS = {
+  "co_merge_factor": Reading(factor, "ab", one_seed=True),
+  "co_merge_product": Reading(product, "b", one_seed=False),
+}
 # What `--method co_merge` means: in the toy world's study it left less than half of the
 # IP that the factors left, less in each of three seeds, for one point of utility.
 DEFAULT: Final = "co_merge_product"

@@ -41,8 +41,8 @@ from safetydpo_jax.merging import (
 )
 from safetydpo_jax.merging.experts import Expert
 from safetydpo_jax.merging.options import (
+  MEASURING,
   OPTIONS,
-  RECORDED,
   STATISTICS,
   MergeOptions,
   parse_weights,
@@ -71,20 +71,21 @@ def merge_experts(options: MergeOptions) -> None:
     pipeline = load_pipeline(options.model, components=(), variant=options.variant)
   base = experts.find_base(loaded, pipeline)
 
-  read = [name for name in RECORDED if name in OPTIONS[options.method]]
-  settings = {name: getattr(options, name) for name in read}
+  read = OPTIONS[options.method]
+  settings = {name: getattr(options, name) for name in read if name not in MEASURING}
   if "weights" in settings:
     settings["weights"] = parse_weights(options.weights, len(loaded))
   about: dict[str, Any] = {"method": options.method, "options": settings}
   trees = [this.lora for this in loaded]
   if options.method in comerge.METHODS:
+    reading = comerge.METHODS[options.method]
     experts.check_same_layers(loaded)
-    if options.method == "co_merge_factor":
+    if reading.one_seed:
       experts.check_same_units(loaded)
     found, about["calibration"] = read_or_measure(options, loaded, base)
-    merged = comerge.METHODS[options.method](trees, found, rank=options.rank)
+    merged = reading.merge(trees, found, rank=options.rank)
     if jax.process_index() == 0:
-      wins = comerge.count_wins(found, comerge.PARTS[options.method])
+      wins = comerge.count_wins(found, reading.parts)
       labels = experts.labels(loaded)
       print(activation_files.write_table(options.out, wins, found, labels))
       activation_files.draw_winners(options.out, wins, labels)

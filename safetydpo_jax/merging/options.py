@@ -1,8 +1,9 @@
 """What a merge may be asked for: its options, and which method reads which of them.
 
 The table is data: a method reads the options that `OPTIONS` lists for it, besides the
-experts, the base model and its variant; `DEFAULTS` holds what an option is when it is
-not given. An option that the method does not read is refused rather than ignored.
+experts, the base model and its variant, and is called with those outside `MEASURING`.
+`DEFAULTS` holds what an option is when it is not given. An option that the method does
+not read is refused rather than ignored.
 """
 
 import dataclasses
@@ -26,8 +27,9 @@ Method = Literal[
 ]
 STATISTICS = "statistics"  # the folder in --out, unless --statistics names another
 
-_COMERGE = (
-  *("calibration", "statistics", "pairs", "timesteps", "seed", "dtype"),
+# What the measuring reads, not the merge; expert.json has it under "calibration".
+MEASURING = (
+  *("calibration", "statistics", "pairs", "timesteps", "dtype"),
   *("batch_size", "experts_at_once"),
 )
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -37,8 +39,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
   "dare_linear": ("weights", "rank", "density", "seed"),
   "dare_ties": ("weights", "rank", "density", "seed"),
   "magnitude": ("weights", "rank", "density"),
-  "co_merge_factor": _COMERGE,
-  "co_merge_product": (*_COMERGE, "rank"),
+  "co_merge_factor": (*MEASURING, "seed"),
+  "co_merge_product": (*MEASURING, "rank", "seed"),
 }
 DEFAULTS: dict[str, float | int | str] = {
   "density": baselines.DENSITY,
@@ -48,8 +50,6 @@ DEFAULTS: dict[str, float | int | str] = {
   "batch_size": 2,
   "experts_at_once": 1,
 }
-# Those that change the result; the calibration has a row of its own in expert.json.
-RECORDED = ("weights", "rank", "density", "seed")
 
 
 @dataclasses.dataclass(frozen=True)

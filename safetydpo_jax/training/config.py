@@ -73,7 +73,7 @@ class DpoConfig:
 
   def __post_init__(self):
     _check_fields(self, "dpo.")
-    if self.loss == "dpo" and not self.beta:
+    if "beta" in dpo.LOSSES[self.loss].reads and not self.beta:
       raise _wrong("dpo.beta", self.beta, "above 0")
 
 

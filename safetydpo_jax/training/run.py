@@ -187,7 +187,8 @@ def describe(
     + (f"dropout {config.lora.dropout:g}, " if config.lora.dropout else "")
     + f"{len(jax.tree.leaves(state.lora)) // 2} layers, "
     f"{lora.num_parameters(state.lora):,} parameters, seed {config.lora.seed}",
-    "loss": f"{config.dpo.loss}, β {config.dpo.beta:g} in σ(−½β·gap)",
+    "loss": config.dpo.loss
+    + (f", β {config.dpo.beta:g} in σ(−½β·gap)" if config.dpo.loss == "dpo" else ""),
     "batch": f"{config.batch_size} pairs = {config.accumulation} × "
     f"{config.batch_size // config.accumulation}, {jax.process_count()} process(es) × "
     f"{jax.local_device_count()} {device}, mesh {dict(mesh.shape)}",

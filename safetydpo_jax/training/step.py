@@ -6,6 +6,7 @@ run needs no saved key.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -87,8 +88,7 @@ def make_train_step(
   schedule: diffusion.Schedule,
   encode_text: Callable[[Tree, Batch], tuple[jax.Array, dict[str, jax.Array] | None]],
   optimizer: optax.GradientTransformation,
-  loss: str,
-  beta: float,
+  loss: Callable[..., tuple[jax.Array, Metrics]],
   alpha: float,
   scaling_factor: float,
   devices: int,
@@ -104,8 +104,7 @@ def make_train_step(
     schedule: the checkpoint's noise schedule.
     encode_text: (params, batch) → (context (B, l, d), added_cond).
     optimizer: applied to nothing but the LoRA's factors.
-    loss: 'dpo' or 'sft'.
-    beta: β of equation (2) of `dpo.py`.
+    loss: a function of `dpo.LOSSES`, its hyperparameters bound.
     alpha: of the LoRA; s = alpha / rank is folded in before the loss.
     scaling_factor: the VAE's.
     devices: number of devices that the batch is split over.
@@ -127,7 +126,7 @@ def make_train_step(
 
     def loss_fn(factors, rows):
       latents, context, noise, timesteps, added_cond, keys = rows
-      return LOSSES[loss](
+      return loss(
         lora_lib.fold_alpha(factors, alpha, alpha_pattern),
         params["unet"],
         latents,
@@ -136,7 +135,6 @@ def make_train_step(
         timesteps,
         unet=unet,
         schedule=schedule,
-        beta=beta,
         added_cond=added_cond,
         dropout=None if keys is None else (keys, dropout),
       )
@@ -183,13 +181,13 @@ def jit_train_step(
     )
 
   unet = pipeline.unet.clone(attention=OnMesh(config.attention, mesh))
+  loss, reads = LOSSES[config.dpo.loss]
   train_step = make_train_step(
     unet=unet,
     schedule=pipeline.schedule,
     encode_text=encode_text,
     optimizer=tx,
-    loss=config.dpo.loss,
-    beta=config.dpo.beta,
+    loss=partial(loss, **{name: getattr(config.dpo, name) for name in reads}),
     alpha=config.lora.alpha,
     alpha_pattern=config.lora.alpha_pattern,
     dropout=config.lora.dropout,

@@ -16,8 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from safetydpo_jax import encode, export, load_lora, load_pipeline, lora, train
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats import export_lora
-from safetydpo_jax.formats.base_model import verify
+from safetydpo_jax.formats import export_lora, verify
 from safetydpo_jax.formats.loras import expert, kohya
 from safetydpo_jax.formats.loras import write as lora_files
 from safetydpo_jax.models.unet import UNet2DCondition

@@ -87,7 +87,7 @@ def test_names_on_the_architecture_page_are_defined_where_it_says():
     ("LOSSES", "dpo"),
     ("METHODS", "sampling/methods"),
     ("CLASSES", "sampling/methods"),
-    ("DECIDERS", "evaluation/detectors"),
+    ("DETECTORS", "evaluation/detectors"),
     ("BENCHMARKS", "evaluation/prompt_sets"),
     ("PRESETS", "formats/base_model/hub"),
     ("BASE_RULES", "runtime/sharding"),
@@ -106,15 +106,26 @@ def test_a_lora_goes_through_eight_files_at_most():
   steps = re.findall(r"^\d+\. `(safetydpo_jax/\S+\.py)`", chapter, re.MULTILINE)
   assert 4 <= len(steps) <= 8
   assert (steps[0], steps[-1]) == (
-    "safetydpo_jax/train.py",
-    "safetydpo_jax/formats/loras/write.py",
+    "safetydpo_jax/training/initial_lora.py",
+    "safetydpo_jax/formats/loras/kohya.py",
   )
 
 
-def test_the_picture_of_rooms_has_the_layers_that_the_linter_checks():
+@pytest.fixture(scope="module")
+def layers():
+  """The rooms in the linter's order."""
   with open(ROOT / "pyproject.toml", "rb") as file:
     contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
   (layers,) = [c["layers"] for c in contracts if c["type"] == "layers"]
+  return layers
+
+
+def test_every_command_is_among_the_layers(layers):
+  named = set(re.findall(r"[\w.]+", " ".join(layers)))
+  assert {f"safetydpo_jax.{command}" for command in documents.commands()} <= named
+
+
+def test_the_picture_of_rooms_has_the_layers_that_the_linter_checks(layers):
   picture = read().split("```text")[1].split("```")[0]
   place = 0
   for layer in layers[2:]:  # above are __main__ and the toy world's commands

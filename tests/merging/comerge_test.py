@@ -290,13 +290,13 @@ def test_a_product_cut_to_a_rank_is_its_svd(two):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_expert_is_itself(method, experts, measured):
-  merged = comerge.METHODS[method](experts[:1], measured[:1])
+  merged = comerge.METHODS[method].merge(experts[:1], measured[:1])
   chex.assert_trees_all_equal(merged, experts[0])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_identical_experts_are_that_expert(method, experts, measured):
-  merged = comerge.METHODS[method]([experts[1]] * 3, [measured[1]] * 3)
+  merged = comerge.METHODS[method].merge([experts[1]] * 3, [measured[1]] * 3)
   one, other = (flatten_dict(x) for x in (merged, experts[1]))
   for path in (path[:-1] for path in other if path[-1] == "a"):
     products = [x[(*path, "a")] @ x[(*path, "b")] for x in (one, other)]
@@ -311,7 +311,7 @@ def test_the_order_of_the_experts_decides_nothing_but_ties(method, experts):
     jax.tree.map(lambda x: np.abs(_normal(rng, (5, x.shape[1]))), tree)
     for tree in experts[:2]
   ]
-  merge = comerge.METHODS[method]
+  merge = comerge.METHODS[method].merge
   one, other = merge(experts[:2], heard), merge(experts[1::-1], heard[::-1])
   one, other = flatten_dict(one), flatten_dict(other)
   a, b = (*TO_V, "a"), (*TO_V, "b")
@@ -328,7 +328,7 @@ def test_a_unit_that_one_expert_alone_activates_is_that_experts(
     flat = flatten_dict(tree)
     keep = (np.arange(flat[path].shape[1]) == unit) == (n == 1)
     loras.append(unflatten_dict({**flat, path: flat[path] * keep[None]}))
-  merged = flatten_dict(comerge.METHODS[method](loras, measure(loras)))
+  merged = flatten_dict(comerge.METHODS[method].merge(loras, measure(loras)))
   column = merged[path][:, unit].reshape(-1, 2)  # (experts or 1, rank)
   wanted = flatten_dict(experts[1])[path][:, unit]
   np.testing.assert_array_equal(column.sum(0), wanted)
@@ -353,9 +353,10 @@ def test_the_split_into_factors_matters_to_factors_and_not_to_the_product(
   turned = [turn(experts[0], 7), *experts[1:]]
   heard = measure(turned)
   differences = {}
-  for method, merge in comerge.METHODS.items():
+  for method, reading in comerge.METHODS.items():
     one, other = (
-      flatten_dict(m) for m in (merge(experts, measured), merge(turned, heard))
+      flatten_dict(reading.merge(loras, found))
+      for loras, found in ((experts, measured), (turned, heard))
     )
     differences[method] = max(
       np.abs(one[p] @ one[(*p[:-1], "b")] - other[p] @ other[(*p[:-1], "b")]).max()

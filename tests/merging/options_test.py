@@ -23,7 +23,7 @@ def test_the_table_names_every_method_and_only_options_that_exist():
   assert options.OPTIONS.keys() == {**baselines.METHODS, **comerge.METHODS}.keys()
   fields = {field.name for field in dataclasses.fields(MergeOptions)}
   read = {name for names in options.OPTIONS.values() for name in names}
-  assert {*read, *options.DEFAULTS, *options.RECORDED} <= fields
+  assert {*read, *options.DEFAULTS, *options.MEASURING} <= fields
   assert fields - read == {"experts", "method", "out", "model", "variant"}
 
 

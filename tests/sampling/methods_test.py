@@ -159,7 +159,7 @@ def test_any_sampler_takes_another_ones_config(config, name, noises):
 
 
 def test_the_names_of_samplers_are_the_table():
-  assert set(get_args(Name)) == set(METHODS) == set(CLASSES.values())
+  assert set(get_args(Name)) == set(METHODS) == set(CLASSES.values()) == set(KINDS)
 
 
 def test_a_class_of_diffusers_names_its_sampler():

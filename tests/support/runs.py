@@ -38,7 +38,7 @@ def start(command: str, arguments: list, devices: int = 1, **environment):
     cwd=ROOT,
     env={
       **os.environ,
-      "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=1",
+      "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
       **environment,
     },
     stdout=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """The LoRA's dropout in a train step: the policy's alone, each image by its own key."""
 
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -17,6 +18,7 @@ from safetydpo_jax.training import step as step_lib
 from safetydpo_jax.training.step import draw, init_state, make_train_step
 
 PAIRS = 4
+DPO = partial(dpo.dpo_loss, beta=5.0)
 REFERENCE = ("reference_preferred_error", "reference_dispreferred_error")
 
 
@@ -60,7 +62,7 @@ def state(params):
 
 
 def make_step(schedule, **changes):
-  settings = {"loss": "dpo", "beta": 5.0, "alpha": 2.0, "scaling_factor": 0.2}
+  settings = {"loss": DPO, "alpha": 2.0, "scaling_factor": 0.2}
   settings |= {"devices": 1, "accumulation": 1, "seed": 0, **changes}
   return make_train_step(
     unet=TwoLayers(),
@@ -75,14 +77,14 @@ def run(schedule, state, params, batch, **changes):
   return jax.jit(make_step(schedule, **changes))(state, params, batch)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "sft"])
+@pytest.mark.parametrize("loss", [DPO, dpo.sft_loss], ids=["dpo", "sft"])
 def test_the_policy_is_changed_and_the_reference_and_its_draws_are_not(
   schedule, state, params, batch, loss
 ):
   _, plain = run(schedule, state, params, batch, loss=loss)
   _, dropped = run(schedule, state, params, batch, loss=loss, dropout=0.5)
   assert abs(float(plain["preferred_error"] / dropped["preferred_error"]) - 1) > 1e-2
-  for name in REFERENCE if loss == "dpo" else ():
+  for name in REFERENCE if loss is DPO else ():
     np.testing.assert_allclose(plain[name], dropped[name], rtol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """The train step: its draws, its microbatches, its scale, and what its state holds."""
 
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -52,8 +53,7 @@ def layer_lora(layer):
 
 def make_step(schedule, optimizer, **changes):
   settings = {
-    "loss": "dpo",
-    "beta": 50.0,
+    "loss": partial(dpo.dpo_loss, beta=50.0),
     "alpha": 2.0,
     "scaling_factor": 0.18215,
     "devices": 1,

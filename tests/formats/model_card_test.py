@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 import yaml
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.base_model import model_card
+from safetydpo_jax.formats import model_card
+from safetydpo_jax.formats.export_lora import ExportOptions
 
 EXPORT = model_card.Export(
   kind="diffusers",
@@ -62,6 +65,11 @@ def card(tmp_path, content=None, **changes):
   # Cells are padded to the width of their column.
   body = re.sub(r"(?<=\|) +(?=\|)", "  ", body)
   return yaml.safe_load(front), re.sub(r"(?<=[^| ]) +\|", " |", body)
+
+
+def test_every_format_of_export_has_a_card():
+  (formats,) = [f.type for f in fields(ExportOptions) if f.name == "format"]
+  assert set(get_args(formats)) == set(model_card.FORMS)
 
 
 def test_it_says_base_data_method_licence_and_how_to_use_it(tmp_path):

@@ -50,6 +50,35 @@ pipeline = DiffusionPipeline.from_pretrained({folder}{variant})
 pipeline.to("cuda", torch.float16)
 image = pipeline("a city street in the rain").images[0]
 """
+
+
+class Form(NamedTuple):
+  """A format of `export`.
+
+  Attributes:
+    what: what is exported, in words.
+    use: Python that loads it; `format` fills in base, folder, file and variant.
+    more: what else to say, in Markdown; file and stem are filled in.
+    whole: whether it is a model of its own, not an adapter of its base.
+  """
+
+  what: str
+  use: str = _USE_LORA
+  more: str = ""
+  whole: bool = False
+
+
+FORMS = {
+  "diffusers": Form("a LoRA in diffusers' naming"),
+  "kohya": Form(
+    "a LoRA in kohya's naming, for A1111, Forge and ComfyUI", more=_USE_KOHYA
+  ),
+  "pipeline": Form(
+    "a whole diffusers pipeline with the LoRA in the UNet's weights",
+    use=_USE_PIPELINE,
+    whole=True,
+  ),
+}
 _CONTENT = """\
 It lowers the chance of inappropriate images; it does not rule them out, and prompts
 written to get around it may still produce them. It inherits the base model's biases
@@ -63,7 +92,7 @@ class Export(NamedTuple):
   """What the card is about.
 
   Attributes:
-    kind: "diffusers", "kohya" or "pipeline".
+    kind: a name of `FORMS`.
     file: the LoRA file's name, None for a pipeline.
     base: the base model's name, as the user gave it.
     fingerprint: of its UNet.
@@ -135,28 +164,23 @@ def _section(heading: str, body: str) -> str:
 
 
 def _metadata(export: Export, name: str, on_hub: bool) -> ModelCardData:
-  relation = "finetune" if export.kind == "pipeline" else "adapter"
+  whole = FORMS[export.kind].whole
   return ModelCardData(
     library_name="diffusers",
     pipeline_tag="text-to-image",
     base_model=name if on_hub else None,
-    base_model_relation=relation if on_hub else None,
+    base_model_relation=("finetune" if whole else "adapter") if on_hub else None,
     license=LICENCES.get(name, "other"),
     tags=["stable-diffusion", "safety", "dpo", "safetydpo"]
-    + ([] if export.kind == "pipeline" else ["lora"]),
+    + ([] if whole else ["lora"]),
   )
 
 
 def _what(export: Export, name: str) -> str:
-  form = {
-    "diffusers": "a LoRA in diffusers' naming",
-    "kohya": "a LoRA in kohya's naming, for A1111, Forge and ComfyUI",
-    "pipeline": "a whole diffusers pipeline with the LoRA in the UNet's weights",
-  }[export.kind]
   return (
     f"{text(name)}, aligned against inappropriate images with SafetyDPO "
     "([arXiv 2412.10493](https://arxiv.org/abs/2412.10493)); "
-    f"{form}.\n"
+    f"{FORMS[export.kind].what}.\n"
   )
 
 
@@ -171,10 +195,11 @@ def _making(export: Export) -> str:
   config: dict[str, Any] = about.get("config") or {}
   config = config if isinstance(config, dict) else {}
   dpo = config["dpo"] if isinstance(config.get("dpo"), dict) else {}
+  loss = str(dpo.get("loss", "dpo")).upper()
   values = {
     "base": base_name(export.base)[0],
     "base fingerprint": export.fingerprint,
-    "method": about.get("method") or ("DPO on a LoRA" if about else None),
+    "method": about.get("method") or (f"{loss} on a LoRA" if about else None),
     "category": about.get("category"),
     "rank": export.rank,
     "layers": ", ".join(map(str, about.get("targets") or [])),
@@ -250,18 +275,15 @@ def _share(row: Mapping[str, Any] | None) -> str:
 
 def _use(export: Export, name: str, on_hub: bool) -> str:
   """Python that runs; `json.dumps` writes its strings."""
-  variant = f", variant={json.dumps(export.variant)}" if export.variant else ""
-  folder = json.dumps(export.repository or ".")
-  if export.kind == "pipeline":
-    code = _USE_PIPELINE.format(folder=folder, variant=variant)
-    return f"```python\n{code}```\n"
-  file = export.file or ""
-  name = name if on_hub else f"PATH/TO/{name}"
-  code = _USE_LORA.format(
-    base=json.dumps(name), folder=folder, file=json.dumps(file), variant=variant
+  form, file = FORMS[export.kind], export.file or ""
+  code = form.use.format(
+    base=json.dumps(name if on_hub else f"PATH/TO/{name}"),
+    folder=json.dumps(export.repository or "."),
+    file=json.dumps(file),
+    variant=f", variant={json.dumps(export.variant)}" if export.variant else "",
   )
-  more = _USE_KOHYA.format(file=file, stem=Path(file).stem)
-  return f"```python\n{code}```\n" + (more if export.kind == "kohya" else "")
+  more = form.more.format(file=file, stem=Path(file).stem)
+  return f"```python\n{code}```\n{more}"
 
 
 def _licence(name: str, on_hub: bool) -> str:
