@@ -115,10 +115,16 @@ def written(command: str, options: Any, *more: str) -> str:
     more: words that follow, such as `--config.steps=90`.
   """
   words = []
-  for field in dataclasses.fields(options):
+  # Those without a default first, as a user would: a class may inherit options.
+  missing = dataclasses.MISSING
+  fields = sorted(
+    dataclasses.fields(options),
+    key=lambda field: (field.default, field.default_factory) != (missing, missing),
+  )
+  for field in fields:
     value = getattr(options, field.name)
     default = field.default
-    if field.default_factory is not dataclasses.MISSING:
+    if field.default_factory is not missing:
       default = field.default_factory()
     if value == default or value is None:
       continue
