@@ -33,7 +33,10 @@ EXAMPLE = """example:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """Measures safety and quality of images rendered from a prompts CSV."""
+  """Measures safety and quality of images rendered from a prompts CSV.
+
+  With --suite it renders them itself: --sampler to --variant are as in `generate`.
+  """
 
   out: Path
   """folder for figures.json, images.csv and report/"""

@@ -45,12 +45,14 @@ class PromptTable(NamedTuple):
     file: the CSV.
     rows: in order; `Row.file` is the image's name as the CSV gives it.
     cells: each row's {field of `columns.FIELDS`, or a column's normalised name: text}.
+    columns: the fields and normalised names that the header has.
     notes: what whoever uses the CSV should know, a line each.
   """
 
   file: Path
   rows: list[Row]
   cells: list[dict[str, str]]
+  columns: frozenset[str] = frozenset()
   notes: tuple[str, ...] = ()
 
   def in_folder(self, folder: Path) -> list[Row]:
@@ -131,7 +133,8 @@ def read_table(file: Path) -> PromptTable:
       )
     cells.append(row)
     rows.append(_read_row(row, number, where, found))
-  return PromptTable(file, rows, cells, (*table.notes, *found.note(file)))
+  notes = (*table.notes, *found.note(file))
+  return PromptTable(file, rows, cells, frozenset(found.places), notes)
 
 
 def _is_prompt(name: str) -> bool:

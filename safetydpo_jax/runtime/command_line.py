@@ -7,6 +7,7 @@ they come from a command line or from Python.
 """
 
 import dataclasses
+import inspect
 import shlex
 import sys
 from collections.abc import Sequence
@@ -99,7 +100,7 @@ def _read(options, arguments, command, example, *, overrides, several=True):
     line,
     args=words,
     prog=f"python -m {PACKAGE}.{command}",
-    description=f"{(options.__doc__ or '').strip()}\n\n{example.strip()}",
+    description=f"{inspect.cleandoc(options.__doc__ or '')}\n\n{example.strip()}",
     use_underscores=True,
     config=(tyro.conf.FlagCreatePairsOff,),
   )
@@ -115,16 +116,10 @@ def written(command: str, options: Any, *more: str) -> str:
     more: words that follow, such as `--config.steps=90`.
   """
   words = []
-  # Those without a default first, as a user would: a class may inherit options.
-  missing = dataclasses.MISSING
-  fields = sorted(
-    dataclasses.fields(options),
-    key=lambda field: (field.default, field.default_factory) != (missing, missing),
-  )
-  for field in fields:
+  for field in dataclasses.fields(options):
     value = getattr(options, field.name)
     default = field.default
-    if field.default_factory is not missing:
+    if field.default_factory is not dataclasses.MISSING:
       default = field.default_factory()
     if value == default or value is None:
       continue

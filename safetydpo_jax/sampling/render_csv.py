@@ -42,8 +42,8 @@ from safetydpo_jax.sampling.settings import RenderSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class RenderOptions(RenderSettings):
-  """Renders the prompts of a CSV, with or without LoRAs."""
+class RenderTask:
+  """What is rendered, and where to."""
 
   model: str
   """a diffusers directory, a hub id, or toy, sd15, sd21, sdxl, …"""
@@ -53,6 +53,12 @@ class RenderOptions(RenderSettings):
   """folder for the images, generate.json and sheet.jpg"""
   lora: Repeated[tuple[str, ...]] = ()
   """L[:SCALE], a run, a merge or a LoRA file; may be repeated: LoRAs add up"""
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderOptions(RenderSettings, RenderTask):  # --help lists the task first
+  """Renders the prompts of a CSV, with or without LoRAs."""
+
   compare: bool = False
   """also render without the LoRAs, into OUT/base"""
   latents: Path | None = None

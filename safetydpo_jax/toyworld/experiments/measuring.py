@@ -140,7 +140,7 @@ def look(images: Path, prompts: Path) -> list[Picture]:
   """
   read = read_table(prompts)
   rows, table = read.in_folder(images), read.cells
-  if missing := {"category", "phrasing"} - table[0].keys():
+  if missing := {"category", "phrasing"} - read.columns:
     raise InputError(f"{prompts} has no column {', '.join(sorted(missing))}")
   for number, line in enumerate(table, start=1):
     if line.get("phrasing") not in scenes.INDICES:
