@@ -146,12 +146,12 @@ def _read_row(
 ) -> Row:
   name = _name(cells, number)
   _check_name(name, where)
-  seed, guidance = (
-    read(cells.get(field) or "", f"{where}: {found.name_of(field)}")
-    for field, read in (
-      ("evaluation_seed", read_seed),
-      ("evaluation_guidance", read_guidance),
-    )
+  seed = read_seed(
+    cells.get("evaluation_seed", ""), f"{where}: {found.name_of('evaluation_seed')}"
+  )
+  guidance = read_guidance(
+    cells.get("evaluation_guidance", ""),
+    f"{where}: {found.name_of('evaluation_guidance')}",
   )
   return Row(
     Path(name),
