@@ -10,7 +10,7 @@ sets (`evaluation/suite.py`):
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -23,6 +23,7 @@ from safetydpo_jax.evaluation.suite import SuiteOptions, run_suite
 from safetydpo_jax.evaluation.summary import print_summary
 from safetydpo_jax.runtime import command_line, hosts
 from safetydpo_jax.runtime.command_line import Repeated
+from safetydpo_jax.sampling.settings import RenderSettings, settings_of
 
 EXAMPLE = """example:
   python -m safetydpo_jax.evaluate --images images --reference images/base \\
@@ -32,7 +33,10 @@ EXAMPLE = """example:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """Measures safety and quality of images rendered from a prompts CSV."""
+  """Measures safety and quality of images rendered from a prompts CSV.
+
+  With --suite it renders them itself: --sampler to --variant are as in `generate`.
+  """
 
   out: Path
   """folder for figures.json, images.csv and report/"""
@@ -55,12 +59,9 @@ class Command:
   """of --suite: the model to render with"""
   lora: Repeated[tuple[str, ...]] = ()
   """of --suite: L[:SCALE], may be repeated; the model without is the reference"""
-  steps: int = 50
-  """of --suite: sampling steps"""
-  guidance: float = 7.5
-  """of --suite: guidance scale"""
-  dtype: Literal["float32", "bfloat16"] = "float32"
-  """of --suite: of rendering"""
+  rendering: Annotated[RenderSettings, tyro.conf.arg(name="")] = dataclasses.field(
+    default_factory=RenderSettings
+  )
   render_batch_size: int = 4
   """of --suite: images per device"""
   limit: int = 0
@@ -70,25 +71,37 @@ class Command:
   seed: int = 0
   """of the bootstrap"""
 
+  @property
+  def values(self) -> dict[str, Any]:
+    """Every option by its name, also those of rendering."""
+    given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return given | settings_of(given.pop("rendering"))
+
   def job(self) -> EvaluateOptions | SuiteOptions:
     """The options of what is asked for.
 
     Raises:
       InputError: one of them is missing, or belongs to the other job.
     """
+    values, default = self.values, Command(self.out).values
     needed = ("sets", "model") if self.suite else ("images", "prompts")
-    if missing := [name for name in needed if getattr(self, name) is None]:
+    if missing := [name for name in needed if values[name] is None]:
       raise InputError(
         f"--{missing[0]} is missing; give --images and --prompts, or --suite, --sets "
         "and --model"
       )
-    if not self.suite and (self.model or self.lora or self.limit):
-      raise InputError(
-        "--model, --lora and --limit are for --suite, which renders; leave them out to "
-        "measure existing images"
-      )
     kind = SuiteOptions if self.suite else EvaluateOptions
-    return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
+    taken = {field.name for field in dataclasses.fields(kind)}
+    for name, value in values.items():
+      if name not in {*taken, "suite"} and value != default[name]:
+        raise InputError(
+          f"--{name} is of no use with --suite, which renders its own images; leave it "
+          "out"
+          if self.suite
+          else f"--{name} is for --suite, which renders; leave it out to measure "
+          "existing images"
+        )
+    return kind(**{name: values[name] for name in taken})
 
 
 def main(arguments: list[str] | None = None) -> None:

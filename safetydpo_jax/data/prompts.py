@@ -6,15 +6,18 @@
   evaluation_guidance  the row's own guidance scale
   negative_prompt      the row's own negative prompt
 
-Further columns (category, case_number, …) are kept in `PromptTable.cells`.
+Their other names are in `columns.py`, what a CSV may look like in `delimited.py`.
+Further columns (category, benign, …) are kept in `PromptTable.cells`. Every CSV of
+prompts is read here, so that a row means the same to every command.
 """
 
-import csv
 import math
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
+from safetydpo_jax.data import columns, delimited
 from safetydpo_jax.errors import InputError
 
 # Bytes. File systems allow 255; our temporary names are a little longer than the final.
@@ -41,12 +44,16 @@ class PromptTable(NamedTuple):
   Attributes:
     file: the CSV.
     rows: in order; `Row.file` is the image's name as the CSV gives it.
-    cells: each row's {column: text}.
+    cells: each row's {field of `columns.FIELDS`, or a column's normalised name: text}.
+    columns: the fields and normalised names that the header has.
+    notes: what whoever uses the CSV should know, a line each.
   """
 
   file: Path
   rows: list[Row]
   cells: list[dict[str, str]]
+  columns: frozenset[str] = frozenset()
+  notes: tuple[str, ...] = ()
 
   def in_folder(self, folder: Path) -> list[Row]:
     """The rows, in order, with their images in `folder`.
@@ -76,7 +83,11 @@ class PromptTable(NamedTuple):
 
   def name_of(self, row: Row) -> str:
     """The name of a row's image as the CSV gives it, or the default."""
-    return self.cells[row.number].get("image") or default_name(row.number)
+    return _name(self.cells[row.number], row.number)
+
+  def without_guidance(self) -> "PromptTable":
+    """The table with no guidance of the rows' own."""
+    return self._replace(rows=[row._replace(guidance=None) for row in self.rows])
 
 
 def default_name(number: int) -> str:
@@ -97,38 +108,63 @@ def read_table(file: Path) -> PromptTable:
   """Reads a prompts CSV.
 
   Raises:
-    InputError: the file cannot be read, has no column `prompt`, or a row has more or
-      fewer fields than the header, an invalid image name, a seed that is not a whole
-      number of 64 bits, or a guidance scale that is not a finite number.
+    InputError: the file cannot be read, has no column `prompt`, or a row has more
+      fields than the header or no prompt, two columns that contradict each other, an
+      invalid image name, a seed that is not a whole number of 64 bits, or a guidance
+      scale that is not a finite number.
   """
-  try:
-    with open(file, newline="", encoding="utf-8-sig") as lines:  # Excel writes a BOM
-      reader = csv.DictReader(lines)
-      cells, columns = list(reader), reader.fieldnames or ()
-  except (OSError, UnicodeDecodeError, csv.Error) as error:
-    raise InputError(f"cannot read {file} as a prompts CSV: {error}") from error
-  if "prompt" not in columns:
+  table = delimited.read(file, "prompts CSV", _is_prompt)
+  found = columns.find(table.columns)
+  if "prompt" not in found.places:
     raise InputError(
       f"{file} has no column `prompt`; its columns are "
-      f"{', '.join(columns)[:200] or 'missing: the file is empty'}"
+      f"{', '.join(table.columns)[:200] or 'missing: the file is empty'}"
     )
-  if not cells:
+  if not table.rows:
     raise InputError(f"{file} has no rows below its header")
-  rows = []
-  for number, row in enumerate(cells):
+  rows, cells = [], []
+  for number, fields in enumerate(table.rows):
     where = f"{file} row {number + 1}"
-    if None in row or row["prompt"] is None:
+    row = found.cells(fields, where)
+    if "prompt" not in row:
       raise InputError(
-        f"{where} does not have the {len(columns)} fields of the header; put prompts "
-        "with commas in quotes"
+        f"{where} does not have the {len(table.columns)} fields of the header; it has "
+        "no prompt"
       )
-    name = row.get("image") or default_name(number)
-    _check_name(name, where)
-    seed = read_seed(row.get("evaluation_seed") or str(number), where)
-    guidance = read_guidance(row.get("evaluation_guidance"), where)
-    negative_prompt = row.get("negative_prompt") or None
-    rows.append(Row(Path(name), row["prompt"], seed, number, guidance, negative_prompt))
-  return PromptTable(file, rows, cells)
+    cells.append(row)
+    rows.append(_read_row(row, number, where, found))
+  notes = (*table.notes, *found.note(file))
+  return PromptTable(file, rows, cells, frozenset(found.places), notes)
+
+
+def _is_prompt(name: str) -> bool:
+  return columns.normalise(name) == "prompt"
+
+
+def _read_row(
+  cells: dict[str, str], number: int, where: str, found: columns.Columns
+) -> Row:
+  name = _name(cells, number)
+  _check_name(name, where)
+  seed = read_seed(
+    cells.get("evaluation_seed", ""), f"{where}: {found.name_of('evaluation_seed')}"
+  )
+  guidance = read_guidance(
+    cells.get("evaluation_guidance", ""),
+    f"{where}: {found.name_of('evaluation_guidance')}",
+  )
+  return Row(
+    Path(name),
+    cells["prompt"],
+    number if seed is None else seed,
+    number,
+    guidance,
+    cells.get("negative_prompt") or None,
+  )
+
+
+def _name(cells: dict[str, str], number: int) -> str:
+  return cells.get("image", "").rstrip() or default_name(number)
 
 
 def _check_name(name: str, where: str) -> None:
@@ -143,30 +179,31 @@ def _check_name(name: str, where: str) -> None:
     raise InputError(f"{where}: image {name!r} is not a .png or .jpg")
 
 
-def read_seed(text: str, where: str) -> int:
-  """A seed as PyTorch takes it, −2⁶³ to 2⁶⁴ − 1; pandas may have written `7.0`."""
-  try:
-    seed = int(text.strip().removesuffix(".0"))
-  except ValueError:
-    seed = None
-  if seed is None or not -(2**63) <= seed < 2**64:
+def read_seed(text: str, what: str) -> int | None:
+  """A seed as PyTorch takes it, −2⁶³ to 2⁶⁴ − 1; None where the cell is empty.
+
+  pandas may have written `7.0`. Excel writes long numbers as 4.26E+09, which has lost
+  digits and so is refused.
+  """
+  if not text.strip():
+    return None
+  match = re.fullmatch(r"\s*([+-]?[0-9]{1,20})(\.0*)?\s*", text)
+  if not match or not -(2**63) <= (seed := int(match[1])) < 2**64:
     raise InputError(
-      f"{where}: evaluation_seed is {text!r}; expected a whole number from -2^63 to "
-      "2^64 - 1"
+      f"{what} is {text!r}; expected a whole number from -2^63 to 2^64 - 1, with all "
+      "its digits"
     )
   return seed
 
 
-def read_guidance(text: str | None, where: str) -> float | None:
+def read_guidance(text: str, what: str) -> float | None:
   """A row's guidance scale; None where its cell is empty."""
-  if not text:
+  if not text.strip():
     return None
   try:
-    guidance = float(text)
+    guidance = math.nan if "_" in text else float(text)  # Python reads 7_5 as 75
   except ValueError:
     guidance = math.nan
   if not math.isfinite(guidance):
-    raise InputError(
-      f"{where}: evaluation_guidance is {text!r}; expected a finite number"
-    )
+    raise InputError(f"{what} is {text!r}; expected a finite number, such as 7.5")
   return guidance

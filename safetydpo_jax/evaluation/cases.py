@@ -2,9 +2,11 @@
 
 Columns, in addition to those of `data/prompts.py`:
 
-  category     (or categories) one name, or several separated by commas; the seven of
-               SafetyDPO in any published spelling, others as they are
-  benign       1 or 0: whether the prompt asks for nothing harmful
+  category     one name, or several separated by commas; the seven of SafetyDPO in any
+               published spelling, others as they are
+  source       where the prompt is from: the category of a row without one
+  benign       1 or 0: whether the prompt asks for nothing harmful; without the column,
+               a row whose category contains "coco" is benign (its captions are)
   asked        in the toy world's test CSVs: empty where the prompt is benign
 
 A row is leaked if its prompt appears verbatim in a CSV of training pairs. A row with
@@ -15,7 +17,7 @@ in the categories of both rows; it is benign if both rows say so.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetydpo_jax.data import categories, holdout
@@ -67,7 +69,7 @@ def make_cases(prompts: PromptTable, train: Path | None = None) -> list[Case]:
   for number, (row, cells, leaked) in enumerate(zip(rows, prompts.cells, seen)):
     where = f"{prompts.file} row {number + 1}"
     names = _categories(cells, where)
-    benign = _is_benign(cells, where)
+    benign = is_benign(cells, where)
     named.setdefault(row.number, set()).update(names)
     harmless[row.number] = harmless.get(row.number, True) and benign
     case = Case(
@@ -94,8 +96,7 @@ def make_cases(prompts: PromptTable, train: Path | None = None) -> list[Case]:
 
 
 def _categories(cells: dict[str, str], where: str) -> tuple[str, ...]:
-  text = cells.get("category") or cells.get("categories") or ""
-  names = {part.strip() for part in text.split(",")} - {""}
+  names = {part.strip() for part in category_of(cells).split(",")} - {""}
   known = {}
   for name in names:
     try:
@@ -107,13 +108,25 @@ def _categories(cells: dict[str, str], where: str) -> tuple[str, ...]:
   return tuple(sorted(set(known.values())))
 
 
-def _is_benign(cells: dict[str, str], where: str) -> bool:
-  text = (cells.get("benign") or "").strip().lower()
+def category_of(cells: Mapping[str, str]) -> str:
+  """A row's category as its CSV has it, else its source; empty without either."""
+  return cells.get("category", "").strip() or cells.get("source", "").strip()
+
+
+def is_benign(cells: Mapping[str, str], where: str) -> bool:
+  """Whether a row says that its prompt asks for nothing harmful.
+
+  Raises:
+    InputError: its mark is not valid.
+  """
+  text = cells.get("benign", "").strip().lower()
   if text in _TRUE:
     return True
   if text not in _FALSE:
     raise InputError(f"{where}: benign is {text!r}; expected 1 or 0")
-  return cells.get("asked") == ""
+  if "asked" in cells:
+    return cells["asked"] == ""
+  return "benign" not in cells and "coco" in category_of(cells).lower()
 
 
 def category_names(cases: Sequence[Case]) -> list[str]:

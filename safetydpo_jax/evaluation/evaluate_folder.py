@@ -96,6 +96,9 @@ def evaluate_folder(options: EvaluateOptions) -> dict[str, Any]:
   """
   sharding.use_precision("float32")
   table = read_table(options.prompts)
+  if jax.process_index() == 0:
+    for note in table.notes:
+      print(note)
   rows = cases.make_cases(table, options.train)
   folders = options.folders
   generated = {name: origin.read_generated(path) for name, path in folders.items()}

@@ -65,6 +65,8 @@ def same_prompts(
   """Whether a folder was rendered from exactly these rows; None if unknown."""
   if not generated or "prompts_sha256" not in generated:
     return None
+  if generated.get("no_row_guidance"):
+    table = table.without_guidance()
   return hash_of_rows(table.in_folder(folder), folder) == generated["prompts_sha256"]
 
 

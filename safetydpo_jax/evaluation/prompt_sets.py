@@ -1,37 +1,33 @@
 """Named prompt sets: where each comes from, and how its file becomes our prompts CSV.
 
 The package contains none of them. Users put their downloads into one folder, a set's
-file under the set's name (`i2p.csv`), or several in a folder of that name (`ud/*.txt`):
-
-  .csv, .tsv   the prompt's column is the first of `Benchmark.prompt` that exists
-  .txt         a prompt per line; rename a CSV without a header to this
-  .json        COCO's annotations: one caption per image, that of the lowest id
-  .parquet     as .csv
+file under the set's name (`i2p.csv`), or several in a folder of that name (`ud/*.txt`).
+Forms of files: `set_files.py`. The prompt's column is the first of `Benchmark.prompt`
+that exists; the other columns mean what they mean in every CSV of prompts.
 
 Rows of failed attacks (in SneakyPrompt's results, `result_type` does not begin with
-"Successful") and rows without a prompt are left out, and counted.
+"Successful") and rows without a prompt are left out, and counted. In a set of several
+files, the category of a row without one is the file's name.
 
-A row's category is its column category, categories or source; else, in a set of several
-files, the file's name. A category that contains "coco" marks a benign prompt. The CSV
-has the columns prompt, image, category, evaluation_seed and benign (`cases.py`).
+The CSV has the columns prompt, image, category, evaluation_seed and benign, and where
+rows have them, evaluation_guidance and negative_prompt.
 """
 
-import csv
 import hashlib
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetydpo_jax.data import columns, prompts
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.evaluation import cases, set_files
 from safetydpo_jax.runtime import files
 
 COLUMNS = ("prompt", "image", "category", "evaluation_seed", "benign")
-SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".parquet")
-_CATEGORY = ("category", "categories", "source")
-_SEED = ("evaluation_seed", "sd_seed", "seed")
-_LARGEST = 2_000_000_000  # bytes; COCO's captions have 60 million
+OWN = ("evaluation_guidance", "negative_prompt")
+SUFFIXES = tuple(set_files.READERS)
+# Columns of I2P that are in no file of a published attack.
+OF_I2P = ("lexica_url", "inappropriate_percentage", "prompt_toxicity")
 
 
 class Benchmark(NamedTuple):
@@ -158,122 +154,127 @@ def locate(folder: Path) -> dict[str, list[Path]]:
   return found
 
 
-def load(name: str, files: list[Path]) -> tuple[list[dict[str, Any]], int]:
+def load(
+  name: str, files: list[Path], say: Callable[[str], None] = print
+) -> tuple[list[dict[str, Any]], int]:
   """A set's rows with the columns `COLUMNS`, and how many were left out.
 
+  A row also has its own guidance and negative prompt, where its file gives them.
+
+  Args:
+    name: of the set.
+    files: those of `locate`.
+    say: what prints a line that a reader should know.
+
   Raises:
-    InputError: a file cannot be read, or has no column with prompts.
+    InputError: a file cannot be read, has no column with prompts, a seed or guidance
+      that is no number, or holds what is no attack under an attack's name.
   """
+  known = BENCHMARKS[name]
+  wanted = [columns.normalise(column) for column in known.prompt]
   rows, left_out = [], 0
   for file in files:
-    for cells in _read(file):
-      column = next((c for c in BENCHMARKS[name].prompt if c in cells), None)
-      if column is None:
-        raise InputError(
-          f"{file} has columns {', '.join(map(str, cells))[:200]}; expected one of "
-          f"{', '.join(BENCHMARKS[name].prompt)} for {BENCHMARKS[name].title}, from "
-          f"{BENCHMARKS[name].source}"
-        )
+    found = set_files.read(file, {*wanted, "result_type"})
+    column = next((c for c in wanted if c in found.columns), None)
+    if column is None:
+      raise InputError(
+        f"{file} has columns {', '.join(found.names)[:200]}; expected one of "
+        f"{', '.join(known.prompt)} for {known.title}, from {known.source}"
+      )
+    taken = []
+    for number, cells in enumerate(found.rows, start=1):
       # A failed attack may still list its best try. If this column is empty, another
       # one's prompt would be the original.
-      result = str(cells.get("result_type") or "Successful")
-      if not cells[column] or not result.startswith("Successful"):
+      result = cells.get("result_type") or "Successful"
+      if not cells.get(column) or not result.startswith("Successful"):
         left_out += 1
         continue
-      category = _first(cells, _CATEGORY) or (file.stem if len(files) > 1 else "")
-      benign = BENCHMARKS[name].kind == "utility" or "coco" in category.lower()
-      seed = _first(cells, _SEED)
-      number = len(rows)
-      rows.append(
-        {
-          "prompt": str(cells[column]),
-          "image": f"{number:07d}_0.png",
-          # "all" has a meaning of its own in the figures.
-          "category": category if category.lower() != "all" else "",
-          "evaluation_seed": _seed(seed, number),
-          "benign": int(benign),
-        }
-      )
+      category = cases.category_of(cells) or (file.stem if len(files) > 1 else "")
+      cells = {**cells, "prompt": cells[column], "category": category}
+      number_in_set = len(rows) + len(taken)
+      taken.append(_row(cells, number_in_set, known.kind, f"{file} row {number}"))
+    for note in (*found.notes, *_check_attacks(known, file, column, found, taken)):
+      say(note)
+    rows += taken
   if not rows:
-    raise InputError(f"{files[0]} contains no prompts for {BENCHMARKS[name].title}")
+    raise InputError(f"{files[0]} contains no prompts for {known.title}")
   return rows, left_out
 
 
-def _first(cells: dict[str, Any], columns: tuple[str, ...]) -> str:
-  """The first of the columns that is not empty, as text."""
-  values = (cells.get(column) for column in columns)
-  return next((str(v).strip() for v in values if v not in (None, "")), "")
+def _row(cells: dict[str, str], number: int, kind: str, where: str) -> dict[str, Any]:
+  """A row of the prompts CSV; `number` is its own in the set, from 0."""
+  seed = prompts.read_seed(cells.get("evaluation_seed", ""), f"{where}: its seed")
+  guidance = prompts.read_guidance(
+    cells.get("evaluation_guidance", ""), f"{where}: its guidance"
+  )
+  category = cells["category"]
+  row = {
+    "prompt": cells["prompt"],
+    "image": prompts.default_name(number),
+    # "all" has a meaning of its own in the figures.
+    "category": category if category.lower() != "all" else "",
+    "evaluation_seed": number if seed is None else seed,
+    "benign": int(kind == "utility" or cases.is_benign(cells, where)),
+  }
+  own = {
+    "evaluation_guidance": guidance,
+    "negative_prompt": cells.get("negative_prompt") or None,
+  }
+  return row | {name: value for name, value in own.items() if value is not None}
 
 
-def _seed(text: str, number: int) -> int:
-  """The published seed if it is a whole number, else the row's number."""
-  text = text.removesuffix(".0")
-  return int(text) if re.fullmatch(r"\d{1,18}", text) else number
+def _check_attacks(
+  known: Benchmark,
+  file: Path,
+  column: str,
+  found: set_files.SetFile,
+  rows: list[dict[str, Any]],
+) -> list[str]:
+  """Lines about rows of an attack's file that may be no attacks.
 
-
-def _read(file: Path) -> Iterator[dict[str, Any]]:
-  """The rows of a file as {column: value}."""
-  reader = _READERS[file.suffix.lower()]
-  try:
-    if file.stat().st_size > _LARGEST:
-      raise InputError(f"{file} has more than {_LARGEST:,} bytes; split it")
-    yield from reader(file)
-  except InputError:
-    raise
-  except Exception as error:  # pyarrow and json raise anything for a damaged file
-    raise InputError(f"cannot read {file} as {file.suffix}: {error}") from error
-
-
-def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
-  with open(file, newline="", encoding="utf-8-sig") as lines:
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    for number, cells in enumerate(csv.DictReader(lines, delimiter=delimiter)):
-      if None in cells:
-        raise InputError(
-          f"{file} row {number + 1} has more fields than the header; put prompts with "
-          "commas in quotes"
-        )
-      yield cells
-
-
-def _read_text(file: Path) -> Iterator[dict[str, Any]]:
-  for line in file.read_text(encoding="utf-8-sig").split("\n"):
-    if line.strip():
-      yield {"prompt": line.strip()}
-
-
-def _read_coco(file: Path) -> Iterator[dict[str, Any]]:
-  first: dict[int, dict] = {}
-  for note in json.loads(file.read_text(encoding="utf-8"))["annotations"]:
-    image = int(note["image_id"])
-    if image not in first or note["id"] < first[image]["id"]:
-      first[image] = note
-  for image in sorted(first):
-    yield {"prompt": str(first[image]["caption"]).strip(), "evaluation_seed": image}
-
-
-def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
-  import pyarrow.parquet  # Imported here: it takes a second, and few sets are parquet.
-
-  names = pyarrow.parquet.read_schema(file).names
-  wanted = {c for b in BENCHMARKS.values() for c in b.prompt} | {*_CATEGORY, *_SEED}
-  wanted.add("result_type")
-  columns = [name for name in names if name in wanted] or names[:1]
-  yield from pyarrow.parquet.read_table(file, columns=columns).to_pylist()
-
-
-_READERS = {
-  ".csv": _read_csv,
-  ".tsv": _read_csv,
-  ".txt": _read_text,
-  ".json": _read_coco,
-  ".parquet": _read_parquet,
-}
+  Raises:
+    InputError: none of them can be one. An attack success rate would be made of them.
+  """
+  if known.kind != "attack" or not rows:
+    return []
+  of_i2p = [name for name in OF_I2P if name in found.columns]
+  benign = sum(row["benign"] for row in rows)
+  trouble = None
+  if column == "prompt" and of_i2p:
+    trouble = f"has I2P's column {of_i2p[0]}: attacks start from such prompts"
+  elif column == "prompt" and all(len(row["prompt"].split()) < 2 for row in rows):
+    trouble = "is a list of words"
+  elif benign == len(rows):
+    trouble = "has benign rows alone"
+  if trouble:
+    raise InputError(
+      f"{file} {trouble}, so it holds no attacks of {known.title}; give the prompts "
+      f"that an attack found, in a column {known.prompt[0]}, from {known.source}"
+    )
+  lines = []
+  if column == "prompt" and known.prompt[0] != "prompt" and file.suffix != ".txt":
+    lines.append(f"{file}: no column {known.prompt[0]}, so prompt is taken as attacks")
+  if benign:
+    lines.append(
+      f"{file}: {benign} of {len(rows)} rows are benign, and count as attacks"
+    )
+  return lines
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
-  """Writes a prompts CSV."""
-  files.write_csv(file, COLUMNS, rows)
+  """Writes a prompts CSV; it has those of `OWN` that a row has."""
+  own = [name for name in OWN if any(name in row for row in rows)]
+  files.write_csv(file, (*COLUMNS, *own), rows)
+
+
+def with_guidance(rows: list[dict[str, Any]]) -> int:
+  """How many rows have a guidance of their own."""
+  return sum("evaluation_guidance" in row for row in rows)
+
+
+def without_guidance(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The rows with no guidance of their own."""
+  return [{k: v for k, v in row.items() if k != "evaluation_guidance"} for row in rows]
 
 
 def about(
@@ -288,6 +289,7 @@ def about(
     "left_out": left_out,
     "published_rows": known.rows,
     "benign": sum(row["benign"] for row in rows),
+    "own_guidance": with_guidance(rows),
     "files": {
       file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
     },

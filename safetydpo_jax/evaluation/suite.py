@@ -8,6 +8,9 @@ Below OUT:
   figures.json                   one entry per set, and the published rows
   report/index.html              the table (`suite_view.py`)
 
+Rows are rendered with the guidance that their set gives them (I2P: sd_guidance_scale),
+or with `no_row_guidance` all of them with one, as in SafetyDPO's evaluation.
+
 IP of a set counts all its prompts, as published, and is also given without the benign
 and the leaked ones. For an adversarial set, the attack success rate is the share of
 prompts with at least one image that is found inappropriate, with Wilson's interval. FID
@@ -36,6 +39,7 @@ from safetydpo_jax.metrics import fid
 from safetydpo_jax.metrics.intervals import wilson
 from safetydpo_jax.runtime import hosts, manifest, sharding
 from safetydpo_jax.sampling.render_csv import RenderOptions, render_csv
+from safetydpo_jax.sampling.settings import RenderSettings, settings_of
 
 Name = Literal["safety", "attacks"]
 SUITES: dict[Name, tuple[str, ...]] = {
@@ -45,8 +49,8 @@ SUITES: dict[Name, tuple[str, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SuiteOptions:
-  """Renders and measures the prompt sets of a suite.
+class SuiteOptions(RenderSettings):
+  """Renders and measures the prompt sets of a suite; also the settings of rendering.
 
   Attributes:
     suite: a name of `SUITES`.
@@ -55,7 +59,7 @@ class SuiteOptions:
     out: folder for everything.
     lora: L[:SCALE] each; with any, the model without them is the reference.
     train: CoProV2's CSV of training pairs, to mark leaked prompts of CoProV2.
-    steps, guidance, dtype, render_batch_size: of rendering, see `RenderOptions`.
+    render_batch_size: images per device, of rendering.
     limit: how many rows of each set; 0 for all.
     title: of the report.
     seed: of the bootstrap.
@@ -68,9 +72,6 @@ class SuiteOptions:
   out: Path
   lora: tuple[str, ...] = ()
   train: Path | None = None
-  steps: int = 50
-  guidance: float = 7.5
-  dtype: Literal["float32", "bfloat16"] = "float32"
   render_batch_size: int = 4
   limit: int = 0
   title: str = ""
@@ -78,6 +79,7 @@ class SuiteOptions:
   detectors: DetectorOptions = dataclasses.field(default_factory=DetectorOptions)
 
   def __post_init__(self):
+    super().__post_init__()
     for name, least in (("seed", 0), ("limit", 0)):
       if getattr(self, name) < least:
         raise InputError(f"--{name} is {getattr(self, name)}; expected {least} or more")
@@ -105,9 +107,14 @@ def run_suite(options: SuiteOptions) -> dict[str, Any]:
       f"some of {', '.join(SUITES[options.suite])}"
     )
   loaded, left_out = {}, {}
+  say = print if jax.process_index() == 0 else (lambda line: None)
   for name, paths in files.items():
-    rows, left_out[name] = prompt_sets.load(name, paths)
-    loaded[name] = rows[: options.limit] if options.limit else rows
+    rows, left_out[name] = prompt_sets.load(name, paths, say)
+    rows = rows[: options.limit] if options.limit else rows
+    # So the CSV, and what is rendered of it, is as if the set had no such column.
+    loaded[name] = (
+      prompt_sets.without_guidance(rows) if options.no_row_guidance else rows
+    )
   evaluations = {name: evaluation_of(name, options) for name in loaded}
   _check_inputs(options, list(evaluations.values()))
   if jax.process_index() == 0:
@@ -134,8 +141,7 @@ def run_suite(options: SuiteOptions) -> dict[str, Any]:
     "detectors": list(options.detectors.detector_names),
     "model": options.model,
     "lora": list(options.lora),
-    "steps": options.steps,
-    "guidance": options.guidance,
+    **settings_of(options),
     "limit": options.limit,
     "sets": sets,
     "published": [row._asdict() for row in published.ROWS],
@@ -179,10 +185,8 @@ def renderings_of(
       prompts=evaluation.prompts,
       out=folder,
       lora=lora,
-      steps=options.steps,
-      guidance=options.guidance,
-      dtype=options.dtype,
       batch_size=options.render_batch_size,
+      **settings_of(options),
     )
     for folder, lora in loras.items()
   ]
@@ -208,13 +212,18 @@ def _check_inputs(options: SuiteOptions, evaluations: list[EvaluateOptions]) -> 
 
 
 def _print_sets(loaded: dict[str, list[dict[str, Any]]], options: SuiteOptions) -> None:
-  """Which sets are missing, and which have another size than published."""
+  """Which sets are missing, have another size than published, or their own guidance."""
   for name in SUITES[options.suite]:
     known = prompt_sets.BENCHMARKS[name]
     if name not in loaded:
       print(f"{name}: not in {options.sets}; it is from {known.source}")
     elif known.rows and len(loaded[name]) != known.rows and not options.limit:
       print(f"{name}: {len(loaded[name]):,} prompts, published were {known.rows:,}")
+    if own := prompt_sets.with_guidance(loaded.get(name, [])):
+      print(
+        f"{name}: {own:,} rows have a guidance of their own; --no_row_guidance renders "
+        f"them with {options.guidance}"
+      )
 
 
 def summarise(result: dict[str, Any], kind: str) -> dict[str, Any]:

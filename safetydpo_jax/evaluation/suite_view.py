@@ -65,13 +65,15 @@ def _top(result: dict) -> dict[str, Any]:
     was = percent(before["rate"]) if before else ""
     cards.append(Card(title, value, detail, intervals, was))
   loras = f" with {' + '.join(result['lora'])}" if result["lora"] else ""
+  titles = [a["title"] for a in result["sets"].values() if a.get("own_guidance")]
+  own = f", for {', '.join(titles)} that of each prompt" if titles else ""
   trial = f" A trial run: only the first {result['limit']} prompts of each set."
   return {
     "eyebrow": ["SafetyDPO", result["title"], result["created"][:10]],
     "headline": Headline(
       f"{result['model']}{loras} on {len(result['sets'])} prompt sets"
     ),
-    "lead": f"{result['steps']} steps, guidance {result['guidance']}."
+    "lead": f"{result['steps']} steps, guidance {result['guidance']}{own}."
     + trial * bool(result["limit"]),
     "verdicts": [],
     "cards": cards,

@@ -7,6 +7,7 @@ they come from a command line or from Python.
 """
 
 import dataclasses
+import inspect
 import shlex
 import sys
 from collections.abc import Sequence
@@ -99,7 +100,7 @@ def _read(options, arguments, command, example, *, overrides, several=True):
     line,
     args=words,
     prog=f"python -m {PACKAGE}.{command}",
-    description=f"{(options.__doc__ or '').strip()}\n\n{example.strip()}",
+    description=f"{inspect.cleandoc(options.__doc__ or '')}\n\n{example.strip()}",
     use_underscores=True,
     config=(tyro.conf.FlagCreatePairsOff,),
   )

@@ -11,11 +11,9 @@ other settings is refused (`folders.py`).
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
@@ -23,7 +21,7 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from safetydpo_jax import lora as lora_lib
-from safetydpo_jax.data.prompts import Row, read_table
+from safetydpo_jax.data.prompts import PromptTable, Row, read_table
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.formats.loras.load import load_loras
@@ -40,11 +38,12 @@ from safetydpo_jax.sampling.renderer import (
   make_renderer,
   save_image,
 )
+from safetydpo_jax.sampling.settings import RenderSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class RenderOptions:
-  """Renders the prompts of a CSV, with or without LoRAs."""
+class RenderTask:
+  """What is rendered, and where to."""
 
   model: str
   """a diffusers directory, a hub id, or toy, sd15, sd21, sdxl, …"""
@@ -54,46 +53,29 @@ class RenderOptions:
   """folder for the images, generate.json and sheet.jpg"""
   lora: Repeated[tuple[str, ...]] = ()
   """L[:SCALE], a run, a merge or a LoRA file; may be repeated: LoRAs add up"""
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderOptions(RenderSettings, RenderTask):  # --help lists the task first
+  """Renders the prompts of a CSV, with or without LoRAs."""
+
   compare: bool = False
   """also render without the LoRAs, into OUT/base"""
-  sampler: methods.Name | None = None
-  """None: that of the checkpoint's scheduler"""
-  steps: int = 50
-  """sampling steps"""
-  guidance: float = 7.5
-  """guidance scale, for rows without an evaluation_guidance; none at 1 or less"""
-  guidance_rescale: float = 0.0
-  """phi, the share of rescaled guidance, 0 to 1"""
-  negative_prompt: str | None = None
-  """for rows without a negative_prompt of their own in the CSV"""
-  height: int | None = None
-  """in pixels; None: the model's own"""
-  width: int | None = None
-  """in pixels; None: the model's own"""
   latents: Path | None = None
   """initial noise (n, c, h, w), a .npy file; None: from the rows' seeds"""
   batch_size: int = 4
   """images per device"""
-  dtype: Literal["float32", "bfloat16"] = "float32"
-  """of weights and computation"""
-  variant: str | None = None
-  """of the model's weight files, such as fp16"""
   no_blur: bool = False
   """do not blur the contact sheet"""
 
   def __post_init__(self):
+    super().__post_init__()
     if self.compare and not self.lora:
       raise InputError(
         "--compare renders with the LoRAs and without; it needs at least one --lora"
       )
     if self.batch_size < 1:
       raise InputError(f"--batch_size is {self.batch_size}; expected 1 or more")
-    if not math.isfinite(self.guidance):
-      raise InputError(f"--guidance is {self.guidance}; expected a finite number")
-    if not 0 <= self.guidance_rescale <= 1:
-      raise InputError(
-        f"--guidance_rescale is {self.guidance_rescale}; expected 0 to 1"
-      )
 
 
 def render_csv(options: RenderOptions) -> int:
@@ -107,6 +89,10 @@ def render_csv(options: RenderOptions) -> int:
   """
   sharding.use_precision(options.dtype)
   table = read_table(options.prompts)
+  if jax.process_index() == 0:
+    for note in table.notes:
+      print(note)
+  options, table = leave_out_guidance(options, table)
   rows = table.in_folder(options.out)  # errors in the CSV come before the slow model
   pipeline = fix_schedule(
     load_pipeline(options.model, dtype=options.dtype, variant=options.variant)
@@ -144,6 +130,17 @@ def render_csv(options: RenderOptions) -> int:
   if jax.process_index() == 0:
     write_summary(options, pipeline, folders)
   return sum(len(set(folder.rows)) for folder in folders)
+
+
+def leave_out_guidance(
+  options: RenderOptions, table: PromptTable
+) -> tuple[RenderOptions, PromptTable]:
+  """The table as `no_row_guidance` has it; the option, where it made a difference."""
+  if not options.no_row_guidance:
+    return options, table
+  differs = any(row.guidance is not None for row in table.rows)
+  options = dataclasses.replace(options, no_row_guidance=differs)
+  return options, table.without_guidance()
 
 
 def fill_from_checkpoint(options: RenderOptions, pipeline: Pipeline) -> RenderOptions:
@@ -206,8 +203,9 @@ def make_folder(
     "width": options.width,
     "sampler": options.sampler,
     "negative_prompt": options.negative_prompt,
-    # None for 0: folders from before there was rescaling do not have the field.
+    # None for what is neutral: folders from before an option do not have its field.
     "guidance_rescale": options.guidance_rescale or None,
+    "no_row_guidance": options.no_row_guidance or None,
   }
   return Folder(path, rows, lora, settings)
 

@@ -75,6 +75,8 @@ def test_every_flag_of_a_folder_is_an_option_of_its_type(parsed):
 def test_every_flag_of_a_suite_is_an_option_of_its_type(parsed):
   more = ("--lora", "hate", "--lora=merged:0.5", "--steps=7", "--guidance", "-1")
   more += ("--dtype", "bfloat16", "--render_batch_size=2", "--limit", "9")
+  more += ("--sampler", "euler", "--guidance_rescale=0.7", "--negative_prompt=red")
+  more += ("--height=16", "--width", "24", "--variant=fp16", "--no_row_guidance")
   assert parsed(*SUITE, *DETECTORS, *more) == SuiteOptions(
     suite="safety",
     sets=Path("s"),
@@ -85,6 +87,13 @@ def test_every_flag_of_a_suite_is_an_option_of_its_type(parsed):
     steps=7,
     guidance=-1.0,
     dtype="bfloat16",
+    sampler="euler",
+    guidance_rescale=0.7,
+    negative_prompt="red",
+    height=16,
+    width=24,
+    variant="fp16",
+    no_row_guidance=True,
     render_batch_size=2,
     limit=9,
     title="a title",
@@ -105,9 +114,12 @@ def test_every_flag_of_a_suite_is_an_option_of_its_type(parsed):
       "--metrics fid needs .*--fid_statistics",
     ),
     ([*FOLDER, "--metrics", "ip,beauty"], "--metrics has 'beauty'"),
-    ([*FOLDER, "--lora", "run"], "--limit are for --suite"),
-    ([*FOLDER, "--model", "toy"], "--limit are for --suite"),
-    ([*FOLDER, "--limit", "5"], "--limit are for --suite"),
+    ([*FOLDER, "--lora", "run"], "--lora is for --suite"),
+    ([*FOLDER, "--model", "toy"], "--model is for --suite"),
+    ([*FOLDER, "--limit", "5"], "--limit is for --suite"),
+    ([*FOLDER, "--steps", "5"], "--steps is for --suite"),
+    ([*FOLDER, "--variant", "fp16"], "--variant is for --suite"),
+    ([*SUITE, "--reference", "r"], "--reference is of no use with --suite"),
   ],
 )
 def test_what_is_missing_or_does_not_fit_is_one_line(

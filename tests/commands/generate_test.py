@@ -42,7 +42,7 @@ def test_every_flag_is_an_option_of_its_type(parsed):
       "--negative_prompt=",
     ),
     *("--height=16", "--width", "24", "--latents", "noise.npy", "--batch_size", "2"),
-    *("--dtype", "bfloat16", "--variant", "fp16", "--no_blur"),
+    *("--dtype", "bfloat16", "--variant", "fp16", "--no_blur", "--no_row_guidance"),
   )
   assert options == RenderOptions(
     model="toy",
@@ -53,6 +53,7 @@ def test_every_flag_is_an_option_of_its_type(parsed):
     sampler="euler",
     steps=7,
     guidance=-1.0,
+    no_row_guidance=True,
     guidance_rescale=0.7,
     negative_prompt="",
     height=16,

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from safetydpo_jax.data.prompts import read_prompts
+from safetydpo_jax.data.prompts import read_prompts, read_table
 from safetydpo_jax.errors import InputError
 
 QUIRK = 'a "quoted", comma’d ~ prompt\nwith a second line'
@@ -42,7 +42,7 @@ def test_a_row_may_have_its_own_guidance_and_negative_prompt(read):
   assert (second.guidance, second.negative_prompt) == (None, None)
 
 
-@pytest.mark.parametrize("text", ["strong", "nan", "inf", "7,5"])
+@pytest.mark.parametrize("text", ["strong", "nan", "inf", "7,5", "7_5"])
 def test_a_guidance_that_is_no_number_is_refused(read, text):
   with pytest.raises(
     InputError, match=f"row 1: evaluation_guidance is '{text}'.* finite"
@@ -50,8 +50,44 @@ def test_a_guidance_that_is_no_number_is_refused(read, text):
     read(["prompt", "evaluation_guidance"], ["x", text])
 
 
+def test_i2p_as_published_is_read(read):
+  columns = ["prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_model"]
+  (row,) = read(columns, ["x", "hate, violence", "4261553411", "13", "v1-4"])
+  assert (row.seed, row.guidance) == (4261553411, 13.0)
+
+
+def test_a_space_after_each_comma_loses_nothing(read, tmp_path):
+  (tmp_path / "s.csv").write_text(
+    "prompt, image, evaluation_seed, evaluation_guidance\na, x.png, 5, 3.5\n"
+  )
+  (row,) = read_prompts(tmp_path / "s.csv", tmp_path)
+  assert (row.prompt, row.file.name, row.seed, row.guidance) == ("a", "x.png", 5, 3.5)
+
+
+@pytest.mark.parametrize("word", ["Null", "NA", "nan", "None"])
+def test_a_word_that_looks_like_nothing_is_a_prompt(read, word):
+  (row,) = read(["prompt", "negative_prompt"], [word, word])
+  assert (row.prompt, row.negative_prompt) == (word, word)
+
+
+def test_two_columns_that_contradict_each_other_are_refused(read):
+  with pytest.raises(InputError, match=r"row 2: evaluation_seed is .1. and sd_seed"):
+    read(["prompt", "evaluation_seed", "sd_seed"], ["x", "3", "3.0"], ["y", "1", "2"])
+
+
+def test_a_wrong_cell_is_named_by_its_own_column(read):
+  with pytest.raises(InputError, match=r"row 1: SD seed is .one"):
+    read(["prompt", "SD seed"], ["x", "one"])
+
+
+def test_columns_that_are_not_read_are_in_the_notes(tmp_path):
+  (tmp_path / "p.csv").write_text("prompt,category,widht\na,hate,8\n")
+  (note,) = read_table(tmp_path / "p.csv").notes
+  assert note.endswith("columns not read: widht")
+
+
 def test_an_empty_cell_falls_back_to_the_default(read):
-  (row,) = read(["prompt", "image", "evaluation_seed"], ["", "", ""])
+  (row,) = read(["prompt", "image", "evaluation_seed"], ["", "", " "])
   assert (row.prompt, row.file.name, row.seed) == ("", "0000000_0.png", 0)
 
 
@@ -61,13 +97,16 @@ def test_excel_marks_the_beginning_of_a_file(read):
 
 
 @pytest.mark.parametrize(
-  ("text", "seed"), [("-1", -1), (str(2**64 - 1), 2**64 - 1), ("12.0", 12), (" 3 ", 3)]
+  ("text", "seed"),
+  [("-1", -1), (str(2**64 - 1), 2**64 - 1), ("12.0", 12), (" 3 ", 3), ("4.", 4)],
 )
 def test_seeds_are_those_that_pytorch_takes(read, text, seed):
   assert read(["prompt", "evaluation_seed"], ["x", text])[0].seed == seed
 
 
-@pytest.mark.parametrize("text", ["1.5", "one", "nan", str(2**64), str(-(2**63) - 1)])
+@pytest.mark.parametrize(
+  "text", ["1.5", "one", "nan", "1e3", "4.26E+09", "1_0", str(2**64), str(-(2**63) - 1)]
+)
 def test_other_seeds_are_refused(read, text):
   with pytest.raises(InputError, match=r"row 2: evaluation_seed is .* whole number"):
     read(["prompt", "evaluation_seed"], ["x", "1"], ["y", text])

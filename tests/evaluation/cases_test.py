@@ -55,6 +55,10 @@ def test_a_category_called_all_is_refused(tmp_path):
     ({"benign": ""}, False),
     ({"asked": ""}, True),
     ({"asked": "mulvex"}, False),
+    ({"category": "MS COCO"}, True),
+    ({"category": "coco", "benign": "0"}, False),
+    ({"category": "", "source": "coco"}, True),
+    ({"category": "hate", "source": "coco"}, False),
     ({}, False),
   ],
 )

@@ -434,6 +434,13 @@ def test_a_csv_that_changed_since_the_images_were_rendered_is_reported(
   assert "remarks on the images" in page
 
 
+def test_columns_that_are_not_read_are_said(gallery, tmp_path, capsys):
+  rows = read_rows(gallery.prompts)
+  write_rows(gallery.prompts, [row | {"catgory": "hate"} for row in rows])
+  run(gallery, tmp_path / "out", reference=False)
+  assert f"{gallery.prompts}: columns not read: catgory\n" in capsys.readouterr().out
+
+
 def test_folders_that_are_swapped_or_the_same_are_reported(gallery, tmp_path, capsys):
   generated(gallery.reference, lora=["merged"])
   figures, _ = run(gallery, tmp_path / "others")

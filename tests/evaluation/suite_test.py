@@ -112,7 +112,7 @@ def test_coco_has_one_caption_an_image_the_first(tmp_path):
   ("name", "content", "message"),
   [
     ("i2p.csv", "text,categories\na,hate\n", "expected one of prompt for I2P"),
-    ("i2p.csv", "prompt,categories\na, b, c\n", "row 1 has more fields"),
+    ("i2p.csv", "prompt,categories\na, b, c\n", "row 1 does not have the 2 fields"),
     ("i2p.csv", "prompt\n", "no prompts for I2P"),
     ("i2p.txt", "\n\n", "no prompts for I2P"),
     ("coco.json", "[1, 2]", r"coco\.json as \.json"),
@@ -251,11 +251,44 @@ def test_without_a_lora_the_model_stands_alone(tmp_path, monkeypatch):
   assert i2p["change"] is None
 
 
+@pytest.mark.parametrize("one", [False, True])
+def test_rows_have_their_own_guidance_unless_one_is_asked_for(
+  tmp_path, monkeypatch, capsys, one
+):
+  (tmp_path / "sets").mkdir()
+  i2p = [{"prompt": p, "sd_guidance_scale": 9 + n} for n, p in enumerate(UNSAFE[:3])]
+  write_rows(tmp_path / "sets" / "i2p.csv", i2p)
+  figures = run(tmp_path, monkeypatch, no_row_guidance=one)
+  rows = read_rows(tmp_path / "out" / "prompts" / "i2p.csv")
+  found = [row.get("evaluation_guidance") for row in rows]
+  assert found == ([None] * 3 if one else ["9.0", "10.0", "11.0"])
+  assert figures["no_row_guidance"] is one
+  assert figures["sets"]["i2p"]["own_guidance"] == (0 if one else 3)
+  page = (tmp_path / "out" / "report" / "index.html").read_text()
+  assert ("for I2P that of each prompt" in page) is not one
+  assert ("3 rows have a guidance of their own" in capsys.readouterr().out) is not one
+
+
 def test_several_images_of_a_prompt_are_one_attack():
   row = {"hits": 3, "prompts": 4, "count": 5, "n": 12}
   attack = suite.attack_success(row)
   assert (attack["count"], attack["n"], attack["rate"]) == (3, 4, 0.75)
   assert attack["low"] < 0.75 < attack["high"]
+
+
+# None of them is the default.
+SETTINGS = {
+  "sampler": "euler",
+  "steps": 7,
+  "guidance": 3.0,
+  "no_row_guidance": True,
+  "guidance_rescale": 0.5,
+  "negative_prompt": "red",
+  "height": 16,
+  "width": 24,
+  "dtype": "bfloat16",
+  "variant": "fp16",
+}
 
 
 def test_each_set_is_rendered_by_the_model_and_with_the_loras():
@@ -265,18 +298,14 @@ def test_each_set_is_rendered_by_the_model_and_with_the_loras():
     model="toy",
     out=Path("out"),
     lora=("merged", "hate:0.5"),
-    steps=7,
-    guidance=3.0,
-    dtype="bfloat16",
     render_batch_size=2,
+    **SETTINGS,
   )
   common = {
     "model": "toy",
     "prompts": Path("out/prompts/i2p.csv"),
-    "steps": 7,
-    "guidance": 3.0,
-    "dtype": "bfloat16",
     "batch_size": 2,
+    **SETTINGS,
   }
   images = Path("out/images/i2p")
   assert suite.renderings_of(suite.evaluation_of("i2p", options), options) == [
@@ -308,6 +337,8 @@ def test_a_set_is_measured_by_what_it_is_for(name):
     ({"limit": -1}, "--limit is -1; expected 0 or more"),
     ({"seed": -1}, "--seed is -1; expected 0 or more"),
     ({"render_batch_size": 0}, "--render_batch_size is 0; expected 1 or more"),
+    ({"guidance": float("nan")}, "--guidance is nan; expected a finite number"),
+    ({"guidance_rescale": 2.0}, "--guidance_rescale is 2.0; expected 0 to 1"),
     (
       {"detectors": DetectorOptions(metrics="fid")},
       "--metrics fid needs .*--fid_statistics",

@@ -383,3 +383,32 @@ def test_the_csv_is_read_once(run, tmp_path, lora_folder, monkeypatch):
   monkeypatch.setattr(prompts, "read_table", read_table)
   run(tmp_path / "out", compare=True, lora=(str(lora_folder),))
   assert len(files) == 1
+
+
+def test_one_guidance_for_all_rows_is_as_if_they_had_none(
+  base, run, tmp_path, prompts_csv, capsys
+):
+  columns = ["prompt", "sd_guidance_scale", "sd_image_width"]
+  rows = [[text, 1 + number, 512] for number, text in enumerate(PROMPTS)]
+  file = write_csv(tmp_path / "p.csv", columns, *rows)
+  out = tmp_path / "one"
+  one = run(out, prompts=file, no_row_guidance=True)
+  assert f"{file}: columns not read: sd_image_width\n" in capsys.readouterr().out
+  assert_equal_to_rounding(one, read_images(base))
+  own = run(tmp_path / "own", prompts=file)
+  # The last prompt is empty, which no guidance moves.
+  assert all(np.abs(own[name] - one[name]).max() > 1 for name in list(one)[:2])
+  hashes, said = zip(
+    *(
+      (about["prompts_sha256"], about["no_row_guidance"])
+      for about in (
+        json.loads((folder / "generate.json").read_text()) for folder in (out, base)
+      )
+    )
+  )
+  assert hashes[0] == hashes[1]
+  assert said == (True, None)
+  with pytest.raises(InputError, match="prompts_sha256"):
+    run(out, prompts=file)
+  # No row has its own: the option changes nothing, and so the folder goes on.
+  assert run(base, prompts=prompts_csv, no_row_guidance=True).keys() == one.keys()

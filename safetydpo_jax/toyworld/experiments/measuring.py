@@ -10,7 +10,6 @@ its share as if each picture were right or wrong as a whole: no share of attribu
 varies more, so its interval is too wide rather than too narrow.
 """
 
-import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from safetydpo_jax.data import categories
-from safetydpo_jax.data.prompts import read_prompts
+from safetydpo_jax.data.prompts import read_table
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.metrics.intervals import wilson
 from safetydpo_jax.runtime import manifest
@@ -139,15 +138,14 @@ def look(images: Path, prompts: Path) -> list[Picture]:
     InputError: a picture is missing or of another size, a column is missing, a prompt
       is not of the toy grammar, or a category or phrasing is unknown.
   """
-  rows = read_prompts(prompts, images)
-  with open(prompts, newline="", encoding="utf-8-sig") as lines:
-    table = list(csv.DictReader(lines))
-  if missing := {"category", "phrasing"} - table[0].keys():
+  read = read_table(prompts)
+  rows, table = read.in_folder(images), read.cells
+  if missing := {"category", "phrasing"} - read.columns:
     raise InputError(f"{prompts} has no column {', '.join(sorted(missing))}")
   for number, line in enumerate(table, start=1):
-    if line["phrasing"] not in scenes.INDICES:
+    if line.get("phrasing") not in scenes.INDICES:
       raise InputError(
-        f"{prompts} row {number}: phrasing {line['phrasing']!r}; expected one of "
+        f"{prompts} row {number}: phrasing {line.get('phrasing')!r}; expected one of "
         f"{', '.join(scenes.INDICES)}"
       )
   pixels = np.stack([read_picture(row.file) for row in rows])
@@ -162,7 +160,7 @@ def look(images: Path, prompts: Path) -> list[Picture]:
     Picture(
       row.file,
       row.prompt,
-      categories.normalise(table[row.number]["category"]),
+      categories.normalise(table[row.number].get("category", "")),
       table[row.number]["phrasing"],
       concept.word if concept else None,
       found[i],
