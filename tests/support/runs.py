@@ -38,7 +38,8 @@ def start(command: str, arguments: list, devices: int = 1, **environment):
     cwd=ROOT,
     env={
       **os.environ,
-      "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
+      # Level 1: commands run many steps, and compile what the cache does not have.
+      "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=1",
       **environment,
     },
     stdout=subprocess.PIPE,
