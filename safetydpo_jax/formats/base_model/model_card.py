@@ -50,6 +50,19 @@ pipeline = DiffusionPipeline.from_pretrained({folder}{variant})
 pipeline.to("cuda", torch.float16)
 image = pipeline("a city street in the rain").images[0]
 """
+_USE_SINGLE_FILE = """\
+Put `{file}` into `models/Stable-diffusion` of A1111 or Forge, or into
+`models/checkpoints` of ComfyUI. In diffusers:
+
+```python
+import torch
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_single_file({path})
+pipeline.to("cuda", torch.float16)
+image = pipeline("a city street in the rain").images[0]
+```
+"""
 _CONTENT = """\
 It lowers the chance of inappropriate images; it does not rule them out, and prompts
 written to get around it may still produce them. It inherits the base model's biases
@@ -63,8 +76,8 @@ class Export(NamedTuple):
   """What the card is about.
 
   Attributes:
-    kind: "diffusers", "kohya" or "pipeline".
-    file: the LoRA file's name, None for a pipeline.
+    kind: "diffusers", "kohya", "pipeline" or "single_file".
+    file: the name of the LoRA file or the single file, None for a pipeline.
     base: the base model's name, as the user gave it.
     fingerprint: of its UNet.
     variant: of its files.
@@ -73,6 +86,7 @@ class Export(NamedTuple):
     parameters: of the LoRA.
     dtype: of the numbers.
     repository: hub id it is pushed to, or None.
+    pipeline: diffusers' class for the base model.
   """
 
   kind: str
@@ -85,6 +99,7 @@ class Export(NamedTuple):
   parameters: int
   dtype: str
   repository: str | None
+  pipeline: str = "StableDiffusionPipeline"
 
 
 def text(value: object) -> str:
@@ -135,7 +150,8 @@ def _section(heading: str, body: str) -> str:
 
 
 def _metadata(export: Export, name: str, on_hub: bool) -> ModelCardData:
-  relation = "finetune" if export.kind == "pipeline" else "adapter"
+  whole = export.kind in ("pipeline", "single_file")
+  relation = "finetune" if whole else "adapter"
   return ModelCardData(
     library_name="diffusers",
     pipeline_tag="text-to-image",
@@ -143,7 +159,7 @@ def _metadata(export: Export, name: str, on_hub: bool) -> ModelCardData:
     base_model_relation=relation if on_hub else None,
     license=LICENCES.get(name, "other"),
     tags=["stable-diffusion", "safety", "dpo", "safetydpo"]
-    + ([] if export.kind == "pipeline" else ["lora"]),
+    + ([] if whole else ["lora"]),
   )
 
 
@@ -152,6 +168,8 @@ def _what(export: Export, name: str) -> str:
     "diffusers": "a LoRA in diffusers' naming",
     "kohya": "a LoRA in kohya's naming, for A1111, Forge and ComfyUI",
     "pipeline": "a whole diffusers pipeline with the LoRA in the UNet's weights",
+    "single_file": "a whole checkpoint in one file with the LoRA in the UNet's "
+    "weights, for ComfyUI, A1111 and Forge",
   }[export.kind]
   return (
     f"{text(name)}, aligned against inappropriate images with SafetyDPO "
@@ -255,6 +273,12 @@ def _use(export: Export, name: str, on_hub: bool) -> str:
   if export.kind == "pipeline":
     code = _USE_PIPELINE.format(folder=folder, variant=variant)
     return f"```python\n{code}```\n"
+  if export.kind == "single_file":
+    file = export.file or ""
+    path = json.dumps(f"{export.repository or '.'}/{file}")
+    if export.repository:
+      path = json.dumps(f"https://huggingface.co/{export.repository}/blob/main/{file}")
+    return _USE_SINGLE_FILE.format(file=file, path=path, pipeline=export.pipeline)
   file = export.file or ""
   name = name if on_hub else f"PATH/TO/{name}"
   code = _USE_LORA.format(

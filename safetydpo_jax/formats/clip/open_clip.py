@@ -151,3 +151,30 @@ def rename(
           yield f"{layer}.self_attn.{part}_proj.{kind}", rows
       else:
         yield f"{layer}.{_INSIDE.get(inside, inside)}.{leaf}", tensor
+
+
+_TEXT_BLOCK = re.compile(r"^encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+_THIRDS = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
+_ORIGINAL_INSIDE = {ours: theirs for theirs, ours in _INSIDE.items()}
+
+
+def text_tensor(name: str) -> tuple[str, int | None, bool]:
+  """Where OpenCLIP has a tensor of transformers' text encoder; the inverse of `rename`.
+
+  Args:
+    name: without `text_model.`.
+
+  Returns:
+    (OpenCLIP's name, which third of it along axis 0 or None for all, whether it is
+    stored transposed).
+  """
+  block = _TEXT_BLOCK.match(name)
+  if block is None:
+    for theirs, ours in (*_SINGLE.items(), *_PROJECTIONS.items()):
+      if ours.removeprefix("text_model.") == name and not theirs.startswith("visual."):
+        return theirs, None, theirs in _PROJECTIONS
+    raise ValueError(f"{name} is not in a text encoder")
+  layer = f"transformer.resblocks.{block[1]}"
+  if (third := _THIRDS.get(block[2])) is not None:
+    return f"{layer}.attn.in_proj_{block[3]}", third, False
+  return f"{layer}.{_ORIGINAL_INSIDE[block[2]]}.{block[3]}", None, False
