@@ -228,7 +228,7 @@ def read_levels(config):
       "expected an integer"
     )
 
-  def level(i: int, attends: bool, resnets: int, layers: Any) -> Level:
+  def level(i: int, attends: bool, resnets: int, layers: Any, way="") -> Level:
     features, heads = c.block_out_channels[i], spread["attention_head_dim"][i]
     if not attends:
       return Level(features, resnets, heads, ())
@@ -237,7 +237,7 @@ def read_levels(config):
         f"UNet config: {features} channels at level {i} cannot be split over "
         f"attention_head_dim = {heads} heads"
       )
-    return Level(features, resnets, heads, _one_each(layers, resnets))
+    return Level(features, resnets, heads, _one_each(layers, resnets, way))
 
   def attends(table, value, field):
     return config_lib.choose(table, value, "UNet", field)
@@ -254,6 +254,7 @@ def read_levels(config):
       attends(UP_BLOCKS, kind, "up_block_types"),
       resnets[levels - 1 - i] + 1,
       layers_up[i],
+      "reverse_" if c.reverse_transformer_layers_per_block else "",
     )
     for i, kind in enumerate(spread["up_block_types"])
   ]
@@ -285,7 +286,7 @@ def _transformer_layers(c: Any, levels: int) -> tuple[tuple, tuple]:
   return down, down[::-1]
 
 
-def _one_each(entry: Any, transformers: int) -> tuple[int, ...]:
+def _one_each(entry: Any, transformers: int, way: str) -> tuple[int, ...]:
   """A level's entry as a number of layers for each of its transformers."""
   many = isinstance(entry, (tuple, list))
   layers = tuple(entry) if many else (entry,) * transformers
@@ -293,7 +294,7 @@ def _one_each(entry: Any, transformers: int) -> tuple[int, ...]:
     isinstance(n, int) and n >= 0 for n in layers
   ):
     raise InputError(
-      f"UNet config: transformer_layers_per_block has {entry!r} for a level of "
+      f"UNet config: {way}transformer_layers_per_block has {entry!r} for a level of "
       f"{transformers} transformers; expected a whole number, or one for each"
     )
   return layers
