@@ -47,7 +47,7 @@ class RenderOptions:
   """Renders the prompts of a CSV, with or without LoRAs."""
 
   model: str
-  """a diffusers directory, a hub id, or toy, sd15, sd21, sdxl, …"""
+  """a diffusers directory, a single file, a hub id, or toy, sd15, sd21, sdxl, …"""
   prompts: Path
   """CSV with a column prompt"""
   out: Path
@@ -78,6 +78,8 @@ class RenderOptions:
   """of weights and computation"""
   variant: str | None = None
   """of the model's weight files, such as fp16"""
+  vae: str | None = None
+  """another VAE's folder, file or hub id; None: the model's own"""
   no_blur: bool = False
   """do not blur the contact sheet"""
 
@@ -109,7 +111,12 @@ def render_csv(options: RenderOptions) -> int:
   table = read_table(options.prompts)
   rows = table.in_folder(options.out)  # errors in the CSV come before the slow model
   pipeline = fix_schedule(
-    load_pipeline(options.model, dtype=options.dtype, variant=options.variant)
+    load_pipeline(
+      options.model,
+      dtype=options.dtype,
+      variant=options.variant,
+      vae_from=options.vae,
+    )
   )
   lora = load_loras(list(options.lora), pipeline)
   options = fill_from_checkpoint(options, pipeline)
@@ -208,6 +215,8 @@ def make_folder(
     "negative_prompt": options.negative_prompt,
     # None for 0: folders from before there was rescaling do not have the field.
     "guidance_rescale": options.guidance_rescale or None,
+    # None for the model's own, for the same reason.
+    "vae": pipeline.vae_fingerprint if options.vae else None,
   }
   return Folder(path, rows, lora, settings)
 

@@ -37,9 +37,9 @@ class EncodeOptions:
   pairs: str
   """dataset: parquet files, images with metadata.jsonl or CSV, or built by TFDS"""
   model: str | None = None
-  """diffusers directory, hub id, or a preset such as sd15"""
+  """diffusers directory, single file, hub id, or a preset such as sd15"""
   vae: str | None = None
-  """another VAE's folder or hub id (default: the model's own)"""
+  """another VAE's folder, file or hub id (default: the model's own)"""
   out: str | None = None
   """folder of the cache; may be a gs:// or s3:// URL, as may --pairs"""
   categories: str | None = None

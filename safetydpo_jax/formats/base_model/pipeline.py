@@ -166,8 +166,7 @@ def load_pipeline(
     files.configs["vae"] = freeze(inside["vae"].config)
   if single and not vae_from and "vae" in set(wanted) - inside.keys():
     raise InputError(
-      f"{path} has no VAE in it (first_stage_model.); name one with --vae, where the "
-      "command has it, or put one in with the tool the file came from"
+      f"{path} has no VAE in it (first_stage_model.); name one with --vae"
     )
   encoders = _check_index(path, files.about)
   _check_sizes(path, files.configs, encoders)
@@ -328,6 +327,6 @@ def _load_tokenizer(folder: Path) -> "CLIPTokenizer":
     )
   try:
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-  except (OSError, ValueError, TypeError, KeyError) as error:
-    reason = str(error).strip().splitlines()[0]
+  except Exception as error:  # the library raises anything for a damaged file
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise InputError(f"cannot read {folder} as a CLIP tokenizer: {reason}") from error
