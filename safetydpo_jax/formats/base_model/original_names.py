@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safetydpo_jax.formats.clip import open_clip
+from safetydpo_jax.formats import open_clip_names
 from safetydpo_jax.models.unet import read_levels
 
 
@@ -160,7 +160,7 @@ def open_clip_parts(names: Iterable[str], prefix: str) -> dict[str, Part]:
   """{transformers' name: part} of a text encoder of OpenCLIP's."""
   found = {}
   for name in names:
-    theirs, third, transposed = open_clip.text_tensor(name)
+    theirs, third, transposed = open_clip_names.text_tensor(name)
     found[name] = Part(prefix + theirs, third, transposed)
   return found
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.clip.open_clip import text_tensor
+from safetydpo_jax.formats.open_clip_names import text_tensor
 from safetydpo_jax.models import clip, vae
 from safetydpo_jax.models.published import CLIP_L
 from safetydpo_jax.models.unet import read_levels

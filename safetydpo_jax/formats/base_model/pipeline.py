@@ -246,7 +246,7 @@ def _read_files(
     configs = {name: freeze(config) for name, config in single.configs.items()}
     if folders["vae"].is_dir():  # another model's
       configs["vae"] = freeze(read_json(folders["vae"] / "config.json", "vae folder"))
-    return _Files(single.index, configs, single.scheduler)
+    return _Files(single.model_index, configs, single.scheduler)
   index = read_json(path / "model_index.json", "diffusers directory")
   configs = {}
   for name in COMPONENTS:

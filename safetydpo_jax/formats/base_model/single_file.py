@@ -76,7 +76,7 @@ class SingleFile(NamedTuple):
     components: the networks in it; a VAE may be missing.
     configs: {component: config.json}, the VAE's in any case.
     scheduler: scheduler_config.json.
-    index: model_index.json.
+    model_index: model_index.json.
     left_out: the tensors that are not used.
     summary: one line on what was read and assumed.
   """
@@ -86,7 +86,7 @@ class SingleFile(NamedTuple):
   components: dict[str, Component]
   configs: dict[str, dict[str, Any]]
   scheduler: dict[str, Any]
-  index: dict[str, Any]
+  model_index: dict[str, Any]
   left_out: dict[str, np.ndarray]
   summary: str
 

@@ -22,7 +22,7 @@ import numpy as np
 from safetydpo_jax.models import published
 
 CHOICES = ("epsilon", "v_prediction")
-_SD2_LAYERS = published.CLIP_H["num_hidden_layers"]
+_SD2_LAYERS = 23  # of the 24 of OpenCLIP ViT-H
 _SD2_BASE_STEP = 875_000
 _MODELSPEC_TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
 # Tensors that say something by being there; they are read here and nowhere else.

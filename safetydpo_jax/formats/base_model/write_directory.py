@@ -53,7 +53,7 @@ def write_directory(
       for file in (folder / name for name in _VOCABULARY):
         if file.is_file():
           shutil.copyfile(file, out / tokenizer.component / file.name)
-  write_json(out / "model_index.json", single.index)
+  write_json(out / "model_index.json", single.model_index)
   for name in base.modules():
     write_config(out, single, name)
     if name != "unet":
@@ -66,7 +66,7 @@ def write_directory(
 def write_config(out: Path, single: SingleFile, name: str) -> None:
   """Writes a component's config.json."""
   (out / name).mkdir(parents=True, exist_ok=True)
-  kind = single.index[name][1]
+  kind = single.model_index[name][1]
   about: dict[str, Any] = {"_class_name": kind, "_diffusers_version": _VERSION}
   if name.startswith("text_encoder"):
     about = {"architectures": [kind], "model_type": "clip_text_model"}
