@@ -3,10 +3,11 @@
   diffusers  pytorch_lora_weights.safetensors, which `load_lora_weights` reads
   kohya      safetydpo_lora.safetensors, which A1111, Forge and ComfyUI read
   pipeline   a diffusers directory with the LoRA in the UNet's weights
+  single_file  safetydpo_model.safetensors, the same in one file: ComfyUI, A1111, Forge
 
 Beside each: README.md, the model card, and export.json, which says what the files were
 made from. What they hold: `loras/write.py`, `loras/kohya.py`, `base_model/fused.py`,
-`model_card.py`.
+`base_model/write_single_file.py`, `model_card.py`.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import model_card, verify
 from safetydpo_jax.formats.base_model import fused, hub
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.formats.base_model.write_directory import write_directory
+from safetydpo_jax.formats.base_model.write_single_file import FILE, write_single_file
 from safetydpo_jax.formats.loras import kohya
 from safetydpo_jax.formats.loras.load import check_fits, load_lora, split_scale
 from safetydpo_jax.formats.loras.write import (
@@ -51,11 +54,11 @@ class ExportOptions:
   """the base model"""
   out: Path
   """folder to write to"""
-  format: Literal["diffusers", "kohya", "pipeline"] = "diffusers"
+  format: Literal["diffusers", "kohya", "pipeline", "single_file"] = "diffusers"
   """a LoRA for diffusers, a LoRA for A1111 and ComfyUI, or the whole model with the
-  LoRA in its weights"""
+  LoRA in its weights: a diffusers directory, or a checkpoint for A1111 and ComfyUI"""
   dtype: Literal["float32", "float16", "bfloat16"] | None = None
-  """number type (default: float32 for a LoRA, the base model's for a pipeline)"""
+  """number type (default: float32 for a LoRA, the base model's for a whole model)"""
   variant: str | None = None
   """of the model's files, for example "fp16\""""
   figures: Path | None = None
@@ -91,12 +94,13 @@ def export_lora(options: ExportOptions) -> None:
     verify.check_installed()
   figures = model_card.read_figures(options.figures) if options.figures else ""
   source = read_source(options)
-  whole = options.format == "pipeline"
+  whole = options.format in WHOLE
   if whole:
     with fused.new_folder(options.out) as folder:
-      files = write_pipeline(folder, source, options)
+      files = WHOLE[options.format](folder, source, options)
       dtype = options.dtype or float_type(files[0])
-      describe(folder, None, dtype, source, figures, options)
+      name = files[0].name if options.format == "single_file" else None
+      describe(folder, name, dtype, source, figures, options)
   else:
     dtype = options.dtype or "float32"
     files = [write_lora(options.out, dtype, source, options)]
@@ -107,7 +111,8 @@ def export_lora(options: ExportOptions) -> None:
     f"{num_parameters(lora):,} parameters, {dtype}"
   )
   if options.verify:
-    result = options.out if whole else files[0]
+    pipeline = options.format == "pipeline"
+    result = options.out if pipeline else options.out / files[0].name
     found = verify.compare(
       source.base, lora, result, fused=whole, variant=options.variant
     )
@@ -125,7 +130,7 @@ def read_source(options: ExportOptions) -> Source:
   """
   name, factor = split_scale(options.lora)
   lora, about = load_lora(name)
-  if options.format == "pipeline":
+  if options.format in WHOLE:
     hub.locate(options.model, _FETCHED, options.variant, None)
   base = load_pipeline(options.model, components=(), variant=options.variant)
   check_fits(name, about, base.fingerprint)
@@ -163,10 +168,35 @@ def write_pipeline(out: Path, source: Source, options: ExportOptions) -> list[Pa
   Raises:
     InputError: it cannot be written.
   """
-  path = source.base.path
-  fused.copy_base(path, out)
+  lora, _, base = source
   dtype = options.dtype and DTYPES[options.dtype]
-  return fused.write_unet(out, path, source.lora, variant=options.variant, dtype=dtype)
+  if base.single:
+    return write_directory(out, base, base.single, lora, dtype=dtype)
+  fused.copy_base(base.path, out)
+  return fused.write_unet(out, base.path, lora, variant=options.variant, dtype=dtype)
+
+
+def write_checkpoint(out: Path, source: Source, options: ExportOptions) -> list[Path]:
+  """Writes the fused model as one file and returns it.
+
+  Raises:
+    InputError: it cannot be written, or the model has no place in such a file.
+  """
+  lora, about, base = source
+  header = kohya.model_spec(
+    base.unet.config,
+    base.schedule.prediction_type,
+    base.resolution,
+    f"SafetyDPO {about.get('category') or 'safety'}",
+  )
+  dtype = options.dtype and DTYPES[options.dtype]
+  file = out / FILE
+  write_single_file(file, base, lora, header, variant=options.variant, dtype=dtype)
+  return [file]
+
+
+# The formats of a whole model, and what writes them.
+WHOLE = {"pipeline": write_pipeline, "single_file": write_checkpoint}
 
 
 def float_type(file: Path) -> str:
@@ -188,7 +218,7 @@ def describe(
 
   Args:
     folder: the export's.
-    file: the LoRA file's name, None for a pipeline.
+    file: the name of the LoRA file or the single file, None for a pipeline.
     dtype: of the numbers written.
     source: what was exported.
     figures: the card's tables, see `model_card.read_figures`.
@@ -209,6 +239,7 @@ def describe(
     parameters=num_parameters(lora),
     dtype=dtype,
     repository=options.push,
+    pipeline=str(base.index.get("_class_name", "StableDiffusionPipeline")),
   )
   model_card.write_card(folder / CARD, card, figures)
   manifest.write_json(

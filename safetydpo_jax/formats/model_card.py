@@ -50,6 +50,18 @@ pipeline = DiffusionPipeline.from_pretrained({folder}{variant})
 pipeline.to("cuda", torch.float16)
 image = pipeline("a city street in the rain").images[0]
 """
+_USE_SINGLE_FILE = """\
+import torch
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_single_file({path})
+pipeline.to("cuda", torch.float16)
+image = pipeline("a city street in the rain").images[0]
+"""
+_PUT_SINGLE_FILE = """
+In A1111 or Forge, put `{file}` into `models/Stable-diffusion`; in ComfyUI, into
+`models/checkpoints`.
+"""
 
 
 class Form(NamedTuple):
@@ -57,7 +69,8 @@ class Form(NamedTuple):
 
   Attributes:
     what: what is exported, in words.
-    use: Python that loads it; `format` fills in base, folder, file and variant.
+    use: Python that loads it; `format` fills in base, folder, file, path, pipeline and
+      variant.
     more: what else to say, in Markdown; file and stem are filled in.
     whole: whether it is a model of its own, not an adapter of its base.
   """
@@ -78,6 +91,13 @@ FORMS = {
     use=_USE_PIPELINE,
     whole=True,
   ),
+  "single_file": Form(
+    "a whole checkpoint in one file with the LoRA in the UNet's weights, for ComfyUI, "
+    "A1111 and Forge",
+    use=_USE_SINGLE_FILE,
+    more=_PUT_SINGLE_FILE,
+    whole=True,
+  ),
 }
 _CONTENT = """\
 It lowers the chance of inappropriate images; it does not rule them out, and prompts
@@ -93,7 +113,7 @@ class Export(NamedTuple):
 
   Attributes:
     kind: a name of `FORMS`.
-    file: the LoRA file's name, None for a pipeline.
+    file: the name of the LoRA file or the single file, None for a pipeline.
     base: the base model's name, as the user gave it.
     fingerprint: of its UNet.
     variant: of its files.
@@ -102,6 +122,7 @@ class Export(NamedTuple):
     parameters: of the LoRA.
     dtype: of the numbers.
     repository: hub id it is pushed to, or None.
+    pipeline: diffusers' class for the base model.
   """
 
   kind: str
@@ -114,6 +135,7 @@ class Export(NamedTuple):
   parameters: int
   dtype: str
   repository: str | None
+  pipeline: str = "StableDiffusionPipeline"
 
 
 def text(value: object) -> str:
@@ -276,10 +298,14 @@ def _share(row: Mapping[str, Any] | None) -> str:
 def _use(export: Export, name: str, on_hub: bool) -> str:
   """Python that runs; `json.dumps` writes its strings."""
   form, file = FORMS[export.kind], export.file or ""
+  where = f"https://huggingface.co/{export.repository}/blob/main"
+  path = f"{where if export.repository else '.'}/{file}"
   code = form.use.format(
     base=json.dumps(name if on_hub else f"PATH/TO/{name}"),
     folder=json.dumps(export.repository or "."),
     file=json.dumps(file),
+    path=json.dumps(path),
+    pipeline=export.pipeline,
     variant=f", variant={json.dumps(export.variant)}" if export.variant else "",
   )
   more = form.more.format(file=file, stem=Path(file).stem)

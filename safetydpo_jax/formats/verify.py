@@ -1,23 +1,27 @@
 """Does an export predict in PyTorch what this package predicts?
 
 diffusers loads the base and the LoRA (`load_lora_weights`), or the fused pipeline
-(`from_pretrained`), in float32, and predicts on random latents, timesteps and contexts;
+(`from_pretrained`, or `from_single_file` with the base's configs), in float32, and
+predicts on random latents, timesteps and contexts;
 our UNet predicts with the LoRA as it was before the export, in full float32 on TPUs and
 GPUs too. Only one of the two models is in memory at a time.
 """
 
 import gc
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.core import unfreeze
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.fused import component_names
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.models.unet import example_inputs
+from safetydpo_jax.runtime.manifest import write_json
 
 # The largest difference that rounding explains, relative to the predictions' standard
 # deviation.
@@ -66,14 +70,15 @@ def compare(
   Args:
     base: the base model; its weights are not needed.
     lora: the tree that was exported.
-    exported: the LoRA file, or the folder of the fused pipeline.
+    exported: the LoRA file, or the folder or file of the fused pipeline.
     fused: which of the two.
     variant: of the base's files and the fused pipeline's.
   """
   inputs = draw_inputs(base)
-  theirs = _predict_torch(base.path, exported, fused, variant, inputs)
+  theirs = _predict_torch(base, exported, fused, variant, inputs)
   gc.collect()
-  weights = load_pipeline(str(base.path), components=("unet",), variant=variant)
+  name = base.name if base.single else str(base.path)
+  weights = load_pipeline(name, components=("unet",), variant=variant)
   predict = jax.jit(weights.unet.apply)
   variables = {"params": weights.params["unet"], "lora": lora}
   with jax.default_matmul_precision("highest"):
@@ -119,7 +124,7 @@ def draw_inputs(base: Pipeline) -> tuple:
 
 
 def _predict_torch(
-  base: Path, exported: Path, fused: bool, variant: str | None, inputs: tuple
+  base: Pipeline, exported: Path, fused: bool, variant: str | None, inputs: tuple
 ) -> np.ndarray:
   """The prediction of diffusers' UNet, (n, h, w, c)."""
   import torch
@@ -128,11 +133,16 @@ def _predict_torch(
 
   logging.set_verbosity_error()  # it warns that there is no LoRA of text encoders
   logging.disable_progress_bar()
-  if fused:
+  if fused and exported.is_file():
+    pipeline = _from_single_file(exported, base)
+  elif fused:
     pipeline = DiffusionPipeline.from_pretrained(exported, variant=variant)
+  elif base.single:
+    pipeline = _from_single_file(base.path, base)
   else:
-    others = dict.fromkeys(set(component_names(base)) - {"unet", "scheduler"})
-    pipeline = DiffusionPipeline.from_pretrained(base, variant=variant, **others)
+    others = dict.fromkeys(set(component_names(base.path)) - {"unet", "scheduler"})
+    pipeline = DiffusionPipeline.from_pretrained(base.path, variant=variant, **others)
+  if not fused:
     pipeline.load_lora_weights(exported.parent, weight_name=exported.name)
   latents, timesteps, context, added = inputs
   condition = added and {name: torch.from_numpy(x) for name, x in added.items()}
@@ -144,3 +154,25 @@ def _predict_torch(
       added_cond_kwargs=condition,
     ).sample
   return sample.permute(0, 2, 3, 1).numpy()
+
+
+def _from_single_file(file: Path, base: Pipeline) -> Any:
+  """diffusers' pipeline of a single file: its UNet, by the base's configs."""
+  import diffusers
+
+  kept = ("unet", "scheduler")
+  others = [
+    name
+    for name, entry in base.index.items()
+    if isinstance(entry, (list, tuple)) and name not in kept
+  ]
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    for component in kept:
+      (folder / component).mkdir()
+    write_json(folder / "model_index.json", dict(base.index))
+    write_json(folder / "unet" / "config.json", unfreeze(base.unet.config))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    write_json(scheduler, unfreeze(base.schedule.config))
+    kind = getattr(diffusers, base.index["_class_name"])
+    return kind.from_single_file(str(file), config=name, **dict.fromkeys(others))

@@ -67,7 +67,7 @@ class Level(NamedTuple):
   features: int
   resnets: int
   heads: int
-  transformer_layers: int  # in each transformer; 0: the level has none
+  transformer_layers: tuple[int, ...]  # one for each resnet; (): no transformers
 
 
 class DownBlock(nn.Module):
@@ -85,7 +85,7 @@ class DownBlock(nn.Module):
       x = settings.resnet(level.features, f"resnets_{i}")(x, time)
       if level.transformer_layers:
         transformer = settings.transformer(
-          level.heads, level.transformer_layers, f"attentions_{i}"
+          level.heads, level.transformer_layers[i], f"attentions_{i}"
         )
         x = transformer(x, context)
       kept.append(x)
@@ -107,7 +107,7 @@ class MidBlock(nn.Module):
     x = settings.resnet(level.features, "resnets_0")(x, time)
     if level.transformer_layers:
       transformer = settings.transformer(
-        level.heads, level.transformer_layers, "attentions_0"
+        level.heads, level.transformer_layers[0], "attentions_0"
       )
       x = transformer(x, context)
       x = settings.resnet(level.features, "resnets_1")(x, time)
@@ -131,7 +131,7 @@ class UpBlock(nn.Module):
       x = settings.resnet(level.features, f"resnets_{i}")(x, time)
       if level.transformer_layers:
         transformer = settings.transformer(
-          level.heads, level.transformer_layers, f"attentions_{i}"
+          level.heads, level.transformer_layers[i], f"attentions_{i}"
         )
         x = transformer(x, context)
     if size is not None:

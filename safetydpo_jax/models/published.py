@@ -132,3 +132,40 @@ MODELS = {
   "sd21base": (SD21_UNET | {"sample_size": 64}, SD15_VAE, (CLIP_H,), NOISE),
   "sdxl": (SDXL_UNET, SD15_VAE, (CLIP_L, CLIP_BIGG), NOISE),
 }
+# scheduler_config.json of each family; SD 2-base has that of SD 1.
+SCHEDULERS = {
+  "sd1": NOISE
+  | {
+    "_class_name": "PNDMScheduler",
+    "clip_sample": False,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+  },
+  "sd2": NOISE
+  | {
+    "_class_name": "DDIMScheduler",
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+  },
+  "sdxl": NOISE
+  | {
+    "_class_name": "EulerDiscreteScheduler",
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+  },
+}

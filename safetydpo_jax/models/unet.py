@@ -52,6 +52,7 @@ DEFAULTS = {
   "norm_eps": 1e-5,
   "cross_attention_dim": 1280,
   "transformer_layers_per_block": 1,
+  "reverse_transformer_layers_per_block": None,
   "attention_head_dim": 8,
   "use_linear_projection": False,
   "addition_embed_type": None,
@@ -204,7 +205,6 @@ def read_levels(config):
   fields = (
     "layers_per_block",
     "attention_head_dim",
-    "transformer_layers_per_block",
     "cross_attention_dim",
     "down_block_types",
     "up_block_types",
@@ -228,29 +228,76 @@ def read_levels(config):
       "expected an integer"
     )
 
-  def level(i: int, attends: bool, more: int) -> Level:
+  def level(i: int, attends: bool, resnets: int, layers: Any, way="") -> Level:
     features, heads = c.block_out_channels[i], spread["attention_head_dim"][i]
-    if attends and features % heads:
+    if not attends:
+      return Level(features, resnets, heads, ())
+    if features % heads:
       raise InputError(
         f"UNet config: {features} channels at level {i} cannot be split over "
         f"attention_head_dim = {heads} heads"
       )
-    layers = spread["transformer_layers_per_block"][i] if attends else 0
-    return Level(features, spread["layers_per_block"][i] + more, heads, layers)
+    return Level(features, resnets, heads, _one_each(layers, resnets, way))
 
   def attends(table, value, field):
     return config_lib.choose(table, value, "UNet", field)
 
+  layers_down, layers_up = _transformer_layers(c, levels)
+  resnets = spread["layers_per_block"]
   down = [
-    level(i, attends(DOWN_BLOCKS, kind, "down_block_types"), 0)
+    level(i, attends(DOWN_BLOCKS, kind, "down_block_types"), resnets[i], layers_down[i])
     for i, kind in enumerate(spread["down_block_types"])
   ]
   up = [
-    level(levels - 1 - i, attends(UP_BLOCKS, kind, "up_block_types"), 1)
+    level(
+      levels - 1 - i,
+      attends(UP_BLOCKS, kind, "up_block_types"),
+      resnets[levels - 1 - i] + 1,
+      layers_up[i],
+      "reverse_" if c.reverse_transformer_layers_per_block else "",
+    )
     for i, kind in enumerate(spread["up_block_types"])
   ]
   mid = attends(MID_BLOCKS, c.mid_block_type, "mid_block_type")
-  return c, down, None if mid is None else level(levels - 1, mid, 0), up
+  if mid is None:
+    return c, down, None, up
+  # As diffusers: the middle's one transformer is the lowest level's first.
+  deepest = layers_down[-1]
+  first = deepest[0] if isinstance(deepest, (tuple, list)) and deepest else deepest
+  return c, down, level(levels - 1, mid, 1, first), up
+
+
+def _transformer_layers(c: Any, levels: int) -> tuple[tuple, tuple]:
+  """The entries of `transformer_layers_per_block`, downwards and upwards.
+
+  Distilled models (SSD-1B) have lists in the list, a number for each transformer, and
+  then say in `reverse_transformer_layers_per_block` what the way up has.
+  """
+  field = "transformer_layers_per_block"
+  down = config_lib.per_level(c.transformer_layers_per_block, levels, field)
+  if c.reverse_transformer_layers_per_block:
+    upwards = c.reverse_transformer_layers_per_block
+    return down, config_lib.per_level(upwards, levels, f"reverse_{field}")
+  if any(isinstance(entry, (tuple, list)) for entry in down):
+    raise InputError(
+      f"UNet config: {field} = {down!r} has a list in it, so reverse_{field} must say "
+      "what the way up has; use the config.json that came with the weights"
+    )
+  return down, down[::-1]
+
+
+def _one_each(entry: Any, transformers: int, way: str) -> tuple[int, ...]:
+  """A level's entry as a number of layers for each of its transformers."""
+  many = isinstance(entry, (tuple, list))
+  layers = tuple(entry) if many else (entry,) * transformers
+  if len(layers) != transformers or not all(
+    isinstance(n, int) and n >= 0 for n in layers
+  ):
+    raise InputError(
+      f"UNet config: {way}transformer_layers_per_block has {entry!r} for a level of "
+      f"{transformers} transformers; expected a whole number, or one for each"
+    )
+  return layers
 
 
 def example_inputs(config) -> tuple:

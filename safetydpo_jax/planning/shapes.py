@@ -19,6 +19,7 @@ from safetydpo_jax.formats.base_model.pipeline import (
   Pipeline,
   parameter_shapes,
 )
+from safetydpo_jax.formats.base_model.single_file import open_single_file, split_choice
 from safetydpo_jax.models import clip, published, vae
 from safetydpo_jax.models.clip import CLIPText
 from safetydpo_jax.models.config import freeze
@@ -32,7 +33,7 @@ def read_configs(model: str) -> tuple[dict, dict, tuple[dict, ...], dict]:
   """The configs of UNet, VAE, text encoders and noise schedule.
 
   Args:
-    model: a diffusers directory, or a preset's name or hub id.
+    model: a diffusers directory, a single file, or a preset's name or hub id.
 
   Raises:
     InputError: it is neither.
@@ -53,12 +54,22 @@ def read_configs(model: str) -> tuple[dict, dict, tuple[dict, ...], dict]:
       ),
       read_json(folder / "scheduler" / "scheduler_config.json", "scheduler"),
     )
+  file, choice = split_choice(model)
+  if Path(file).is_file():
+    single = open_single_file(Path(file), choice)
+    encoders = [encoder.component for encoder in single.family.encoders]
+    return (
+      single.configs["unet"],
+      single.configs["vae"],
+      tuple(single.configs[name] for name in encoders),
+      single.scheduler,
+    )
   by_repository = {repository: name for name, repository in PRESETS.items()}
   configs = published.MODELS.get(by_repository.get(model, model))
   if configs is None:
     raise InputError(
-      f"config.model is {model!r}; expected a diffusers directory or one of "
-      f"{', '.join(PRESETS)}"
+      f"config.model is {model!r}; expected a diffusers directory, a single file or "
+      f"one of {', '.join(PRESETS)}"
     )
   return configs
 

@@ -8,7 +8,6 @@ import numpy as np
 from safetydpo_jax.data.prompts import Row
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
-from safetydpo_jax.runtime import manifest
 from safetydpo_jax.sampling.renderer import Inputs, initial_noise, key_words
 
 
@@ -38,9 +37,8 @@ def read_index(pipeline: Pipeline) -> dict[str, Any]:
 
   DDIM if neither names one.
   """
-  index = manifest.read_json(pipeline.path / "model_index.json", "diffusers directory")
   named = pipeline.schedule.config.get("_class_name", "DDIMScheduler")
-  return {"scheduler": ["diffusers", named], **index}
+  return {"scheduler": ["diffusers", named], **pipeline.index}
 
 
 def make_inputs(

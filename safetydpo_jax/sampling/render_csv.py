@@ -46,7 +46,7 @@ class RenderTask:
   """What is rendered, and where to."""
 
   model: str
-  """a diffusers directory, a hub id, or toy, sd15, sd21, sdxl, …"""
+  """a diffusers directory, a single file, a hub id, or toy, sd15, sd21, sdxl, …"""
   prompts: Path
   """CSV with a column prompt"""
   out: Path
@@ -95,7 +95,12 @@ def render_csv(options: RenderOptions) -> int:
   options, table = leave_out_guidance(options, table)
   rows = table.in_folder(options.out)  # errors in the CSV come before the slow model
   pipeline = fix_schedule(
-    load_pipeline(options.model, dtype=options.dtype, variant=options.variant)
+    load_pipeline(
+      options.model,
+      dtype=options.dtype,
+      variant=options.variant,
+      vae_from=options.vae,
+    )
   )
   lora = load_loras(list(options.lora), pipeline)
   options = fill_from_checkpoint(options, pipeline)
@@ -206,6 +211,7 @@ def make_folder(
     # None for what is neutral: folders from before an option do not have its field.
     "guidance_rescale": options.guidance_rescale or None,
     "no_row_guidance": options.no_row_guidance or None,
+    "vae": pipeline.vae_fingerprint if options.vae else None,
   }
   return Folder(path, rows, lora, settings)
 

@@ -37,6 +37,8 @@ class RenderSettings:
   """of weights and computation"""
   variant: str | None = None
   """of the model's weight files, such as fp16"""
+  vae: str | None = None
+  """another VAE's folder, file or hub id; None: the model's own"""
 
   def __post_init__(self):
     if not math.isfinite(self.guidance):

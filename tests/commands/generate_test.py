@@ -42,7 +42,8 @@ def test_every_flag_is_an_option_of_its_type(parsed):
       "--negative_prompt=",
     ),
     *("--height=16", "--width", "24", "--latents", "noise.npy", "--batch_size", "2"),
-    *("--dtype", "bfloat16", "--variant", "fp16", "--no_blur", "--no_row_guidance"),
+    *("--dtype", "bfloat16", "--variant", "fp16", "--vae", "other", "--no_blur"),
+    "--no_row_guidance",
   )
   assert options == RenderOptions(
     model="toy",
@@ -61,6 +62,7 @@ def test_every_flag_is_an_option_of_its_type(parsed):
     latents=Path("noise.npy"),
     batch_size=2,
     dtype="bfloat16",
+    vae="other",
     variant="fp16",
     no_blur=True,
   )

@@ -288,6 +288,7 @@ SETTINGS = {
   "width": 24,
   "dtype": "bfloat16",
   "variant": "fp16",
+  "vae": "other",
 }
 
 

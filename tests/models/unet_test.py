@@ -72,6 +72,43 @@ CONFIGS = {
     },
     (11, 9),
   ),
+  # As SSD-1B, whose config has lists in lists and another number on the way up.
+  "sdxl distilled, a number for each transformer": (
+    {
+      "block_out_channels": (16, 32, 32),
+      "down_block_types": (PLAIN, CROSS, CROSS),
+      "up_block_types": (UP_CROSS, UP_CROSS, UP_PLAIN),
+      "attention_head_dim": (1, 2, 4),
+      "layers_per_block": 2,
+      "mid_block_type": "UNetMidBlock2D",
+      "transformer_layers_per_block": [0, [1, 2], [2, 2]],
+      "reverse_transformer_layers_per_block": [[2, 2, 3], [2, 1, 1], 1],
+      "use_linear_projection": True,
+      "addition_embed_type": "text_time",
+      "addition_time_embed_dim": 6,
+      "projection_class_embeddings_input_dim": 6 * 6 + 10,
+    },
+    (8, 4),
+  ),
+  "asymmetric, with a middle, whose number is the lowest level's first": (
+    {
+      "transformer_layers_per_block": [1, [3]],
+      "reverse_transformer_layers_per_block": [[1, 2], 2],
+      "down_block_types": (CROSS, CROSS),
+      "up_block_types": (UP_CROSS, UP_CROSS),
+    },
+    (4, 4),
+  ),
+  # As small-sd and tiny-sd (BK-SDM).
+  "sd1 distilled, attention on all levels, no middle": (
+    {
+      "block_out_channels": (16, 24, 32),
+      "down_block_types": (CROSS,) * 3,
+      "up_block_types": (UP_CROSS,) * 3,
+      "mid_block_type": None,
+    },
+    (9, 8),
+  ),
   "one level, no middle": (
     {
       "block_out_channels": (16,),
@@ -228,6 +265,8 @@ def test_an_unknown_remat_is_refused():
     ("norm_num_groups", None),
     ("dropout", 0.1),
     ("transformer_layers_per_block", ((1, 2), 1)),
+    ("transformer_layers_per_block", (-1, 1)),
+    ("reverse_transformer_layers_per_block", (1, (1, 2, 3))),
     ("cross_attention_dim", (24, 32)),
     ("attention_head_dim", (4,)),
     ("attention_head_dim", 5),

@@ -206,11 +206,16 @@ def save_tiny_checkpoint(
   return path
 
 
-def save_tiny_sdxl_checkpoint(path, *, seed=0) -> Path:
-  """Writes a tiny Stable Diffusion XL pipeline; see `save_tiny_checkpoint`."""
-  path = save_tiny_checkpoint(path, seed=seed, **SDXL)
+def save_tiny_sdxl_checkpoint(path, *, seed=0, parts=SDXL, text_2=None) -> Path:
+  """Writes a tiny Stable Diffusion XL pipeline; see `save_tiny_checkpoint`.
+
+  `parts` and `text_2` are what its config.json files have otherwise.
+  """
+  path = save_tiny_checkpoint(path, seed=seed, **parts)
   size = save_tokenizer(path / "tokenizer_2", pad_token="!")
-  config = transformers.CLIPTextConfig(vocab_size=size, eos_token_id=size - 1, **TEXT_2)
+  config = transformers.CLIPTextConfig(
+    **{"vocab_size": size, "eos_token_id": size - 1, **TEXT_2, **(text_2 or {})}
+  )
   encoder = transformers.CLIPTextModelWithProjection(config)
   perturb(encoder, 10 * seed + 3).save_pretrained(path / "text_encoder_2")
   index = json.loads((path / "model_index.json").read_text())

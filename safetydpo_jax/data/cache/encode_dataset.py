@@ -25,7 +25,6 @@ from safetydpo_jax.data.cache import encoding, records, resume, shards
 from safetydpo_jax.data.sources import layouts
 from safetydpo_jax.data.sources.pairs import SourcePair, fingerprint
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.base_model import weights
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.models import conditioning
 from safetydpo_jax.runtime import hosts, sharding, storage
@@ -38,9 +37,9 @@ class EncodeOptions:
   pairs: str
   """dataset: parquet files, images with metadata.jsonl or CSV, or built by TFDS"""
   model: str | None = None
-  """diffusers directory, hub id, or a preset such as sd15"""
+  """diffusers directory, single file, hub id, or a preset such as sd15"""
   vae: str | None = None
-  """another VAE's folder or hub id (default: the model's own)"""
+  """another VAE's folder, file or hub id (default: the model's own)"""
   out: str | None = None
   """folder of the cache; may be a gs:// or s3:// URL, as may --pairs"""
   categories: str | None = None
@@ -208,7 +207,7 @@ def make_settings(
   return {
     "format": records.FORMAT_VERSION,
     "base": pipeline.fingerprint,
-    "vae": weights.fingerprint(weights.read_tensors(pipeline.vae_files)),
+    "vae": pipeline.vae_fingerprint,
     "vae_dtype": options.dtype,
     "scaling_factor": pipeline.scaling_factor,
     "resolution": resolution,

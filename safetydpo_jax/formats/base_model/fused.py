@@ -174,15 +174,34 @@ def write_unet(
   files = weights.weight_files(base / "unet", variant)
   for file in files:
     _inside(file, base)
-  tensors = dict(weights.read_tensors(files))
+  return write_tensors(
+    out,
+    dict(weights.read_tensors(files)),
+    lora,
+    str(base / "unet"),
+    variant=variant,
+    dtype=dtype,
+    shard_bytes=shard_bytes,
+  )
+
+
+def write_tensors(
+  out: Path,
+  tensors: Mapping[str, np.ndarray],
+  lora: Mapping[str, Any],
+  source: str,
+  *,
+  variant: str | None = None,
+  dtype: DTypeLike | None = None,
+  shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+  """`write_unet` for the tensors of a UNet, whose origin is `source` in errors."""
   layers = lora_layers(lora)
   found = {weights.canonical_name(name) for name in tensors}
   if missing := sorted(layers.keys() - found):
-    raise InputError(
-      f"the LoRA adapts {missing[0]}, which {base / 'unet'} does not have"
-    )
+    raise InputError(f"the LoRA adapts {missing[0]}, which {source} does not have")
   layout = {
-    name: (_new_dtype(tensor, dtype), tensor.shape) for name, tensor in tensors.items()
+    name: (new_dtype(tensor, dtype), tensor.shape) for name, tensor in tensors.items()
   }
   shards = split(layout, shard_bytes)
   dot = f".{variant}" if variant else ""
@@ -250,7 +269,7 @@ def _bytes(entry: tuple[Any, tuple[int, ...]]) -> int:
   return math.prod(entry[1]) * np.dtype(entry[0]).itemsize
 
 
-def _new_dtype(tensor: np.ndarray, dtype: DTypeLike | None) -> np.dtype:
+def new_dtype(tensor: np.ndarray, dtype: DTypeLike | None) -> np.dtype:
   """The type a tensor is written in; only floats are converted."""
   whole = np.issubdtype(tensor.dtype, np.integer) or tensor.dtype == np.bool_
   return tensor.dtype if dtype is None or whole else np.dtype(dtype)

@@ -1,9 +1,10 @@
-"""Where a model is: a directory, this package's toy model, or the Hugging Face hub."""
+"""Where a model is: a directory, a file, this package's toy model, or the hub."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.single_file import SUFFIX, split_choice
 from safetydpo_jax.formats.base_model.weights import STEMS
 
 PRESETS = {
@@ -22,18 +23,19 @@ VAES = {"sdxl": "madebyollin/sdxl-vae-fp16-fix"}
 def locate(
   model: str, components: Iterable[str], variant: str | None, revision: str | None
 ) -> Path:
-  """The local directory of a model, downloaded if it is a hub id.
+  """The local directory or single file of a model, downloaded if it is a hub id.
 
   Raises:
-    InputError: it is a file, or cannot be downloaded.
+    InputError: it is a file other than safetensors, or cannot be downloaded.
   """
-  path = Path(model)
-  if path.is_dir():
+  path = Path(split_choice(model)[0])
+  if path.is_dir() or (path.is_file() and path.suffix.lower() == SUFFIX):
     return path
   if path.exists():
     raise InputError(
-      f"{model} is a file, expected a diffusers directory; convert it once with "
-      "diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
+      f"{model} is not a {SUFFIX} file: pickles can run code and are not read; convert "
+      "it once with diffusers: "
+      "StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
     )
   repository = PRESETS.get(model, model)
   if Path(repository).is_dir():
@@ -54,10 +56,11 @@ def default_vae(model: str) -> str | None:
 
 
 def locate_vae(vae: str, weights: bool) -> Path:
-  """The folder with a VAE's config.json and, if requested, its weights.
+  """The folder with a VAE's config.json and, if requested, its weights; or its file.
 
   Args:
-    vae: that folder, a diffusers directory with a folder `vae`, or a hub id.
+    vae: that folder, a diffusers directory with a folder `vae`, a .safetensors file, or
+      a hub id.
     weights: whether to download the weights too.
 
   Raises:
@@ -67,6 +70,8 @@ def locate_vae(vae: str, weights: bool) -> Path:
   for folder in (path, path / "vae"):
     if (folder / "config.json").is_file():
       return folder
+  if path.is_file() and path.suffix.lower() == SUFFIX:
+    return path
   if path.exists():
     raise InputError(f"VAE {vae} has no config.json; expected a diffusers folder")
   patterns = ["config.json", *(_weight_patterns("", None) if weights else ())]

@@ -5,16 +5,15 @@
   tokenizer[_2]/                vocab.json, merges.txt and their settings
   scheduler/                    scheduler_config.json
 
-The same code reads Stable Diffusion 1.x, 2.x and XL.
+The same code reads Stable Diffusion 1.x, 2.x and XL. A checkpoint in a single file is
+translated to these terms by `single_file.py`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
@@ -22,11 +21,15 @@ from jax.typing import DTypeLike
 
 from safetydpo_jax.diffusion import Schedule
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.base_model import hub, weights
+from safetydpo_jax.formats.base_model import hub, single_file, weights
+from safetydpo_jax.formats.base_model.module_shapes import parameter_shapes
+from safetydpo_jax.formats.base_model.shared_tokenizer import shared_tokenizers
+from safetydpo_jax.formats.base_model.single_file import SingleFile
+from safetydpo_jax.formats.base_model.single_file_kinds import describe_unet
 from safetydpo_jax.models import clip, vae
 from safetydpo_jax.models.clip import CLIPText
 from safetydpo_jax.models.config import freeze
-from safetydpo_jax.models.unet import UNet2DCondition, example_inputs
+from safetydpo_jax.models.unet import UNet2DCondition
 from safetydpo_jax.models.vae import AutoencoderKL
 from safetydpo_jax.runtime.manifest import read_json
 
@@ -49,7 +52,7 @@ class Pipeline:
 
   Attributes:
     name: the model as the caller named it.
-    path: the directory it was read from.
+    path: the directory or the single file it was read from.
     unet, vae, text_encoders: the modules; they hold no weights.
     tokenizers: one for each text encoder.
     schedule: the noise schedule.
@@ -59,7 +62,10 @@ class Pipeline:
     vae_scale: pixels per latent in each direction, 8 for the published models.
     scaling_factor: latents = scaling_factor · posterior sample.
     resolution: pixels per side that the UNet was trained for.
+    index: model_index.json.
     vae_files: the VAE's weight files, if its weights were requested.
+    vae_fingerprint: identifies the VAE's weights, if they were requested.
+    single: the single file, if it was read from one.
   """
 
   name: str
@@ -75,7 +81,10 @@ class Pipeline:
   vae_scale: int
   scaling_factor: float
   resolution: int
+  index: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   vae_files: tuple[Path, ...] = ()
+  vae_fingerprint: str = ""
+  single: SingleFile | None = None
 
   def tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
     """Token ids (n, 77) int32 for each text encoder, padded and truncated."""
@@ -116,8 +125,9 @@ def load_pipeline(
   """Reads a checkpoint.
 
   Args:
-    model: a diffusers directory, a name in `hub.PRESETS`, or a Hugging Face hub id. A
-      path that exists wins.
+    model: a diffusers directory, a single-file checkpoint (a .safetensors file, with
+      :epsilon or :v_prediction behind it to choose what its UNet predicts), a name in
+      `hub.PRESETS`, or a Hugging Face hub id. A path that exists wins.
     components: whose weights to read, of `COMPONENTS`; default all. All modules are
       built in any case.
     dtype: the type of the weights and of the computation.
@@ -125,8 +135,8 @@ def load_pipeline(
     revision: branch, tag or commit on the hub.
     attention: the attention kernel, see `models.attention.attend`.
     remat: what the UNet's backward pass recomputes, see `models.blocks.REMAT`.
-    vae_from: another VAE's folder or hub id, to which `variant` and `revision` do not
-      apply; default the checkpoint's own, or a preset's in `hub.VAES`.
+    vae_from: another VAE's folder, .safetensors file or hub id, to which `variant` and
+      `revision` do not apply; default the checkpoint's own, or that of `hub.VAES`.
 
   Raises:
     InputError: the checkpoint does not exist, is incomplete, or is not supported.
@@ -137,13 +147,27 @@ def load_pipeline(
   vae_from = str(vae_from or hub.default_vae(str(model)) or "")
   fetched = [name for name in wanted if not (vae_from and name == "vae")]
   path = hub.locate(str(model), fetched, variant, revision)
+  single = single_file.read(path, str(model), variant) if path.is_file() else None
+  inside = dict(single.components) if single else {}
   folders = {name: path / name for name in COMPONENTS}
   variants: dict[str, str | None] = dict.fromkeys(COMPONENTS, variant)
+  other_vae = None
   if vae_from:
-    folders["vae"] = hub.locate_vae(vae_from, "vae" in wanted)
+    other_vae = hub.locate_vae(vae_from, "vae" in wanted)
     variants["vae"] = None
+    inside.pop("vae", None)
+    if other_vae.is_dir():
+      folders["vae"] = other_vae
 
-  files = _read_files(path, folders)
+  files = _read_files(path, folders, single)
+  if other_vae and other_vae.is_file():
+    scaling_factor = vae.read_config(files.configs["vae"]).scaling_factor
+    inside["vae"] = single_file.open_vae(other_vae, scaling_factor)
+    files.configs["vae"] = freeze(inside["vae"].config)
+  if single and not vae_from and "vae" in set(wanted) - inside.keys():
+    raise InputError(
+      f"{path} has no VAE in it (first_stage_model.); name one with --vae"
+    )
   encoders = _check_index(path, files.about)
   _check_sizes(path, files.configs, encoders)
   schedule = Schedule.from_config(files.scheduler)
@@ -155,49 +179,49 @@ def load_pipeline(
   texts = {name: CLIPText(files.configs[name], dtype) for name in encoders}
   modules = {"unet": unet, "vae": autoencoder, **texts}
   shapes = {name: parameter_shapes(module) for name, module in modules.items()}
+
+  def files_of(name: str) -> tuple[Path, ...]:
+    if name in inside:
+      return (inside[name].path,)
+    return tuple(weights.weight_files(folders[name], variants[name]))
+
+  def read(name: str) -> Iterable[tuple[str, np.ndarray]]:
+    return (
+      inside[name].read() if name in inside else weights.read_tensors(files_of(name))
+    )
+
+  def load(name: str) -> dict[str, Any]:
+    if name in inside:
+      source = f"{inside[name].path} ({name})"
+      return weights.convert(read(name), shapes[name], dtype=dtype, source=source)
+    return weights.load_component(
+      folders[name], shapes[name], dtype=dtype, variant=variants[name]
+    )
+
   return Pipeline(
     name=str(model),
     path=path,
     unet=unet,
     vae=autoencoder,
     text_encoders=tuple(texts.values()),
-    tokenizers=tuple(
+    tokenizers=shared_tokenizers(path, single.family.encoders)
+    if single
+    else tuple(
       _load_tokenizer(path / name.replace("text_encoder", "tokenizer"))
       for name in encoders
     ),
     schedule=schedule,
-    params={
-      name: weights.load_component(
-        folders[name], shapes[name], dtype=dtype, variant=variants[name]
-      )
-      for name in modules
-      if name in wanted
-    },
-    fingerprint=weights.fingerprint(
-      weights.read_tensors(weights.weight_files(path / "unet", variant))
-    ),
+    params={name: load(name) for name in modules if name in wanted},
+    fingerprint=weights.fingerprint(read("unet")),
     latent_channels=vae.read_config(vae_config).latent_channels,
     vae_scale=vae_scale,
     scaling_factor=vae.read_config(vae_config).scaling_factor,
     resolution=_resolution(files.configs["unet"], vae_config, vae_scale),
-    vae_files=tuple(
-      weights.weight_files(folders["vae"], variants["vae"]) if "vae" in wanted else ()
-    ),
+    index=files.about,
+    vae_files=files_of("vae") if "vae" in wanted else (),
+    vae_fingerprint=weights.fingerprint(read("vae")) if "vae" in wanted else "",
+    single=single,
   )
-
-
-@functools.lru_cache(maxsize=16)
-def parameter_shapes(module: UNet2DCondition | AutoencoderKL | CLIPText) -> dict:
-  """A module's parameter tree as `jax.ShapeDtypeStruct`; nothing is computed."""
-  if isinstance(module, UNet2DCondition):
-    inputs = example_inputs(module.config)
-  elif isinstance(module, AutoencoderKL):
-    side = vae.pixels_per_latent(module.config)
-    channels = vae.read_config(module.config).in_channels
-    inputs = (jnp.zeros((1, side, side, channels)),)
-  else:
-    inputs = (jnp.zeros((1, 2), jnp.int32),)
-  return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 class _Files(NamedTuple):
@@ -214,8 +238,15 @@ class _Files(NamedTuple):
   scheduler: dict[str, Any]
 
 
-def _read_files(path: Path, folders: dict[str, Path]) -> _Files:
+def _read_files(
+  path: Path, folders: dict[str, Path], single: SingleFile | None
+) -> _Files:
   """Reads the JSON files, without a look at what they say."""
+  if single:
+    configs = {name: freeze(config) for name, config in single.configs.items()}
+    if folders["vae"].is_dir():  # another model's
+      configs["vae"] = freeze(read_json(folders["vae"] / "config.json", "vae folder"))
+    return _Files(single.model_index, configs, single.scheduler)
   index = read_json(path / "model_index.json", "diffusers directory")
   configs = {}
   for name in COMPONENTS:
@@ -255,9 +286,15 @@ def _check_sizes(
   latent_channels = vae.read_config(configs["vae"]).latent_channels
   channels = unet.get("in_channels", 4)
   if channels != latent_channels or unet.get("out_channels", 4) != latent_channels:
+    kind = describe_unet(channels)
+    reason = (
+      f"this is {kind}, which is not supported"
+      if kind
+      else ("they belong to different models")
+    )
     raise InputError(
-      f"{path}: the UNet takes {channels} channels, the VAE has {latent_channels}; "
-      "inpainting and image-conditioned checkpoints are not supported"
+      f"{path}: the UNet takes {channels} channels and gives "
+      f"{unet.get('out_channels', 4)}, the VAE has {latent_channels}; {reason}"
     )
   width = sum(clip.read_config(configs[n]).hidden_size for n in encoders)
   dims = unet.get("cross_attention_dim", 1280)
@@ -290,6 +327,6 @@ def _load_tokenizer(folder: Path) -> "CLIPTokenizer":
     )
   try:
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-  except (OSError, ValueError, TypeError, KeyError) as error:
-    reason = str(error).strip().splitlines()[0]
+  except Exception as error:  # the library raises anything for a damaged file
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise InputError(f"cannot read {folder} as a CLIP tokenizer: {reason}") from error

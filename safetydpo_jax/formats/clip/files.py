@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats import pickles
+from safetydpo_jax.formats import open_clip_names, pickles
 from safetydpo_jax.formats.base_model import weights
 from safetydpo_jax.formats.clip import open_clip
 from safetydpo_jax.models import clip, clip_vision
@@ -207,10 +207,10 @@ def _config_and_files(path: Path) -> tuple[dict, list[Path]]:
 def _tensors(files: list[Path]) -> dict[str, np.ndarray]:
   """All tensors, under transformers' names."""
   if files[0].suffix in (".bin", ".pt", ".pth"):
-    return dict(open_clip.rename(pickles.read_tensors(files[0]).items()))
+    return dict(open_clip_names.rename(pickles.read_tensors(files[0]).items()))
   tensors = dict(weights.read_tensors(files))
   if "visual.conv1.weight" in tensors:
-    return dict(open_clip.rename(tensors.items()))
+    return dict(open_clip_names.rename(tensors.items()))
   return tensors
 
 

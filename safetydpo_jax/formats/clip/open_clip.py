@@ -1,19 +1,15 @@
-"""OpenCLIP's files: its names and its config, translated to transformers'.
+"""OpenCLIP's files: its config, translated to transformers'; names: `open_clip_names`.
 
   open_clip_config.json    {"model_cfg": {embed_dim, vision_cfg, text_cfg, quick_gelu?},
                             "preprocess_cfg": {mean, std}}
   open_clip_model.safetensors or open_clip_pytorch_model.bin
 
-In its attention q, k and v are one matrix (3 d, d), and `visual.proj` (d, e) and
-`text_projection` (d, e) multiply from the right. Source: OpenCLIP 3.3's model.py and
-transformer.py. Only plain vision transformers with CLIP's own text tower are supported.
+Source: OpenCLIP 3.3's model.py. Only plain vision transformers with CLIP's own text
+tower are supported.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from safetydpo_jax.errors import InputError
 
@@ -55,33 +51,6 @@ _TEXT = {
 _MODEL = {"embed_dim": 512, "vision_cfg": {}, "text_cfg": {}, "quick_gelu": False}
 # Values at which any other field changes nothing.
 _HARMLESS = (None, False, {}, [])
-
-_SINGLE = {
-  "visual.class_embedding": "vision_model.embeddings.class_embedding",
-  "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-  "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-  "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-  "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-  "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-  "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-  "positional_embedding": "text_model.embeddings.position_embedding.weight",
-  "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-  "ln_final.weight": "text_model.final_layer_norm.weight",
-  "ln_final.bias": "text_model.final_layer_norm.bias",
-  "logit_scale": "logit_scale",
-}
-_PROJECTIONS = {
-  "visual.proj": "visual_projection.weight",
-  "text_projection": "text_projection.weight",
-}
-_BLOCK = re.compile(r"^(visual\.)?transformer\.resblocks\.(\d+)\.(.+)$")
-_INSIDE = {
-  "ln_1": "layer_norm1",
-  "ln_2": "layer_norm2",
-  "attn.out_proj": "self_attn.out_proj",
-  "mlp.c_fc": "mlp.fc1",
-  "mlp.c_proj": "mlp.fc2",
-}
 
 
 def config_of(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,25 +98,3 @@ def _settle(config: Any, defaults: Mapping[str, Any], what: str) -> dict[str, An
         "use a plain vision transformer such as ViT-H-14"
       )
   return {**defaults, **{key: config[key] for key in defaults if key in config}}
-
-
-def rename(
-  tensors: Iterable[tuple[str, np.ndarray]],
-) -> Iterator[tuple[str, np.ndarray]]:
-  """(OpenCLIP's name, array) pairs under transformers' names; unknown ones as is."""
-  for name, tensor in tensors:
-    block = _BLOCK.match(name)
-    if name in _PROJECTIONS:
-      yield _PROJECTIONS[name], np.asarray(tensor).T
-    elif block is None:
-      yield _SINGLE.get(name, name), tensor
-    else:
-      tower = "vision_model" if block[1] else "text_model"
-      layer = f"{tower}.encoder.layers.{block[2]}"
-      inside, _, leaf = block[3].rpartition(".")
-      if inside == "attn":  # in_proj_weight, in_proj_bias
-        kind = leaf.removeprefix("in_proj_")
-        for part, rows in zip("qkv", np.split(np.asarray(tensor), 3)):
-          yield f"{layer}.self_attn.{part}_proj.{kind}", rows
-      else:
-        yield f"{layer}.{_INSIDE.get(inside, inside)}.{leaf}", tensor

@@ -108,7 +108,7 @@ def _read_sgm(flat: str) -> tuple[str, ...] | None:
 def header(
   unet_config: Mapping, prediction_type: str, resolution: int, rank: int, title: str
 ) -> dict[str, str]:
-  """What A1111, ComfyUI and kohya's tools look for in a file's header.
+  """What A1111, ComfyUI and kohya's tools look for in a LoRA file's header.
 
   There is no date: equal LoRAs give equal files.
 
@@ -119,15 +119,8 @@ def header(
     rank: r of all layers, which is alpha too.
     title: of the LoRA.
   """
-  sdxl = unet_config.get("addition_embed_type") == "text_time"
-  v2 = not sdxl and unet_config.get("cross_attention_dim") == 1024
-  velocity = prediction_type == "v_prediction"
-  version = "sdxl_base_v1-0" if sdxl else "sd_v2" if v2 else "sd_v1"
-  architecture = {
-    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
-    "sd_v2": "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512",
-    "sd_v1": "stable-diffusion-v1",
-  }[version]
+  version = _version(unet_config)
+  spec = model_spec(unet_config, prediction_type, resolution, title)
   return {
     "format": "pt",
     "ss_network_module": "networks.lora",
@@ -135,10 +128,34 @@ def header(
     "ss_network_alpha": str(float(rank)),
     "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": float(rank)}),
     "ss_base_model_version": version,
-    "ss_v2": str(v2),
-    "modelspec.sai_model_spec": "1.0.1",
-    "modelspec.architecture": f"{architecture}/lora",
+    "ss_v2": str(version == "sd_v2"),
+    **spec,
+    "modelspec.architecture": f"{spec['modelspec.architecture']}/lora",
     "modelspec.implementation": "diffusers",
+  }
+
+
+def _version(unet_config: Mapping) -> str:
+  """kohya's name of the base model's family."""
+  if unet_config.get("addition_embed_type") == "text_time":
+    return "sdxl_base_v1-0"
+  return "sd_v2" if unet_config.get("cross_attention_dim") == 1024 else "sd_v1"
+
+
+def model_spec(
+  unet_config: Mapping, prediction_type: str, resolution: int, title: str
+) -> dict[str, str]:
+  """A file's header as Stability AI's ModelSpec has it; arguments as for `header`."""
+  velocity = prediction_type == "v_prediction"
+  architecture = {
+    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
+    "sd_v2": "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512",
+    "sd_v1": "stable-diffusion-v1",
+  }[_version(unet_config)]
+  return {
+    "modelspec.sai_model_spec": "1.0.1",
+    "modelspec.architecture": architecture,
+    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
     "modelspec.title": title,
     "modelspec.resolution": f"{resolution}x{resolution}",
     "modelspec.prediction_type": "v" if velocity else "epsilon",

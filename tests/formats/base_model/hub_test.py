@@ -20,13 +20,6 @@ def test_an_unknown_name_or_a_missing_network_is_one_clear_line(model):
     load_pipeline(model)
 
 
-def test_a_single_file_checkpoint_says_how_to_convert(tmp_path):
-  file = tmp_path / "v1-5.safetensors"
-  file.write_bytes(b"x")
-  with pytest.raises(InputError, match="from_single_file"):
-    load_pipeline(file)
-
-
 def test_toy_is_the_model_that_ships():
   pipeline = load_pipeline("toy", components=("unet",))
   assert (pipeline.resolution, pipeline.vae_scale) == (32, 4)
