@@ -150,7 +150,8 @@ def write_lora(out: Path, dtype: str, source: Source, options: ExportOptions) ->
     rank_of(lora),
     f"SafetyDPO {source.about.get('category') or 'LoRA'}",
   )
-  return write_kohya(out, lora, header, **to)
+  sgm = kohya.writes_sgm(base.unet.config)
+  return write_kohya(out, lora, header, sgm=sgm, **to)
 
 
 def write_pipeline(out: Path, source: Source, options: ExportOptions) -> list[Path]:
