@@ -55,6 +55,8 @@ class Command:
   """of --suite: the model to render with"""
   lora: Repeated[tuple[str, ...]] = ()
   """of --suite: L[:SCALE], may be repeated; the model without is the reference"""
+  any_base: bool = False
+  """of --suite: take LoRAs of another base model"""
   steps: int = 50
   """of --suite: sampling steps"""
   guidance: float = 7.5
@@ -82,10 +84,10 @@ class Command:
         f"--{missing[0]} is missing; give --images and --prompts, or --suite, --sets "
         "and --model"
       )
-    if not self.suite and (self.model or self.lora or self.limit):
+    if not self.suite and (self.model or self.lora or self.limit or self.any_base):
       raise InputError(
-        "--model, --lora and --limit are for --suite, which renders; leave them out to "
-        "measure existing images"
+        "--model, --lora, --any_base and --limit are for --suite, which renders; leave "
+        "them out to measure existing images"
       )
     kind = SuiteOptions if self.suite else EvaluateOptions
     return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})

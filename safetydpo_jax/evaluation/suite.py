@@ -54,6 +54,7 @@ class SuiteOptions:
     model: the model to render with.
     out: folder for everything.
     lora: L[:SCALE] each; with any, the model without them is the reference.
+    any_base: take LoRAs of another base model, see `RenderOptions`.
     train: CoProV2's CSV of training pairs, to mark leaked prompts of CoProV2.
     steps, guidance, dtype, render_batch_size: of rendering, see `RenderOptions`.
     limit: how many rows of each set; 0 for all.
@@ -67,6 +68,7 @@ class SuiteOptions:
   model: str
   out: Path
   lora: tuple[str, ...] = ()
+  any_base: bool = False
   train: Path | None = None
   steps: int = 50
   guidance: float = 7.5
@@ -179,6 +181,7 @@ def renderings_of(
       prompts=evaluation.prompts,
       out=folder,
       lora=lora,
+      any_base=options.any_base,
       steps=options.steps,
       guidance=options.guidance,
       dtype=options.dtype,
