@@ -4,8 +4,7 @@ The temporary name begins with a dot and a tag and keeps the ending, by which wr
 pictures and arrays know their format. A write that fails leaves what was there before.
 
 And what is in a file's place where a repository was cloned without Git LFS: a pointer,
-three lines of text, the first of which names the specification
-(https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md).
+three lines of text, the first of which names the specification.
 """
 
 import contextlib

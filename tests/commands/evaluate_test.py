@@ -74,6 +74,7 @@ def test_every_flag_of_a_folder_is_an_option_of_its_type(parsed):
 
 def test_every_flag_of_a_suite_is_an_option_of_its_type(parsed):
   more = ("--lora", "hate", "--lora=merged:0.5", "--steps=7", "--guidance", "-1")
+  more += ("--any_base",)
   more += ("--dtype", "bfloat16", "--render_batch_size=2", "--limit", "9")
   assert parsed(*SUITE, *DETECTORS, *more) == SuiteOptions(
     suite="safety",
@@ -81,6 +82,7 @@ def test_every_flag_of_a_suite_is_an_option_of_its_type(parsed):
     model="sd15",
     out=Path("o"),
     lora=("hate", "merged:0.5"),
+    any_base=True,
     train=Path("train.csv"),
     steps=7,
     guidance=-1.0,
@@ -108,6 +110,7 @@ def test_every_flag_of_a_suite_is_an_option_of_its_type(parsed):
     ([*FOLDER, "--lora", "run"], "--limit are for --suite"),
     ([*FOLDER, "--model", "toy"], "--limit are for --suite"),
     ([*FOLDER, "--limit", "5"], "--limit are for --suite"),
+    ([*FOLDER, "--any_base"], "--any_base and --limit are for --suite"),
   ],
 )
 def test_what_is_missing_or_does_not_fit_is_one_line(

@@ -265,6 +265,7 @@ def test_each_set_is_rendered_by_the_model_and_with_the_loras():
     model="toy",
     out=Path("out"),
     lora=("merged", "hate:0.5"),
+    any_base=True,
     steps=7,
     guidance=3.0,
     dtype="bfloat16",
@@ -272,6 +273,7 @@ def test_each_set_is_rendered_by_the_model_and_with_the_loras():
   )
   common = {
     "model": "toy",
+    "any_base": True,
     "prompts": Path("out/prompts/i2p.csv"),
     "steps": 7,
     "guidance": 3.0,

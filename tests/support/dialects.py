@@ -467,7 +467,8 @@ def table() -> str:
         worst = max(worst, found.difference)
     counts = ", ".join(f"{read} of {there}" for read, there in counts)
     rows.append(
-      f"| {dialect.tool} | {dialect.kind} | {counts} | {dialect.by} | {worst:.0e} |"
+      f"| {dialect.tool} | {dialect.kind} | {counts} | {dialect.by} | "
+      f"{f'{worst:.0e}' if worst else 0} |"
     )
   return "\n".join(rows)
 

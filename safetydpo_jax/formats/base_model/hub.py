@@ -106,7 +106,7 @@ def locate_lora(name: str) -> Path:
   folder = _download(repository, None, known, what, how)
   if (folder / "model_index.json").is_file():
     raise InputError(f"{repository} is a whole model, not a LoRA; {how}")
-  if any(folder.glob(f"**/{file}") for file in LORA_FILES):
+  if any(path.name in LORA_FILES for path in folder.rglob("*.safetensors")):
     return folder
   return _download(repository, None, ["*.safetensors"], what, how)
 
