@@ -59,6 +59,8 @@ class Command:
   """of --suite: the model to render with"""
   lora: Repeated[tuple[str, ...]] = ()
   """of --suite: L[:SCALE], may be repeated; the model without is the reference"""
+  any_base: bool = False
+  """of --suite: take LoRAs of another base model"""
   rendering: Annotated[RenderSettings, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=RenderSettings
   )

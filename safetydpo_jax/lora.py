@@ -294,9 +294,10 @@ def fuse(params: Tree, lora: LoraTree) -> dict[str, Any]:
 
 
 def rank_of(lora: Tree) -> int:
-  """The largest rank in the tree."""
+  """The largest rank in the tree, 0 without a layer."""
   return max(
-    leaf.shape[-1] for path, leaf in flatten_dict(lora).items() if path[-1] == "a"
+    (leaf.shape[-1] for path, leaf in flatten_dict(lora).items() if path[-1] == "a"),
+    default=0,
   )
 
 

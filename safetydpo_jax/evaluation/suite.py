@@ -58,6 +58,7 @@ class SuiteOptions(RenderSettings):
     model: the model to render with.
     out: folder for everything.
     lora: L[:SCALE] each; with any, the model without them is the reference.
+    any_base: take LoRAs of another base model, see `RenderOptions`.
     train: CoProV2's CSV of training pairs, to mark leaked prompts of CoProV2.
     render_batch_size: images per device, of rendering.
     limit: how many rows of each set; 0 for all.
@@ -71,6 +72,7 @@ class SuiteOptions(RenderSettings):
   model: str
   out: Path
   lora: tuple[str, ...] = ()
+  any_base: bool = False
   train: Path | None = None
   render_batch_size: int = 4
   limit: int = 0
@@ -185,6 +187,7 @@ def renderings_of(
       prompts=evaluation.prompts,
       out=folder,
       lora=lora,
+      any_base=options.any_base,
       batch_size=options.render_batch_size,
       **settings_of(options),
     )

@@ -20,8 +20,10 @@ from safetydpo_jax.formats.base_model import fused, hub
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.formats.base_model.write_directory import write_directory
 from safetydpo_jax.formats.base_model.write_single_file import FILE, write_single_file
+from safetydpo_jax.formats.loras import adapter as adapters
 from safetydpo_jax.formats.loras import kohya
-from safetydpo_jax.formats.loras.load import check_fits, load_lora, split_scale
+from safetydpo_jax.formats.loras.adapter import Adapter
+from safetydpo_jax.formats.loras.load import check_fits, load_adapter, split_scale
 from safetydpo_jax.formats.loras.write import (
   DTYPES,
   target_modules,
@@ -29,7 +31,7 @@ from safetydpo_jax.formats.loras.write import (
   write_kohya,
 )
 from safetydpo_jax.formats.tensors import open_safetensors
-from safetydpo_jax.lora import Tree, check_shapes, num_parameters, rank_of, scale
+from safetydpo_jax.lora import rank_of
 from safetydpo_jax.runtime import manifest
 
 CARD = "README.md"
@@ -49,7 +51,7 @@ class ExportOptions:
   """Exports a LoRA for PyTorch."""
 
   lora: str
-  """L or L:SCALE: a run directory, a merged directory or a LoRA file"""
+  """L or L:SCALE: a run directory, a merged directory, a LoRA file or a hub id"""
   model: str
   """the base model"""
   out: Path
@@ -61,6 +63,8 @@ class ExportOptions:
   """number type (default: float32 for a LoRA, the base model's for a whole model)"""
   variant: str | None = None
   """of the model's files, for example "fp16\""""
+  any_base: bool = False
+  """take a LoRA of another base model, such as the one this is a fine-tune of"""
   figures: Path | None = None
   """the figures.json that `evaluate` wrote, for the model card"""
   verify: bool = False
@@ -70,15 +74,15 @@ class ExportOptions:
 
 
 class Source(NamedTuple):
-  """What is exported: a LoRA, scaled, the model it is for, and what made it.
+  """What is exported: an adapter, scaled, the model it is for, and what made it.
 
   Attributes:
-    lora: the tree.
+    adapter: the LoRA, and what it changes besides; nothing, but for a pipeline.
     about: expert.json, {} if there is none.
     base: the base model; no weights are loaded.
   """
 
-  lora: Tree
+  adapter: Adapter
   about: dict[str, Any]
   base: Pipeline
 
@@ -105,16 +109,22 @@ def export_lora(options: ExportOptions) -> None:
     dtype = options.dtype or "float32"
     files = [write_lora(options.out, dtype, source, options)]
     describe(options.out, files[0].name, dtype, source, figures, options)
-  lora = source.lora
   print(
-    f"{options.out}: {', '.join(file.name for file in files)}; rank {rank_of(lora)}, "
-    f"{num_parameters(lora):,} parameters, {dtype}"
+    f"{options.out}: {', '.join(file.name for file in files)}; rank "
+    f"{rank_of(source.adapter.lora)}, {adapters.num_parameters(source.adapter):,} "
+    f"parameters, {dtype}"
   )
   if options.verify:
     pipeline = options.format == "pipeline"
     result = options.out if pipeline else options.out / files[0].name
+    lora, rest = source.adapter
     found = verify.compare(
-      source.base, lora, result, fused=whole, variant=options.variant
+      source.base,
+      lora,
+      result,
+      fold=lambda params: adapters.fold(params, rest),
+      fused=whole,
+      variant=options.variant,
     )
     print(found.describe())
     verify.check(found, dtype)
@@ -129,13 +139,16 @@ def read_source(options: ExportOptions) -> Source:
     InputError: there is none, or they do not fit each other.
   """
   name, factor = split_scale(options.lora)
-  lora, about = load_lora(name)
+  adapter, about = load_adapter(name)
   if options.format in WHOLE:
     hub.locate(options.model, _FETCHED, options.variant, None)
   base = load_pipeline(options.model, components=(), variant=options.variant)
-  check_fits(name, about, base.fingerprint)
-  check_shapes(base.unet_shapes(), lora)
-  return Source(scale(lora, factor), about, base)
+  check_fits(name, about, base.fingerprint, options.any_base)
+  adapters.check_shapes(base.unet_shapes(), adapter)
+  adapter = adapters.scale(adapter, factor)
+  if options.format not in WHOLE:
+    adapter = adapters.of_lora(adapters.as_lora(adapter, name))
+  return Source(adapter, about, base)
 
 
 def write_lora(out: Path, dtype: str, source: Source, options: ExportOptions) -> Path:
@@ -144,7 +157,7 @@ def write_lora(out: Path, dtype: str, source: Source, options: ExportOptions) ->
   Raises:
     InputError: it cannot be written, or a number does not fit `dtype`.
   """
-  lora, base = source.lora, source.base
+  lora, base = source.adapter.lora, source.base
   shapes = base.unet_shapes()
   to = {"shapes": shapes, "dtype": DTYPES[dtype]}
   match options.format:
@@ -158,7 +171,8 @@ def write_lora(out: Path, dtype: str, source: Source, options: ExportOptions) ->
         rank_of(lora),
         f"SafetyDPO {source.about.get('category') or 'LoRA'}",
       )
-      return write_kohya(out, lora, header, **to)
+      sgm = kohya.writes_sgm(base.unet.config)
+      return write_kohya(out, lora, header, sgm=sgm, **to)
   raise ValueError(f"{options.format} is not a format of a LoRA file")
 
 
@@ -168,12 +182,17 @@ def write_pipeline(out: Path, source: Source, options: ExportOptions) -> list[Pa
   Raises:
     InputError: it cannot be written.
   """
-  lora, _, base = source
+  adapter, _, base = source
+  changes = adapters.torch_changes(adapter.rest)
   dtype = options.dtype and DTYPES[options.dtype]
   if base.single:
-    return write_directory(out, base, base.single, lora, dtype=dtype)
+    return write_directory(
+      out, base, base.single, adapter.lora, changes=changes, dtype=dtype
+    )
   fused.copy_base(base.path, out)
-  return fused.write_unet(out, base.path, lora, variant=options.variant, dtype=dtype)
+  return fused.write_unet(
+    out, base.path, adapter.lora, changes=changes, variant=options.variant, dtype=dtype
+  )
 
 
 def write_checkpoint(out: Path, source: Source, options: ExportOptions) -> list[Path]:
@@ -182,17 +201,23 @@ def write_checkpoint(out: Path, source: Source, options: ExportOptions) -> list[
   Raises:
     InputError: it cannot be written, or the model has no place in such a file.
   """
-  lora, about, base = source
+  adapter, about, base = source
   header = kohya.model_spec(
     base.unet.config,
     base.schedule.prediction_type,
     base.resolution,
     f"SafetyDPO {about.get('category') or 'safety'}",
   )
-  dtype = options.dtype and DTYPES[options.dtype]
-  file = out / FILE
-  write_single_file(file, base, lora, header, variant=options.variant, dtype=dtype)
-  return [file]
+  write_single_file(
+    out / FILE,
+    base,
+    adapter.lora,
+    header,
+    changes=adapters.torch_changes(adapter.rest),
+    variant=options.variant,
+    dtype=options.dtype and DTYPES[options.dtype],
+  )
+  return [out / FILE]
 
 
 # The formats of a whole model, and what writes them.
@@ -227,7 +252,7 @@ def describe(
   Raises:
     InputError: they cannot be written.
   """
-  lora, about, base = source
+  adapter, about, base = source
   card = model_card.Export(
     kind=options.format,
     file=file,
@@ -235,8 +260,8 @@ def describe(
     fingerprint=base.fingerprint,
     variant=options.variant,
     about=about,
-    rank=rank_of(lora),
-    parameters=num_parameters(lora),
+    rank=rank_of(adapter.lora),
+    parameters=adapters.num_parameters(adapter),
     dtype=dtype,
     repository=options.push,
     pipeline=str(base.index.get("_class_name", "StableDiffusionPipeline")),

@@ -8,6 +8,7 @@ The library's own numpy reader does not know bfloat16, and its writer holds a wh
 in memory (10 GB for SDXL) and ignores strides; hence these.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -27,15 +28,25 @@ _DTYPES = {
   "F32": np.float32,
   "F16": np.float16,
   "BF16": ml_dtypes.bfloat16,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn,
+  "F8_E5M2": ml_dtypes.float8_e5m2,
   "I64": np.int64,
   "I32": np.int32,
   "I16": np.int16,
   "I8": np.int8,
+  "U64": np.uint64,
+  "U32": np.uint32,
+  "U16": np.uint16,
   "U8": np.uint8,
   "BOOL": np.bool_,
 }
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
+_PICKLES = (b"PK\x03\x04", b"\x80\x02")  # how torch.save's files begin, new and old
+HOW_TO_CONVERT = (
+  "if you trust it, convert it once with PyTorch: safetensors.torch.save_file("
+  "torch.load(OLD, weights_only=True), NEW)"
+)
 
 
 def open_safetensors(
@@ -69,10 +80,24 @@ def open_safetensors(
     AttributeError,
     RecursionError,
   ) as error:
-    raise InputError(
-      f"{path} is not a readable safetensors file ({error}); fetch it again"
-    ) from error
+    raise InputError(_why_not(path, error)) from error
   return tensors, metadata
+
+
+def _why_not(path: Path, error: Exception) -> str:
+  """What a file that is no safetensors file is, and what to do."""
+  if files.is_lfs_pointer(path):
+    return (
+      f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its "
+      "folder, or download the file again"
+    )
+  with contextlib.suppress(OSError), path.open("rb") as file:
+    if file.read(4).startswith(_PICKLES):
+      return (
+        f"{path} is a pickle under another name; pickles can run code and are not "
+        f"read; {HOW_TO_CONVERT}"
+      )
+  return f"{path} is not a readable safetensors file ({error}); fetch it again"
 
 
 def _view(body: np.ndarray, name: str, entry: dict) -> np.ndarray:

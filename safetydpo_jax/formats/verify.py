@@ -9,7 +9,7 @@ GPUs too. Only one of the two models is in memory at a time.
 
 import gc
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +63,7 @@ def compare(
   exported: Path,
   *,
   fused: bool,
+  fold: Callable[[Any], Any] = lambda params: params,
   variant: str | None = None,
 ) -> Comparison:
   """Loads the export in PyTorch and compares predictions.
@@ -72,6 +73,7 @@ def compare(
     lora: the tree that was exported.
     exported: the LoRA file, or the folder or file of the fused pipeline.
     fused: which of the two.
+    fold: the UNet's weights → those with what was exported besides the tree.
     variant: of the base's files and the fused pipeline's.
   """
   inputs = draw_inputs(base)
@@ -80,7 +82,7 @@ def compare(
   name = base.name if base.single else str(base.path)
   weights = load_pipeline(name, components=("unet",), variant=variant)
   predict = jax.jit(weights.unet.apply)
-  variables = {"params": weights.params["unet"], "lora": lora}
+  variables = {"params": fold(weights.params["unet"]), "lora": lora}
   with jax.default_matmul_precision("highest"):
     before = np.asarray(predict({"params": weights.params["unet"]}, *inputs))
     ours = np.asarray(predict(variables, *inputs))

@@ -25,8 +25,12 @@ class Expert(NamedTuple):
   sha256: str
 
 
-def read_experts(names: Sequence[str]) -> list[Expert]:
+def read_experts(names: Sequence[str], any_base: bool = False) -> list[Expert]:
   """The LoRAs, each checked by itself and against the ones before it.
+
+  Args:
+    names: L each.
+    any_base: they may have been trained on different models.
 
   Raises:
     InputError: one is missing, is damaged, holds NaN, or is listed twice.
@@ -48,7 +52,7 @@ def read_experts(names: Sequence[str]) -> list[Expert]:
         raise InputError(
           f"{other.name} and {name} are the same LoRA; give each expert once"
         )
-      check_same_model(other, this)
+      check_same_model(other, this, any_base)
     experts.append(this)
   return experts
 
@@ -70,14 +74,19 @@ def check_is_lora(name: str, tree: LoraTree) -> None:
       )
 
 
-def check_same_model(one: Expert, other: Expert) -> None:
+def check_same_model(one: Expert, other: Expert, any_base: bool) -> None:
   """Refuses two LoRAs that cannot belong to one base model."""
   bases = [e.about["base"] for e in (one, other) if e.about]
-  if len(bases) == 2 and bases[0]["fingerprint"] != bases[1]["fingerprint"]:
+  if (
+    len(bases) == 2
+    and not any_base
+    and bases[0]["fingerprint"] != (bases[1]["fingerprint"])
+  ):
     raise InputError(
       f"{one.name} was trained on {bases[0]['name']} (fingerprint "
       f"{bases[0]['fingerprint']}), {other.name} on {bases[1]['name']} "
-      f"({bases[1]['fingerprint']}); merge experts of one base model"
+      f"({bases[1]['fingerprint']}); merge experts of one base model, or, if one is a "
+      "fine-tune of the other, add --model and --any_base"
     )
   shapes = [
     {
@@ -94,21 +103,28 @@ def check_same_model(one: Expert, other: Expert) -> None:
       )
 
 
-def find_base(experts: Sequence[Expert], pipeline: Pipeline | None) -> dict[str, str]:
+def find_base(
+  experts: Sequence[Expert], pipeline: Pipeline | None, any_base: bool = False
+) -> dict[str, str]:
   """Name and fingerprint of the base model, from it or from the experts.
 
   Raises:
-    InputError: no expert names it, or they do not fit `pipeline`.
+    InputError: no expert names it, they name several and there is no `pipeline`, or
+      they do not fit it.
   """
   if pipeline:
     for this in experts:
-      check_fits(this.name, this.about, pipeline.fingerprint)
+      check_fits(this.name, this.about, pipeline.fingerprint, any_base)
       lora_lib.check_shapes(pipeline.unet_shapes(), this.lora)
     return {"name": pipeline.name, "fingerprint": pipeline.fingerprint}
-  for this in experts:
-    if this.about:
-      base = this.about["base"]
-      return {"name": base["name"], "fingerprint": base["fingerprint"]}
+  bases = [this.about["base"] for this in experts if this.about]
+  if len({base["fingerprint"] for base in bases}) > 1:
+    raise InputError(
+      "--any_base: the experts were trained on different models; give the --model that "
+      "the merged LoRA is for"
+    )
+  for base in bases:
+    return {"name": base["name"], "fingerprint": base["fingerprint"]}
   raise InputError(
     f"{experts[0].name} does not say which model it was made for; give --model"
   )

@@ -65,11 +65,11 @@ def merge_experts(options: MergeOptions) -> None:
   options = with_defaults(options)
   sharding.use_precision(options.dtype or "float32")
   check_out_is_ours(options.out, options.names)
-  loaded = experts.read_experts(options.names)
+  loaded = experts.read_experts(options.names, options.any_base)
   pipeline = None
   if options.model:
     pipeline = load_pipeline(options.model, components=(), variant=options.variant)
-  base = experts.find_base(loaded, pipeline)
+  base = experts.find_base(loaded, pipeline, options.any_base)
 
   read = OPTIONS[options.method]
   settings = {name: getattr(options, name) for name in read if name not in MEASURING}
@@ -155,7 +155,8 @@ def read_or_measure(
   """
   cache = records.open_cache(options.calibration)
   pipeline = load_pipeline(base["name"], components=(), variant=options.variant)
-  experts.find_base(loaded, pipeline)  # the name may lead to another model by now
+  if not options.any_base:
+    experts.find_base(loaded, pipeline)  # the name may lead to another model by now
   records.check_cache_fits(cache, pipeline)
   check_categories(cache, loaded)
   pairs = calibration.choose_pairs(cache, options.pairs, options.seed)

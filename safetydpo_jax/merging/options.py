@@ -59,7 +59,7 @@ class MergeOptions:
   # None: not given. `with_defaults` fills in what the method reads.
 
   experts: str
-  """run directories, merged directories or LoRA files: L,L,…"""
+  """run directories, merged directories, LoRA files or hub ids: L,L,…"""
   method: Method
   """co_merge is co_merge_product"""
   out: Path
@@ -68,6 +68,8 @@ class MergeOptions:
   """the base model (default: the one that expert.json names)"""
   variant: str | None = None
   """of the model's files, for example "fp16\""""
+  any_base: bool = False
+  """take experts of other base models, such as the one MODEL is a fine-tune of"""
   weights: str | None = None
   """W or W,W,…: one number for all experts, or one for each (default: 1/N for N
   experts, their mean; 1 gives their sum, as diffusers' set_adapters does)"""

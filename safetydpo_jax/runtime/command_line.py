@@ -8,6 +8,7 @@ they come from a command line or from Python.
 
 import dataclasses
 import inspect
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ def _read(options, arguments, command, example, *, overrides, several=True):
   )
   words = sys.argv[1:] if arguments is None else list(map(str, arguments))
   rest = [word for word in words if overrides and word.startswith("--config.")]
-  words = [word for word in words if word not in rest]
+  words = _join_values([word for word in words if word not in rest])
   parsed = tyro.cli(
     line,
     args=words,
@@ -105,6 +106,23 @@ def _read(options, arguments, command, example, *, overrides, several=True):
     config=(tyro.conf.FlagCreatePairsOff,),
   )
   return parsed, rest
+
+
+def _join_values(words: list[str]) -> list[str]:
+  """`--weights -0.3,1.2` as `--weights=-0.3,1.2`; else the value would be an option.
+
+  A value begins with a single minus, or it has a blank, which no option has. What
+  begins with two is an option, perhaps a misspelt one, and remains one.
+  """
+  joined: list[str] = []
+  for word in words:
+    before = joined[-1] if joined else ""
+    value = re.match(r"-(?!-|h$)", word) or (word.startswith("-") and " " in word)
+    if value and re.fullmatch(r"--\w+", before):
+      joined[-1] = f"{before}={word}"
+    else:
+      joined.append(word)
+  return joined
 
 
 def written(command: str, options: Any, *more: str) -> str:

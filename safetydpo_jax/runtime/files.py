@@ -2,6 +2,9 @@
 
 The temporary name begins with a dot and a tag and keeps the ending, by which writers of
 pictures and arrays know their format. A write that fails leaves what was there before.
+
+And what is in a file's place where a repository was cloned without Git LFS: a pointer,
+three lines of text, the first of which names the specification.
 """
 
 import contextlib
@@ -12,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from safetydpo_jax.errors import InputError
+
+_LFS = b"version https://git-lfs.github.com/spec/v1"
 
 
 @contextlib.contextmanager
@@ -70,3 +75,12 @@ def write_csv(
     writer = csv.DictWriter(lines, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+
+
+def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
+  """Whether a Git LFS pointer is there instead of the file; False if nothing is."""
+  try:
+    with open(path, "rb") as file:
+      return file.read(len(_LFS)) == _LFS
+  except OSError:
+    return False

@@ -17,7 +17,7 @@ import numpy as np
 from safetydpo_jax.data import contact_sheet
 from safetydpo_jax.data.prompts import Row
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.lora import LoraTree
+from safetydpo_jax.formats.loras.adapter import Adapter
 from safetydpo_jax.runtime import manifest
 from safetydpo_jax.sampling.renderer import write_picture
 
@@ -34,13 +34,13 @@ class Folder(NamedTuple):
   Attributes:
     path: where it is.
     rows: the rows it has an image for.
-    lora: the LoRA tree they are rendered with, {} for none.
+    adapter: what they are rendered with, besides the base model.
     settings: what determines the images, for the manifest.
   """
 
   path: Path
   rows: list[Row]
-  lora: LoraTree
+  adapter: Adapter
   settings: dict[str, Any]
 
 

@@ -20,12 +20,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from safetydpo_jax import lora as lora_lib
 from safetydpo_jax.data.prompts import PromptTable, Row, read_table
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
-from safetydpo_jax.formats.loras.load import load_loras
-from safetydpo_jax.lora import LoraTree
+from safetydpo_jax.formats.loras import adapter as adapters
+from safetydpo_jax.formats.loras.adapter import Adapter
+from safetydpo_jax.formats.loras.load import load_adapters
 from safetydpo_jax.runtime import hosts, sharding
 from safetydpo_jax.runtime.command_line import Repeated
 from safetydpo_jax.sampling import folders as folders_lib
@@ -52,7 +52,9 @@ class RenderTask:
   out: Path
   """folder for the images, generate.json and sheet.jpg"""
   lora: Repeated[tuple[str, ...]] = ()
-  """L[:SCALE], a run, a merge or a LoRA file; may be repeated: LoRAs add up"""
+  """L[:SCALE], a run, a merge, a LoRA file or a hub id; may be repeated: they add up"""
+  any_base: bool = False
+  """take LoRAs of another base model, such as the one this is a fine-tune of"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +104,17 @@ def render_csv(options: RenderOptions) -> int:
       vae_from=options.vae,
     )
   )
-  lora = load_loras(list(options.lora), pipeline)
+  adapter = load_adapters(list(options.lora), pipeline, options.any_base)
   options = fill_from_checkpoint(options, pipeline)
   shape = latent_shape(options, pipeline)
   latents = None
   if options.latents:
     latents = read_latents(options.latents, len(rows), shape)
-  folders = [make_folder(options, options.out, rows, pipeline, lora)]
+  folders = [make_folder(options, options.out, rows, pipeline, adapter)]
   if options.compare:
     base = options.out / BASE
     folders.append(
-      make_folder(options, base, table.in_folder(base), pipeline, LoraTree({}))
+      make_folder(options, base, table.in_folder(base), pipeline, adapters.of_lora({}))
     )
   folders_lib.check_names(folders)
   for folder in folders:
@@ -184,21 +186,21 @@ def make_folder(
   path: Path,
   rows: list[Row],
   pipeline: Pipeline,
-  lora: LoraTree,
+  adapter: Adapter,
 ) -> Folder:
-  """A folder for `rows` rendered with a LoRA ({} for none), and what determines it.
+  """A folder for `rows` rendered with an adapter, and what determines it.
 
   Args:
     options: of `fill_from_checkpoint`.
     path: the folder.
     rows: placed in it.
     pipeline: the base model.
-    lora: the tree, scale folded in.
+    adapter: the LoRAs' sum, and what they change besides.
   """
   files = [options.latents.read_bytes()] if options.latents else []
   settings = {
     "base": pipeline.fingerprint,
-    "lora_sha256": lora_lib.factors_sha256(lora),
+    "lora_sha256": adapters.sha256(adapter),
     "prompts_sha256": folders_lib.hash_of_rows(rows, path),
     "latents_sha256": [hashlib.sha256(data).hexdigest() for data in files],
     "steps": options.steps,
@@ -213,7 +215,7 @@ def make_folder(
     "no_row_guidance": options.no_row_guidance or None,
     "vae": pipeline.vae_fingerprint if options.vae else None,
   }
-  return Folder(path, rows, lora, settings)
+  return Folder(path, rows, adapter, settings)
 
 
 def render_share(
@@ -229,7 +231,9 @@ def render_share(
   """
   mesh = sharding.make_mesh(devices=jax.local_devices())
   replicated = NamedSharding(mesh, sharding.REPLICATED)
-  params = sharding.place(pipeline.params, replicated)
+  unet, changed = pipeline.params["unet"], True
+  others = {name: tree for name, tree in pipeline.params.items() if name != "unet"}
+  params = sharding.place(others, replicated)
   renderer = make_renderer(
     pipeline, options.sampler, options.steps, options.guidance_rescale, mesh
   )
@@ -241,7 +245,12 @@ def render_share(
   devices = jax.local_device_count()
   with tqdm(total=sum(map(len, shares)), unit="image", disable=host > 0) as progress:
     for folder, todo in zip(folders, shares):
-      lora = sharding.place(folder.lora, replicated)
+      lora = sharding.place(folder.adapter.lora, replicated)
+      if changed or folder.adapter.rest:
+        params.pop("unet", None)  # two would not fit beside each other
+        folded = adapters.fold(unet, folder.adapter.rest)
+        params["unet"] = sharding.place(folded, replicated)
+        changed = bool(folder.adapter.rest)
       size = devices * min(options.batch_size, -(-len(todo) // devices))
       render = partial(renderer, params, lora)
       for row, image in render_rows(todo, size or 1, render, prepare):
@@ -270,7 +279,7 @@ def write_summary(
   for folder in folders:
     about = {
       "model": pipeline.name,
-      "lora": list(options.lora) if folder.lora else [],
+      "lora": list(options.lora) if any(folder.adapter) else [],
       "prompts": str(options.prompts),
     }
     count = folders_lib.mark_complete(folder, about)

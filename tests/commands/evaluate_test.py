@@ -74,6 +74,7 @@ def test_every_flag_of_a_folder_is_an_option_of_its_type(parsed):
 
 def test_every_flag_of_a_suite_is_an_option_of_its_type(parsed):
   more = ("--lora", "hate", "--lora=merged:0.5", "--steps=7", "--guidance", "-1")
+  more += ("--any_base",)
   more += ("--dtype", "bfloat16", "--render_batch_size=2", "--limit", "9")
   more += ("--sampler", "euler", "--guidance_rescale=0.7", "--negative_prompt=red")
   more += ("--height=16", "--width", "24", "--variant=fp16", "--no_row_guidance")
@@ -83,6 +84,7 @@ def test_every_flag_of_a_suite_is_an_option_of_its_type(parsed):
     model="sd15",
     out=Path("o"),
     lora=("hate", "merged:0.5"),
+    any_base=True,
     train=Path("train.csv"),
     steps=7,
     guidance=-1.0,
@@ -117,6 +119,7 @@ def test_every_flag_of_a_suite_is_an_option_of_its_type(parsed):
     ([*FOLDER, "--lora", "run"], "--lora is for --suite"),
     ([*FOLDER, "--model", "toy"], "--model is for --suite"),
     ([*FOLDER, "--limit", "5"], "--limit is for --suite"),
+    ([*FOLDER, "--any_base"], "--any_base is for --suite"),
     ([*FOLDER, "--steps", "5"], "--steps is for --suite"),
     ([*FOLDER, "--variant", "fp16"], "--variant is for --suite"),
     ([*SUITE, "--reference", "r"], "--reference is of no use with --suite"),

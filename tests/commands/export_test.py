@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from flax.traverse_util import flatten_dict
 from huggingface_hub.utils import filter_repo_objects
 
@@ -20,7 +20,7 @@ from safetydpo_jax.formats import export_lora, verify
 from safetydpo_jax.formats.loras import expert, kohya
 from safetydpo_jax.formats.loras import write as lora_files
 from safetydpo_jax.models.unet import UNet2DCondition
-from tests.support import lookalike, runs, twins
+from tests.support import dialects, lookalike, runs, twins
 from tests.support.checkpoints import save_tiny_checkpoint, save_tiny_sdxl_checkpoint
 
 
@@ -300,6 +300,49 @@ def test_a_scale_is_folded_in(trained, run, tmp_path):
   half = load_lora(str(run(f"{trained}:0.5", out=tmp_path / "half")))
   chex.assert_trees_all_close(half, lora.scale(whole, 0.5), rtol=1e-6)
   chex.assert_trees_all_equal(whole, load_lora(str(trained)))
+
+
+@pytest.fixture(scope="module")
+def dora(tmp_path_factory):
+  """A base, a file with DoRA, norms and biases, and the UNet with it merged in."""
+  folder = tmp_path_factory.mktemp("dora")
+  base = save_tiny_checkpoint(folder / "base", unet={"layers_per_block": 2})
+  unet = UNet2DConditionModel.from_pretrained(base / "unet")
+
+  def draw(weight):
+    norms = weight.ndim == 1
+    return (dialects.draw_full if norms else dialects.draw_dora_in)(weight)
+
+  torch.manual_seed(0)
+  write = dialects.by_twin(dialects.omi, draw, norms=True)
+  file, merged = write(unet, dialects.TINY["SD1"], folder)
+  return base, file, merged.eval()
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_what_is_not_a_lora_is_folded_into_a_pipeline(dtype, dora, run, capsys):
+  base, file, merged = dora
+  more = ("--dtype", dtype) if dtype else ()
+  out = run(file, "--verify", *more, kind="pipeline", model=base)
+  assert "largest difference between PyTorch" in capsys.readouterr().out
+  theirs = UNet2DConditionModel.from_pretrained(out / "unet").state_dict()
+  for name, tensor in merged.state_dict().items():
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype else {"rtol": 0, "atol": 2e-6}
+    torch.testing.assert_close(theirs[name].float(), tensor, **tolerance)
+  with pytest.raises(InputError, match=r"DoRA magnitudes.*--format pipeline"):
+    run(file, kind="kohya", model=base)
+
+
+def test_a_fine_tune_of_the_base_is_exported_for_knowingly(
+  trained, run, tmp_path, capsys
+):
+  other = save_tiny_checkpoint(tmp_path / "other", seed=5)
+  with pytest.raises(InputError, match=r"was trained on .*--any_base"):
+    run(trained, model=other)
+  out = run(trained, "--any_base", model=other)
+  assert "--any_base: " in capsys.readouterr().err
+  about = json.loads((out / "export.json").read_text())
+  assert about["base"]["fingerprint"] != about["about"]["base"]["fingerprint"]
 
 
 def test_layer_kinds_are_named_as_peft_names_targets(pipeline):

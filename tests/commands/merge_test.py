@@ -33,7 +33,7 @@ from safetydpo_jax.merging import (
   merge_experts,
   options,
 )
-from tests.support import buckets, lookalike, runs
+from tests.support import buckets, dialects, lookalike, runs
 
 CATEGORIES = ("hate", "sexual", "violence")
 CO_MERGE = ("--batch_size", 1, "--pairs", 1, "--timesteps", "100,700")
@@ -111,8 +111,9 @@ def test_the_default_is_the_mean_and_a_weight_of_1_the_sum(experts, tmp_path):
   assert_same_products(mean, baselines.linear(loras, [1 / 3] * 3))
   total = load_lora(str(run(experts, tmp_path / "sum", "linear", "--weights", 1)))
   assert_same_products(total, lora.add(loras))
-  each = load_lora(str(run(experts, tmp_path / "each", "linear", "--weights=1,-2,0.5")))
-  assert_same_products(each, baselines.linear(loras, [1, -2, 0.5]))
+  weights = ("--weights", "-1,-2,0.5")
+  each = load_lora(str(run(experts, tmp_path / "each", "linear", *weights)))
+  assert_same_products(each, baselines.linear(loras, [-1, -2, 0.5]))
 
 
 @pytest.mark.parametrize("method", [m for m in options.OPTIONS if "co_merge" not in m])
@@ -325,6 +326,26 @@ def test_experts_that_do_not_fit_are_refused(
   with pytest.raises(InputError, match=message):
     run([experts[0], bad[which]], tmp_path / "out", method, *more)
   assert not (tmp_path / "out").exists()
+
+
+def test_experts_of_a_fine_tune_are_merged_knowingly(
+  bad, experts, tiny_checkpoint, tmp_path, capsys
+):
+  loras, out = [experts[0], bad["base"]], tmp_path / "out"
+  with pytest.raises(InputError, match="give the --model that the merged LoRA is for"):
+    run(loras, out, "linear", "--any_base")
+  run(loras, out, "linear", "--any_base", "--model", tiny_checkpoint)
+  assert "--any_base: " in capsys.readouterr().err
+  assert read(out)["base"] == read(experts[0])["base"]
+  assert "any_base" not in read(out)["options"]
+
+
+def test_what_is_not_a_lora_is_not_merged(experts, tmp_path):
+  config = dialects.TINY["SD1"]
+  write = dialects.by_twin(dialects.kohya, dialects.draw_dora)
+  file, _ = write(dialects.make_unet("SD1"), config, tmp_path)
+  with pytest.raises(InputError, match=r"lora\.safetensors holds DoRA magnitudes"):
+    run([experts[0], file], tmp_path / "out", "linear")
 
 
 def test_the_product_reading_takes_other_ranks_and_seeds(bad, experts, cache, tmp_path):

@@ -299,11 +299,13 @@ def test_each_set_is_rendered_by_the_model_and_with_the_loras():
     model="toy",
     out=Path("out"),
     lora=("merged", "hate:0.5"),
+    any_base=True,
     render_batch_size=2,
     **SETTINGS,
   )
   common = {
     "model": "toy",
+    "any_base": True,
     "prompts": Path("out/prompts/i2p.csv"),
     "batch_size": 2,
     **SETTINGS,

@@ -11,7 +11,11 @@ from safetydpo_jax.formats.tensors import cast, open_safetensors, write_safetens
 
 
 @pytest.mark.parametrize(
-  "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
+  "dtype",
+  [
+    *(torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64),
+  ],
 )
 def test_tensors_and_metadata_are_read(tmp_path, dtype):
   theirs = torch.arange(12).reshape(3, 4).to(dtype)
@@ -60,6 +64,17 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path):
     file.write_bytes(content)
     assert content != good, what
     with pytest.raises(InputError, match="is not a readable safetensors file"):
+      open_safetensors(file)
+
+
+def test_what_is_there_instead_of_the_file_is_named(tmp_path):
+  file = tmp_path / "x.safetensors"
+  file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+  with pytest.raises(InputError, match=r"is a Git LFS pointer.*git lfs pull"):
+    open_safetensors(file)
+  for zipped in (True, False):
+    torch.save({}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"is a pickle.*save_file"):
       open_safetensors(file)
 
 

@@ -52,6 +52,19 @@ def test_fields_are_flags_and_types_are_kept():
   assert hosts == Hosts()
 
 
+@pytest.mark.parametrize("value", ["-0.3,1.2", "-x", "-", "--no text, blurry"])
+def test_a_value_may_begin_with_a_minus(value):
+  options, _ = parse("--lora", value, "--compare")
+  assert options == Options("toy", Path("x"), lora=(value,), compare=True)
+  assert parse("--lora", f"{value}", "--lora", "b")[0].lora == (value, "b")
+
+
+@pytest.mark.parametrize("words", [("--lora", "--stesp"), ("--compare", "-x")])
+def test_an_option_is_not_taken_for_a_value(words):
+  with pytest.raises(SystemExit):
+    parse(*words, "30")
+
+
 def test_hosts_have_flags_of_their_own():
   _, hosts = parse("--num_processes", "2", "--process_id=1")
   assert hosts == Hosts(None, 2, 1)

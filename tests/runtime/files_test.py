@@ -54,3 +54,13 @@ def test_a_csv_is_read_back(tmp_path):
   files.write_csv(tmp_path / "x.csv", ("a", "b"), [rows[0], {"a": rows[1]["a"]}])
   with open(tmp_path / "x.csv", newline="", encoding="utf-8") as lines:
     assert list(csv.DictReader(lines)) == rows
+
+
+def test_a_git_lfs_pointer_is_told_from_a_file(tmp_path):
+  text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n"
+  contents = {"pointer": text, "file": "version 2", "empty": ""}
+  for name, content in contents.items():
+    (tmp_path / name).write_text(content)
+  names = [*contents, "nothing", "."]
+  found = {name for name in names if files.is_lfs_pointer(tmp_path / name)}
+  assert found == {"pointer"}

@@ -13,6 +13,7 @@ from PIL import Image
 
 from safetydpo_jax import diffusion, load_pipeline
 from safetydpo_jax.data.prompts import Row, read_prompts
+from safetydpo_jax.formats.loras import adapter as adapters
 from safetydpo_jax.sampling import inputs
 from safetydpo_jax.sampling.render_csv import RenderOptions, make_folder, render_csv
 from safetydpo_jax.sampling.renderer import fix_schedule, initial_noise, key_words
@@ -157,7 +158,7 @@ def test_what_a_row_says_of_itself_decides_its_folder(models, tmp_path):
       csv.writer(lines).writerows([COLUMNS, row])
     options = RenderOptions(model="x", prompts=file, out=tmp_path)
     rows = read_prompts(file, tmp_path)
-    folder = make_folder(options, tmp_path, rows, pipeline, {})
+    folder = make_folder(options, tmp_path, rows, pipeline, adapters.of_lora({}))
     found.append(folder.settings["prompts_sha256"])
   assert len(set(found)) == 3
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from safetydpo_jax import load_pipeline, lora
 from safetydpo_jax.errors import InputError, run_command
+from safetydpo_jax.formats.loras import adapter as adapters
 from safetydpo_jax.formats.loras import expert
 from safetydpo_jax.formats.loras.write import write_diffusers
 from safetydpo_jax.sampling import render_csv as rendering
@@ -64,6 +65,17 @@ def test_a_lora_of_another_model_is_refused(
   assert line.startswith("error: ")
   assert message in line
   assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_of_another_model_is_used_knowingly(foreign, run, tmp_path, capsys):
+  """It changes no setting: the LoRA's factors and the base are in the manifest."""
+  options = {"lora": (str(foreign["expert"]),), "steps": 1}
+  run(tmp_path / "out", any_base=True, **options)
+  assert "--any_base: " in capsys.readouterr().err
+  about = json.loads((tmp_path / "out" / "generate.json").read_text())
+  assert "any_base" not in about
+  with pytest.raises(InputError, match="it was made for another model"):
+    run(tmp_path / "two", any_base=True, lora=(str(foreign["file"]),))
 
 
 LATENTS = {
@@ -126,7 +138,8 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_rendered(
 def test_an_image_does_not_collide_with_what_we_write(
   name, more, run, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(rendering, "load_loras", lambda *_: {"layer": np.ones(1)})
+  adapter = adapters.of_lora({"layer": np.ones(1)})
+  monkeypatch.setattr(rendering, "load_adapters", lambda *_: adapter)
   prompts = tmp_path / "p.csv"
   prompts.write_text(f"prompt,image\na,a.png\nb,{name}\n")
   with pytest.raises(InputError, match=f"row 2 of the CSV: its image .*{name} "):

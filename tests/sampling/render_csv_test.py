@@ -21,6 +21,7 @@ from safetydpo_jax.formats.loras.write import write_diffusers
 from safetydpo_jax.sampling import render_csv as rendering
 from safetydpo_jax.sampling.render_csv import RenderOptions, render_csv
 from safetydpo_jax.sampling.renderer import initial_noise
+from tests.support import dialects
 
 HEIGHT, WIDTH = 16, 24
 PROMPTS = ['the "red" one, and the blue', "in the sand\non an ant", ""]
@@ -307,6 +308,32 @@ def test_loras_add_up_each_with_its_scale(tiny_checkpoint, lora_folder, tree):
         total[path] @ total[(*path[:-1], "b")], 1.25 * product, atol=1e-4
       )
   assert load_loras([], pipeline) == {}
+
+
+def test_what_is_not_a_lora_is_in_the_images_and_not_in_the_base_s(
+  run, tmp_path, base, tiny_checkpoint
+):
+  """A full difference with norms and biases, against a checkpoint that has it in it."""
+  unet = diffusers.UNet2DConditionModel.from_pretrained(tiny_checkpoint / "unet")
+
+  def draw(weight):
+    parts = dialects.draw_full(weight)
+    return {name: 0.1 * part for name, part in parts.items()}
+
+  torch.manual_seed(0)
+  write = dialects.by_twin(dialects.flat, draw, norms=True)
+  file, merged = write(unet, unet.config, tmp_path)
+  shutil.copytree(tiny_checkpoint, tmp_path / "merged")
+  merged.save_pretrained(tmp_path / "merged" / "unet")
+  out = tmp_path / "out"
+  images = run(out, lora=(str(file),), compare=True)
+  assert_equal_to_rounding(images, run(tmp_path / "x", model=str(tmp_path / "merged")))
+  assert_equal_to_rounding(read_images(out / "base"), read_images(base))
+  settings = [
+    json.loads((folder / "generate.json").read_text()) for folder in (out, base)
+  ]
+  assert settings[0]["lora_sha256"] != settings[1]["lora_sha256"]
+  assert settings[0]["lora"] == [str(file)]
 
 
 def test_hosts_share_the_rows_whatever_exists_when_they_look(

@@ -2,7 +2,7 @@
 
   model_index.json, scheduler/, tokenizer*/, text_encoder*/, vae/, …   byte for byte
   unet/config.json                                                     byte for byte
-  unet/diffusion_pytorch_model[.<variant>].safetensors                 W + a b
+  unet/diffusion_pytorch_model[.<variant>].safetensors                 W + a b + …
 
 Above 10 GB, which SDXL is in float32, the weights are split as diffusers does it:
 diffusion_pytorch_model[.<variant>]-00001-of-00002.safetensors and the index
@@ -22,7 +22,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from safetydpo_jax.formats.tensors import cast, write_safetensors
 from safetydpo_jax.runtime.manifest import read_json, write_json
 
 SHARD_BYTES = 10**10  # diffusers' max_shard_size
+
+Change = Callable[[np.ndarray], np.ndarray]  # W in float32 → what is added to it
 
 _COPIED = (".json", ".txt", ".safetensors", ".model")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -154,6 +156,7 @@ def write_unet(
   base: Path,
   lora: Mapping[str, Any],
   *,
+  changes: Mapping[str, Change] | None = None,
   variant: str | None = None,
   dtype: DTypeLike | None = None,
   shard_bytes: int = SHARD_BYTES,
@@ -164,6 +167,7 @@ def write_unet(
     out: the new directory.
     base: the diffusers directory.
     lora: LoRA tree, scale folded in, which fits the UNet (`lora.check_shapes`).
+    changes: {PyTorch name of a weight: what is added to it, of it}, besides the LoRA.
     variant: of the base's weight files, and in the name of the new ones.
     dtype: of the new weights; None keeps each tensor's own.
     shard_bytes: the largest size of one file.
@@ -179,6 +183,7 @@ def write_unet(
     dict(weights.read_tensors(files)),
     lora,
     str(base / "unet"),
+    changes=changes,
     variant=variant,
     dtype=dtype,
     shard_bytes=shard_bytes,
@@ -191,14 +196,15 @@ def write_tensors(
   lora: Mapping[str, Any],
   source: str,
   *,
+  changes: Mapping[str, Change] | None = None,
   variant: str | None = None,
   dtype: DTypeLike | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
   """`write_unet` for the tensors of a UNet, whose origin is `source` in errors."""
-  layers = lora_layers(lora)
+  layers, changes = lora_layers(lora), changes or {}
   found = {weights.canonical_name(name) for name in tensors}
-  if missing := sorted(layers.keys() - found):
+  if missing := sorted((layers.keys() | changes.keys()) - found):
     raise InputError(f"the LoRA adapts {missing[0]}, which {source} does not have")
   layout = {
     name: (new_dtype(tensor, dtype), tensor.shape) for name, tensor in tensors.items()
@@ -211,7 +217,7 @@ def write_tensors(
     part = f"-{n:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
     file = out / "unet" / f"{stem}{part}.safetensors"
     fused = (
-      (name, fuse_tensor(name, tensors[name], layout[name][0], layers))
+      (name, fuse_tensor(name, tensors[name], layout[name][0], layers, changes))
       for name in names
     )
     write_safetensors(file, {n: layout[n] for n in names}, fused, {"format": "pt"})
@@ -239,14 +245,20 @@ def fuse_tensor(
   tensor: np.ndarray,
   dtype: DTypeLike,
   layers: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  changes: Mapping[str, Change],
 ) -> np.ndarray:
-  """W + a b as PyTorch stores it, (out, in) or (out, in, kh, kw), in `dtype`."""
-  if (factors := layers.get(weights.canonical_name(name))) is not None:
+  """The sum as PyTorch stores it, (out, in), (out, in, kh, kw) or (n,), in `dtype`."""
+  known, total = weights.canonical_name(name), tensor
+  if (factors := layers.get(known)) is not None:
     a, b = (np.asarray(factor, np.float32) for factor in factors)
-    change = a @ b  # (in, out) or (kh, kw, in, out)
-    order = (3, 2, 0, 1) if change.ndim == 4 else (1, 0)
-    change = change.transpose(order).reshape(tensor.shape)
-    return cast(tensor.astype(np.float32) + change, dtype, f"unet.{name}")
+    product = a @ b  # (in, out) or (kh, kw, in, out)
+    order = (3, 2, 0, 1) if product.ndim == 4 else (1, 0)
+    product = product.transpose(order).reshape(tensor.shape)
+    total = total.astype(np.float32) + product
+  if (change := changes.get(known)) is not None:
+    total = total.astype(np.float32) + change(tensor.astype(np.float32))
+  if total is not tensor:
+    return cast(total, dtype, f"unet.{name}")
   if tensor.dtype == dtype:
     return tensor
   return cast(tensor, dtype, f"unet.{name}")

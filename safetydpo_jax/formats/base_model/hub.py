@@ -1,5 +1,6 @@
 """Where a model is: a directory, a file, this package's toy model, or the hub."""
 
+import glob
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,10 @@ PRESETS = {
 # The VAE that SafetyDPO's launcher uses instead of the preset's own: SDXL's overflows
 # in float16. A directory given instead of the preset keeps its own VAE.
 VAES = {"sdxl": "madebyollin/sdxl-vae-fp16-fix"}
+
+# The LoRA files of diffusers and PEFT, and what is beside PEFT's.
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_PEFT_FILES = ("adapter_config.json", LORA_FILES[1])
 
 
 def locate(
@@ -77,6 +82,38 @@ def locate_vae(vae: str, weights: bool) -> Path:
   patterns = ["config.json", *(_weight_patterns("", None) if weights else ())]
   how = "give a folder with the VAE's config.json and safetensors, or a hub id"
   return _download(vae, None, patterns, f"VAE {vae!r}", how)
+
+
+def locate_lora(name: str) -> Path:
+  """The local copy of a LoRA on the hub: its folder or file.
+
+  Without a file's name it is diffusers' or PEFT's file, else the repository's
+  safetensors; nothing else is fetched, and no whole model.
+
+  Args:
+    name: owner/name, or owner/name/file.safetensors.
+
+  Raises:
+    InputError: it cannot be downloaded, or is a whole model.
+  """
+  owner, repository, *file = name.split("/", 2)
+  repository, what = f"{owner}/{repository}", f"LoRA {name!r}"
+  how = "give a run directory, a .safetensors file or a hub id"
+  if file:
+    settings = str(Path(file[0]).with_name(_PEFT_FILES[0]))
+    folder = _download(repository, None, [glob.escape(file[0]), settings], what, how)
+    if not (folder / file[0]).is_file():
+      raise InputError(f"{repository} on the hub has no file {file[0]}; {how}")
+    beside = (folder / settings).is_file() and Path(file[0]).name == LORA_FILES[1]
+    return (folder / settings).parent if beside else folder / file[0]
+  peft = [f"{folder}{file}" for folder in ("", "*/") for file in _PEFT_FILES]
+  known = ["model_index.json", LORA_FILES[0], *peft]
+  folder = _download(repository, None, known, what, how)
+  if (folder / "model_index.json").is_file():
+    raise InputError(f"{repository} is a whole model, not a LoRA; {how}")
+  if any(path.name in LORA_FILES for path in folder.rglob("*.safetensors")):
+    return folder
+  return _download(repository, None, ["*.safetensors"], what, how)
 
 
 def _download(

@@ -29,6 +29,7 @@ def write_directory(
   single: SingleFile,
   lora: Mapping[str, Any],
   *,
+  changes: Mapping[str, fused.Change] | None = None,
   dtype: DTypeLike | None = None,
 ) -> list[Path]:
   """Writes the whole model; returns the UNet's files.
@@ -38,6 +39,7 @@ def write_directory(
     base: the model of the single file.
     single: the file.
     lora: LoRA tree, scale folded in, which fits the UNet.
+    changes: of the UNet's weights besides, see `fused.write_unet`.
     dtype: of the UNet's new weights; None keeps each tensor's own.
 
   Raises:
@@ -60,7 +62,9 @@ def write_directory(
       _write_weights(out / name / _FILES.get(name, "model.safetensors"), single, name)
   write_scheduler(out, single)
   unet = dict(component_of(single, "unet").read())
-  return fused.write_tensors(out, unet, lora, str(single.path), dtype=dtype)
+  return fused.write_tensors(
+    out, unet, lora, str(single.path), changes=changes, dtype=dtype
+  )
 
 
 def write_config(out: Path, single: SingleFile, name: str) -> None:

@@ -55,6 +55,7 @@ def write_single_file(
   lora: Mapping[str, Any],
   header: Mapping[str, str],
   *,
+  changes: Mapping[str, fused.Change] | None = None,
   variant: str | None = None,
   dtype: DTypeLike | None = None,
 ) -> None:
@@ -65,6 +66,7 @@ def write_single_file(
     base: the base model; no weights are loaded.
     lora: LoRA tree, scale folded in, which fits the UNet (`lora.check_shapes`).
     header: texts for the file's header.
+    changes: of the UNet's weights besides the LoRA, see `fused.write_unet`.
     variant: of the base's weight files, if it is a directory.
     dtype: of the weights; None keeps each tensor's own.
 
@@ -96,7 +98,7 @@ def write_single_file(
 
   def arrays() -> Iterator[tuple[str, np.ndarray]]:
     for key, pieces in by_key.items():
-      yield key, _join(pieces, tensors, layers, *layout[key])
+      yield key, _join(pieces, tensors, layers, changes or {}, *layout[key])
 
   write_safetensors(
     file, layout, itertools.chain(arrays(), extra.items()), {"format": "pt", **header}
@@ -162,6 +164,7 @@ def _join(
   pieces: list[_Piece],
   tensors: Mapping[str, Mapping[str, np.ndarray]],
   layers: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  changes: Mapping[str, fused.Change],
   dtype: np.dtype,
   shape: tuple[int, ...],
 ) -> np.ndarray:
@@ -170,7 +173,7 @@ def _join(
   for piece in pieces:
     tensor = tensors[piece.component][piece.name]
     if piece.component == "unet":
-      tensor = fused.fuse_tensor(piece.name, tensor, dtype, layers)
+      tensor = fused.fuse_tensor(piece.name, tensor, dtype, layers, changes)
     elif tensor.dtype != dtype:
       tensor = cast(tensor, dtype, f"{piece.component}.{piece.name}")
     arrays.append(tensor.T if piece.part.transposed else tensor)

@@ -1,1 +1,1 @@
-"""LoRA files and directories: ours, diffusers', PEFT's and kohya's."""
+"""LoRA files and directories: ours, and those of every tool."""

@@ -10,11 +10,14 @@
               calls the layers of SDXL; all published models have two layers a block
 
 Both are parsed by an exact grammar, so that a name that is not a module of a Stable
-Diffusion UNet is refused; nothing is guessed. We write the first spelling for all
-models, except for SDXL's added embedding.
+Diffusion UNet is refused; nothing is guessed. We write what all readers know every
+layer by: sgm's spelling for SDXL, where A1111 does not find the other one's upsampler
+of the first block, and diffusers' for SD1 and SD2, whose sgm names diffusers does not
+read. ComfyUI and Forge read both.
 
 Sources: kohya-ss/sd-scripts (networks/lora.py, library/sai_model_spec.py), A1111
-(extensions-builtin/Lora), diffusers (loaders/lora_conversion_utils.py).
+(extensions-builtin/Lora/networks.py), ComfyUI (comfy/lora.py, comfy/utils.py),
+diffusers (loaders/lora_conversion_utils.py).
 """
 
 import json
@@ -22,43 +25,81 @@ import re
 from collections.abc import Mapping
 
 PREFIX = "lora_unet_"
-TEXT_ENCODERS = ("lora_te_", "lora_te1_", "lora_te2_")
 FILE_NAME = "safetydpo_lora.safetensors"
 
 # The parts of a module's path in our tree; joined by underscores they are its name.
 _PART = re.compile(
   r"(?:^|_)((?:(?:down|up)_blocks|attentions|resnets|transformer_blocks|downsamplers"
   r"|upsamplers|to_out|net)_\d+|mid_block|attn[12]|to_[qkv]|ff|proj_in|proj_out|proj"
-  r"|conv_in|conv_out|conv_shortcut|conv[12]?|time_emb_proj|time_embedding"
-  r"|add_embedding|linear_[12])(?=_|$)"
+  r"|conv_in|conv_out|conv_shortcut|conv_norm_out|conv[12]?|norm[123]?|time_emb_proj"
+  r"|time_embedding|add_embedding|linear_[12])(?=_|$)"
 )
 _SGM = re.compile(
   r"(input_blocks|output_blocks)_(\d+)_(\d)_(.+)|(middle_block)_([012])_(.+)"
 )
 _SGM_OUTSIDE = {
   "input_blocks_0_0": ("conv_in",),
+  "out_0": ("conv_norm_out",),
   "out_2": ("conv_out",),
   "time_embed_0": ("time_embedding", "linear_1"),
   "time_embed_2": ("time_embedding", "linear_2"),
   "label_emb_0_0": ("add_embedding", "linear_1"),
   "label_emb_0_2": ("add_embedding", "linear_2"),
 }
-# diffusers reads SDXL's added embedding only in sgm's spelling and drops the other with
-# no more than a warning.
-_WRITTEN_AS_SGM = {
-  path: name for name, path in _SGM_OUTSIDE.items() if path[0] == "add_embedding"
-}
 _SGM_RESNET = {
+  "in_layers_0": "norm1",
+  "out_layers_0": "norm2",
   "in_layers_2": "conv1",
   "out_layers_3": "conv2",
   "emb_layers_1": "time_emb_proj",
   "skip_connection": "conv_shortcut",
 }
+_OUTSIDE_SGM = {path: name for name, path in _SGM_OUTSIDE.items()}
+_RESNET_SGM = {ours: name for name, ours in _SGM_RESNET.items()}
 
 
-def module_name(path: tuple[str, ...]) -> str:
-  """lora_unet_<module> of a path in our tree."""
-  return PREFIX + (_WRITTEN_AS_SGM.get(path) or "_".join(path))
+def module_name(path: tuple[str, ...], sgm: bool = False) -> str:
+  """lora_unet_<module> of a path in our tree, in sgm's spelling or in diffusers'."""
+  return PREFIX + (_write_sgm(path) if sgm else "_".join(path))
+
+
+def writes_sgm(unet_config: Mapping) -> bool:
+  """Whether a UNet's layers are written in sgm's spelling: those of SDXL's form.
+
+  `_write_sgm` counts on two layers a block, and on attention wherever a block's output
+  is upsampled; all published SDXL models have both.
+  """
+  upsampled = unet_config.get("up_block_types", ())[:-1]
+  return (
+    is_sdxl(unet_config)
+    and unet_config.get("layers_per_block") == 2
+    and all(kind.startswith("CrossAttn") for kind in upsampled)
+  )
+
+
+def is_sdxl(unet_config: Mapping) -> bool:
+  """Whether a UNet takes SDXL's added embedding."""
+  return unet_config.get("addition_embed_type") == "text_time"
+
+
+def _write_sgm(path: tuple[str, ...]) -> str:
+  """sgm's name of a module of SDXL: the inverse of `_read_sgm`."""
+  if path in _OUTSIDE_SGM:
+    return _OUTSIDE_SGM[path]
+  block, part, *rest = path
+  kind, _, number = part.rpartition("_")
+  index = int(number)
+  inner = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}[kind]
+  if kind == "resnets":
+    rest = [_RESNET_SGM[rest[0]]]
+  if block == "mid_block":
+    return "_".join(("middle_block", str(1 if inner else 2 * index), *rest))
+  side, _, number = block.partition("_blocks_")
+  first = 3 * int(number) + (side == "down")  # of the block's three entries
+  if kind.endswith("samplers"):
+    index, rest = 2, ["op" if side == "down" else "conv"]
+  side = {"down": "input_blocks", "up": "output_blocks"}[side]
+  return "_".join((side, str(first + index), str(inner), *rest))
 
 
 def module_path(name: str) -> tuple[str, ...] | None:
@@ -137,7 +178,7 @@ def header(
 
 def _version(unet_config: Mapping) -> str:
   """kohya's name of the base model's family."""
-  if unet_config.get("addition_embed_type") == "text_time":
+  if is_sdxl(unet_config):
     return "sdxl_base_v1-0"
   return "sd_v2" if unet_config.get("cross_attention_dim") == 1024 else "sd_v1"
 

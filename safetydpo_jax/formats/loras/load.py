@@ -1,20 +1,40 @@
-"""Reading a LoRA named on the command line: `L` or `L:scale`."""
+"""Reading a LoRA named on the command line: `L` or `L:scale`.
+
+`L` is, in this order:
+
+  a file               of any dialect that `read.py` knows
+  a folder             with expert.json: a run or a merge of ours
+                       with adapter_config.json: PEFT's; else one of our exports, or of
+                       diffusers'; else the only .safetensors file in it; else the only
+                       PEFT folder in it, or the one called unet
+  owner/name[/file]    on the Hugging Face hub
+"""
 
 import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from safetydpo_jax import lora as lora_lib
+import jax
+
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model import hub
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
+from safetydpo_jax.formats.loras import adapter as adapters
 from safetydpo_jax.formats.loras import expert, kohya
+from safetydpo_jax.formats.loras.adapter import Adapter
 from safetydpo_jax.formats.loras.read import (
   PEFT_CONFIG,
+  PICKLES,
   read_lora_file,
   read_peft_folder,
 )
 from safetydpo_jax.formats.loras.write import FILE_NAME
+from safetydpo_jax.formats.tensors import HOW_TO_CONVERT
 from safetydpo_jax.lora import LoraTree
+
+_ON_HUB = re.compile(r"\w[\w.-]*/[\w.-]+(/.+\.safetensors)?", re.ASCII)
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -37,49 +57,120 @@ def load_lora(name: str) -> tuple[LoraTree, dict[str, Any]]:
   """The LoRA tree (scale folded in) and what is known about it.
 
   Args:
-    name: a run directory or merged directory; a LoRA file in diffusers, PEFT or kohya
-      naming; or a folder that diffusers, PEFT or our export wrote one in.
+    name: L, see the module's docstring.
 
   Returns:
     The tree, numpy float32, and expert.json's content; {} for a foreign file, which
     does not say which model it was made for.
 
   Raises:
-    InputError: there is none, or it is damaged.
+    InputError: there is none, it is damaged, or it holds what a LoRA does not
+      (`adapter.as_lora`).
   """
+  adapter, about = load_adapter(name)
+  return adapters.as_lora(adapter, name), about
+
+
+def load_adapter(name: str) -> tuple[Adapter, dict[str, Any]]:
+  """As `load_lora`, with what a file changes besides: DoRA, norms, biases, kernels."""
   path = Path(name)
+  if not path.exists() and _ON_HUB.fullmatch(name):
+    path = hub.locate_lora(name)
   if path.is_file():
-    return LoraTree(read_lora_file(path)), {}
-  if (path / expert.MANIFEST).is_file():  # also with an export of it in the folder
-    return expert.read_expert(path)
-  if (path / PEFT_CONFIG).is_file():
-    return LoraTree(read_peft_folder(path)), {}
-  for file in (path / FILE_NAME, path / kohya.FILE_NAME):
-    if file.is_file():
-      return LoraTree(read_lora_file(file)), {}
+    return read_lora_file(path), {}
   if path.is_dir():
-    return expert.read_expert(path)
+    return _read_folder(path)
   raise InputError(
-    f"there is no LoRA at {name}; give a run directory or a .safetensors file"
+    f"there is no LoRA at {name}; give a run directory, a .safetensors file or a hub id"
   )
 
 
-def check_fits(name: str, about: dict[str, Any], fingerprint: str) -> None:
-  """Raises `InputError` if LoRA `name` was trained on another base model."""
-  base = about.get("base")
-  if base and base["fingerprint"] != fingerprint:
+def _read_folder(folder: Path) -> tuple[Adapter, dict[str, Any]]:
+  if (folder / expert.MANIFEST).is_file():  # also with an export of it in the folder
+    lora, about = expert.read_expert(folder)
+    return adapters.of_lora(lora), about
+  if (folder / PEFT_CONFIG).is_file():
+    return read_peft_folder(folder), {}
+  for file in (folder / FILE_NAME, folder / kohya.FILE_NAME):
+    if file.is_file():
+      return read_lora_file(file), {}
+  there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+  if files := [path for path in there if path.suffix == ".safetensors"]:
+    return read_lora_file(_only(files, folder, "LoRA files")), {}
+  inside = [path for path in there if (path / PEFT_CONFIG).is_file()]
+  if inside:
+    unets = [path for path in inside if path.name == "unet"]
+    return read_peft_folder(_only(unets or inside, folder, "PEFT adapters")), {}
+  if pickles := [path.name for path in there if path.suffix in PICKLES]:
     raise InputError(
-      f"{name} was trained on {base['name']} (fingerprint {base['fingerprint']}), this "
-      f"model has fingerprint {fingerprint}; give the model it was trained on"
+      f"{folder} has its LoRA only as {pickles[0]}: pickles can run code and are not "
+      f"read; {HOW_TO_CONVERT}"
     )
+  lora, about = expert.read_expert(folder)
+  return adapters.of_lora(lora), about
+
+
+def _only(paths: list[Path], folder: Path, what: str) -> Path:
+  """The one of `paths`; several cannot be chosen between."""
+  if len(paths) > 1:
+    raise InputError(
+      f"{folder} holds {len(paths)} {what}, {paths[0].name} and {paths[1].name} among "
+      "them; give one of them by name"
+    )
+  return paths[0]
+
+
+def check_fits(
+  name: str, about: dict[str, Any], fingerprint: str, any_base: bool | None = None
+) -> None:
+  """Raises `InputError` if LoRA `name` was trained on another base model.
+
+  Args:
+    name: of the LoRA.
+    about: its expert.json; {} does not say which model it was trained on.
+    fingerprint: of the model it is used with.
+    any_base: the command's --any_base: print a line instead; None: it has none.
+  """
+  base = about.get("base")
+  if not base or base["fingerprint"] == fingerprint:
+    return
+  found = (
+    f"{name} was trained on {base['name']} (fingerprint {base['fingerprint']}), this "
+    f"model has fingerprint {fingerprint}"
+  )
+  if any_base:
+    if jax.process_index() == 0:
+      print(f"--any_base: {found}; it is used all the same", file=sys.stderr)
+    return
+  flag = "" if any_base is None else "add --any_base, or "
+  raise InputError(
+    f"{found}; give the model it was trained on; if this one is a fine-tune of it, "
+    f"{flag}export the LoRA with its own model and give the exported file"
+  )
+
+
+def load_adapters(
+  names: list[str], pipeline: Pipeline, any_base: bool | None = None
+) -> Adapter:
+  """The sum of the named adapters, which fits the pipeline's UNet.
+
+  Args:
+    names: L or L:scale each.
+    pipeline: the base model, with the UNet's weights.
+    any_base: see `check_fits`.
+
+  Raises:
+    InputError: one is missing, is damaged, or does not fit.
+  """
+  found = []
+  for name, factor in map(split_scale, names):
+    adapter, about = load_adapter(name)
+    check_fits(name, about, pipeline.fingerprint, any_base)
+    adapters.check_shapes(pipeline.params["unet"], adapter)
+    found.append(adapters.scale(adapter, factor))
+  return adapters.add(found)
 
 
 def load_loras(names: list[str], pipeline: Pipeline) -> LoraTree:
-  """The sum of the named LoRAs, {} without any."""
-  trees = []
-  for name, factor in map(split_scale, names):
-    tree, about = load_lora(name)
-    check_fits(name, about, pipeline.fingerprint)
-    lora_lib.check_shapes(pipeline.params["unet"], tree)
-    trees.append(lora_lib.scale(tree, factor))
-  return lora_lib.add(trees)
+  """As `load_adapters`, as a LoRA and nothing besides."""
+  return adapters.as_lora(load_adapters(names, pipeline), " + ".join(names))

@@ -4,7 +4,8 @@
 
 alpha of a module is that of the first pattern in `alpha_pattern` that fits its name, as
 in peft.utils.get_pattern_key: `re.match(rf"(.*\\.)?({pattern})$", name)`, else
-`lora_alpha`. Ranks are read from the tensors, so `rank_pattern` is not needed.
+`lora_alpha`; LoHa and LoKr call it `alpha`. Ranks are read from the tensors; LoKr of
+two whole matrices has none there, and its r is that of `rank_pattern`, or `r`.
 
 The settings are in adapter_config.json of PEFT's folders, and with the prefix `unet.`
 in the header (`lora_adapter_metadata`) of diffusers' files.
@@ -28,12 +29,26 @@ class Scaling(NamedTuple):
   alpha: float | None = None
   patterns: tuple[tuple[re.Pattern, float], ...] = ()
   rslora: bool = False
+  rank: float | None = None
+  rank_patterns: tuple[tuple[re.Pattern, float], ...] = ()
+  dora: bool = False
 
-  def __call__(self, module: str, rank: int) -> float:
-    """s of `module` (PyTorch's dotted name)."""
-    fitting = (alpha for pattern, alpha in self.patterns if pattern.match(module))
-    alpha = next(fitting, rank if self.alpha is None else self.alpha)
+  def __call__(self, module: str, rank: float | None) -> float:
+    """s of `module` (PyTorch's dotted name) with factors of `rank`; None: without."""
+    if rank is None:
+      rank = _first(self.rank_patterns, module, self.rank)
+    if rank is None:
+      return 1.0
+    alpha = _first(self.patterns, module, self.alpha)
+    alpha = rank if alpha is None else alpha
     return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _first(
+  patterns: tuple[tuple[re.Pattern, float], ...], module: str, otherwise: float | None
+) -> float | None:
+  """The number of the first pattern that fits a module's name."""
+  return next((n for pattern, n in patterns if pattern.match(module)), otherwise)
 
 
 def parse_header(text: str, where: str) -> Scaling:
@@ -59,30 +74,51 @@ def parse(settings: Mapping[str, Any], where: str) -> Scaling:
     InputError: they describe an adapter other than a plain LoRA, or are malformed.
   """
   kind = settings.get("peft_type", "LORA")
-  if kind != "LORA":
-    raise InputError(f"{where} is a {kind} adapter; only LoRA is supported")
-  for name in ("use_dora", "lora_bias"):
-    if settings.get(name):
-      raise InputError(
-        f"{where} was made with {name}, which is not supported; save it as a plain LoRA"
-      )
+  if kind not in ("LORA", "LOHA", "LOKR"):
+    raise InputError(
+      f"{where} is a {kind} adapter; only LORA, LOHA and LOKR are supported"
+    )
+  if settings.get("lora_bias"):
+    raise InputError(
+      f"{where} was made with lora_bias, which is not supported; save it without"
+    )
   start = str(settings.get("init_lora_weights", "")).lower()
   if start.startswith(_MOVES_BASE):
     raise InputError(
       f"{where} started from {start}, which changes the base weights; save it as a "
       "plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
     )
-  alpha = settings.get("lora_alpha")
-  patterns = settings.get("alpha_pattern") or {}
-  if not isinstance(patterns, dict):
-    raise InputError(f"{where}: alpha_pattern is not a JSON object")
-  return Scaling(
-    None if alpha is None else _number(alpha, f"{where}: lora_alpha"),
-    tuple(
-      (_compile(key, where), _number(value, f"{where}: alpha_pattern of {key!r}"))
-      for key, value in patterns.items()
-    ),
+  scaling = Scaling(
+    _optional(settings, "lora_alpha" if kind == "LORA" else "alpha", where),
+    _patterns(settings, "alpha_pattern", where),
     bool(settings.get("use_rslora")),
+    dora=bool(settings.get("use_dora")),
+  )
+  if kind != "LOKR":
+    return scaling
+  ranks = _patterns(settings, "rank_pattern", where)
+  rank = _optional(settings, "r", where)
+  if any(number is not None and number < 1 for number in (rank, *dict(ranks).values())):
+    raise InputError(f"{where}: r or rank_pattern has a rank below 1")
+  return scaling._replace(rank=rank, rank_patterns=ranks)
+
+
+def _optional(settings: Mapping[str, Any], name: str, where: str) -> float | None:
+  """A number of the settings, None if it is not there."""
+  value = settings.get(name)
+  return None if value is None else _number(value, f"{where}: {name}")
+
+
+def _patterns(
+  settings: Mapping[str, Any], name: str, where: str
+) -> tuple[tuple[re.Pattern, float], ...]:
+  """alpha_pattern or rank_pattern of the settings."""
+  patterns = settings.get(name) or {}
+  if not isinstance(patterns, dict):
+    raise InputError(f"{where}: {name} is not a JSON object")
+  return tuple(
+    (_compile(key, name, where), _number(value, f"{where}: {name} of {key!r}"))
+    for key, value in patterns.items()
   )
 
 
@@ -95,17 +131,14 @@ def _number(value: object, what: str) -> float:
   return float(value)
 
 
-def _compile(key: str, where: str) -> re.Pattern:
+def _compile(key: str, name: str, where: str) -> re.Pattern:
   """A pattern of a file we did not write: it may not take exponential time."""
   quantifiers = len(re.findall(r"[*+{?]", key))
   if len(key) > 300 or quantifiers > 3 or re.search(r"\)[*+{?]|\(\?|\\\d", key):
     raise InputError(
-      f"{where}: alpha_pattern {key[:60]!r} is not a simple pattern; save it with "
-      "module names"
+      f"{where}: {name} {key[:60]!r} is not a simple pattern; save it with module names"
     )
   try:
     return re.compile(rf"(.*\.)?({key})$")
   except re.error as error:
-    raise InputError(
-      f"{where}: alpha_pattern {key!r} is not a pattern: {error}"
-    ) from error
+    raise InputError(f"{where}: {name} {key!r} is not a pattern: {error}") from error

@@ -1,19 +1,20 @@
-"""Reading the LoRA files that PyTorch users exchange, whatever their naming.
+"""Reading the LoRA files that PyTorch users exchange, whatever tool wrote them.
 
-  diffusers  unet.<module>.lora.down.weight, .lora.up.weight; before 2024
-             unet.<…attn1>.processor.to_q_lora.down.weight
-  PEFT       base_model.model.<module>.lora_A.weight, .lora_B.weight, and beside them
-             adapter_config.json
-  kohya      lora_unet_<module>.lora_down.weight, .lora_up.weight (`kohya.py`)
+`names.py` says which layer a tensor belongs to, `products.py` what a layer's tensors do
+to its kernel, `adapter.py` what needs the base weights: DoRA, norms, biases, and whole
+kernels. The scale s = alpha / r comes from a layer's `alpha`, else from PEFT's settings
+(`peft_config.py`), else it is 1; it is folded into b.
 
-down is (r, in) or of a convolution (r, in, kh, kw), up (out, r) or (out, r, 1, 1);
-<module> is the PyTorch name, down_blocks.0.attentions.0.….attn1.to_out.0. The scale, of
-`.alpha` tensors or of PEFT's settings (`peft_config.py`), is folded into b. The
-prefixes may be absent. Only the UNet is adapted here: tensors of text encoders are left
-out, since users share such files for their UNet part too, and a line is printed.
+A product whose factors are smaller than the layer's kernel becomes one of the LoRA's
+layers. A larger one, as LoKr of whole matrices is, is kept as a change of the kernel.
+
+Only the UNet is adapted here. Tensors of text encoders, of the VAE and of embeddings
+are left out, whatever they are, since users share such files for their UNet part too,
+and a line is printed. A UNet tensor that is not understood is an error.
 """
 
-import re
+import collections
+import math
 import sys
 from pathlib import Path
 
@@ -21,142 +22,193 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.base_model.weights import torch_name, tree_path
-from safetydpo_jax.formats.loras import kohya, peft_config
+from safetydpo_jax.formats.base_model.weights import torch_name
+from safetydpo_jax.formats.loras import names, peft_config, products
+from safetydpo_jax.formats.loras.adapter import Adapter, Change, low_rank
+from safetydpo_jax.formats.loras.names import LayerPath
 from safetydpo_jax.formats.loras.peft_config import Scaling
-from safetydpo_jax.formats.tensors import open_safetensors
+from safetydpo_jax.formats.tensors import HOW_TO_CONVERT, open_safetensors
+from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.runtime import manifest
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
-# A tensor's name: the module, then which part of the layer it is.
-_TENSOR = re.compile(
-  r"(.+?)\.(?:(lora\.down|lora_down|lora_A(?:\.default)?|lora\.up|lora_up"
-  r"|lora_B(?:\.default)?)\.weight|(alpha))"
-)
-_DOWN = ("lora.down", "lora_down", "lora_A", "lora_A.default")
-_OLD = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")
-_PREFIX = re.compile(r"^(unet\.|base_model\.model\.)+")
-_TEXT_ENCODER = ("text_encoder", "text_model.", "te1.", "te2.", *kohya.TEXT_ENCODERS)
-_ROOTS = re.compile(
-  r"(down_blocks_\d+|up_blocks_\d+|mid_block|conv_in|conv_out|time_embedding"
-  r"|add_embedding)$"
-)
-# Parts of names that distinguish other adapters from plain LoRA.
-_OTHERS = {
-  ".hada_": "LoHa",
-  ".lokr_": "LoKr",
-  ".dora_scale": "DoRA",
-  ".lora_magnitude_vector": "DoRA",
-  ".lora_mid.": "LoCon with a Tucker core",
+# Parts of names that distinguish adapters that are not read.
+_UNREAD = {
   ".oft_": "OFT",
-  ".diff": "a difference of whole weights",
+  ".a1.weight": "GLoRA",
+  ".b1.weight": "GLoRA",
+  ".on_input": "(IA)³",
+  ".boft": "BOFT",
 }
+# Layers with 3×3 kernels, which some parts hold flattened; others are 1×1 or linear.
+_WIDE = ("conv_in", "conv_out", "conv1", "conv2", "conv")
 
-LayerPath = tuple[str, ...]
 
-
-def read_peft_folder(folder: Path) -> dict:
+def read_peft_folder(folder: Path) -> Adapter:
   """Reads adapter_model.safetensors with adapter_config.json; see `read_lora_file`."""
   config = manifest.read_json(folder / PEFT_CONFIG, "PEFT adapter")
   if not isinstance(config, dict):
     raise InputError(f"{folder / PEFT_CONFIG} is not a JSON object")
   scaling = peft_config.parse(config, str(folder / PEFT_CONFIG))
-  return read_lora_file(folder / PEFT_FILE, scaling)
+  file = folder / PEFT_FILE
+  if not file.exists() and (pickled := file.with_suffix(".bin")).is_file():
+    file = pickled  # which says how to convert it
+  return read_lora_file(file, scaling)
 
 
-def read_lora_file(file: Path, scaling: Scaling | None = None) -> dict:
-  """Reads a LoRA file in any of the namings → LoRA tree, float32 numpy.
+def read_lora_file(file: Path, scaling: Scaling | None = None) -> Adapter:
+  """Reads a LoRA file of any dialect.
 
   Args:
     file: safetensors.
     scaling: of the products; by default that of the file's header, else alpha = r.
 
+  Returns:
+    The adapter; its LoRA is float32 numpy, and the rest views of the file.
+
   Raises:
-    InputError: an unreadable file, another kind of adapter, a tensor that is not
-      part of a UNet LoRA, a layer with mismatched factors, or a number that is not
-      finite.
+    InputError: an unreadable file, an adapter of a kind that is not read, a UNet tensor
+      that is not understood, a layer whose tensors do not fit each other, or a number
+      that is not finite.
   """
-  if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl"):
+  if file.suffix in PICKLES:
     raise InputError(
-      f"{file} is a pickle, which can run code, and is not read; save it as safetensors"
+      f"{file} is a pickle, which can run code, and is not read; {HOW_TO_CONVERT} with "
+      "a name that ends in .safetensors"
     )
   tensors, header = open_safetensors(file)
   if scaling is None:
     text = header.get("lora_adapter_metadata", "{}")
     scaling = peft_config.parse_header(text, str(file))
+  layers = _sort(tensors, file)
+  lora: dict[LayerPath, np.ndarray] = {}
+  rest: dict[LayerPath, tuple[Change, ...]] = {}
+  for path, parts in layers.items():
+    where = f"{file}: {torch_name(path)}"
+    _check_finite(parts, where)
+    if (bias := parts.pop("diff_b", None)) is not None:
+      rest[*path, "bias"] = (_vector(bias, where),)
+    if parts.keys() == {"diff"} and parts["diff"].ndim == 1:
+      rest[*path, "scale"] = (_vector(parts["diff"], where),)
+    elif parts or bias is None:
+      change = _kernel(path, parts, scaling, where)
+      if _is_small(change):
+        lora[*path, "a"], lora[*path, "b"] = low_rank(change)
+        if not np.isfinite(lora[*path, "b"]).all():
+          raise InputError(f"{where} holds NaN or infinity")
+      else:
+        rest[*path, "kernel"] = (change,)
+  return Adapter(LoraTree(unflatten_dict(lora)), rest)
+
+
+def _sort(
+  tensors: dict[str, np.ndarray], file: Path
+) -> dict[LayerPath, dict[str, np.ndarray]]:
+  """The UNet's tensors by layer and part; what is not the UNet's is counted."""
   layers: dict[LayerPath, dict[str, np.ndarray]] = {}
-  left_out = 0
+  left_out: collections.Counter[str] = collections.Counter()
   for name, tensor in tensors.items():
-    module = _PREFIX.sub("", name)
-    if kind := next((kind for part, kind in _OTHERS.items() if part in name), None):
-      raise InputError(
-        f"{file} is {kind} ({name}), which is not supported; only LoRA is"
-      )
-    if module.startswith(_TEXT_ENCODER):
-      left_out += 1
+    if who := names.owner(name):
+      left_out[who] += 1
       continue
-    path, part = _parse_name(module, f"{file}: {name!r}")
+    if kind := next((kind for part, kind in _UNREAD.items() if part in name), None):
+      raise InputError(
+        f"{file} is {kind} ({name}), which is not supported; expected a LoRA, LoHa, "
+        "LoKr or DoRA"
+      )
+    if not (parsed := names.parse(name)):
+      raise InputError(
+        f"{file}: {name!r} is not a UNet LoRA tensor in the naming of diffusers, PEFT, "
+        "kohya, LyCORIS, OneTrainer or ComfyUI"
+      )
+    path, part = parsed
     if part in layers.setdefault(path, {}):
       raise InputError(f"{file}: {name!r} is listed twice, under two names")
-    layers[path][part] = np.asarray(tensor, np.float32)
+    layers[path][part] = tensor
   if not layers:
     raise InputError(f"{file} holds no tensors of a UNet LoRA")
   if left_out:
+    counts = " and ".join(
+      f"{n} tensor{'s' if n > 1 else ''} of {who}" for who, n in left_out.items()
+    )
     print(
-      f"{file}: {left_out} tensors of text encoders are left out; only the UNet's LoRA "
-      "is used here",
-      file=sys.stderr,
+      f"{file}: left out are {counts}; only the UNet is adapted here", file=sys.stderr
     )
-  lora: dict[LayerPath, np.ndarray] = {}
-  for path, parts in layers.items():
-    where = f"{file}: {torch_name(path)}"
-    a, b = _factors(parts, where)
-    rank = a.shape[-1]
-    if "alpha" in parts:
-      if parts["alpha"].size != 1:
-        raise InputError(f"{where} has an alpha of shape {parts['alpha'].shape}")
-      scale = float(parts["alpha"].reshape(())) / rank
-    else:
-      scale = scaling(torch_name(path), rank)
-    with np.errstate(over="ignore"):
-      b = b * np.float32(scale)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+  return layers
+
+
+def _check_finite(parts: dict[str, np.ndarray], where: str) -> None:
+  for array in parts.values():
+    if not np.isfinite(np.asarray(array, np.float32)).all():
       raise InputError(f"{where} holds NaN or infinity")
-    lora[(*path, "a")] = np.ascontiguousarray(a)
-    lora[(*path, "b")] = np.ascontiguousarray(b)
-  return unflatten_dict(lora)
 
 
-def _parse_name(name: str, where: str) -> tuple[LayerPath, str]:
-  """The layer's path and which of a, b and alpha a tensor is."""
-  name = _OLD.sub(r".\1.lora.\2.weight", name).replace(".to_out.lora", ".to_out.0.lora")
-  found = _TENSOR.fullmatch(name)
-  path = None
-  if found and found[1].startswith(kohya.PREFIX):
-    path = kohya.module_path(found[1])
-  elif found:
-    path = tree_path(found[1])
-  if not found or not path or not _ROOTS.match(path[0]):
+def _vector(array: np.ndarray, where: str) -> Change:
+  """The change of a norm or bias."""
+  if array.ndim != 1:
     raise InputError(
-      f"{where} is not a UNet LoRA tensor in diffusers, PEFT or kohya naming"
+      f"{where} has a norm or bias of shape {array.shape}; expected (n,)"
     )
-  return path, "alpha" if found[3] else "a" if found[2] in _DOWN else "b"
+  return Change({"diff": array}, array.shape)
 
 
-def _factors(parts: dict[str, np.ndarray], where: str) -> tuple[np.ndarray, np.ndarray]:
-  """a (in, r) or (kh, kw, in, r), and b (r, out)."""
-  if not {"a", "b"} <= parts.keys():
-    raise InputError(f"{where} has only one of its two factors")
-  down, up = parts["a"], parts["b"]
-  if up.ndim == 4 and up.shape[2:] == (1, 1):
-    up = up[:, :, 0, 0]
-  if down.ndim == 4 and down.shape[2:] == (1, 1):
-    down = down[:, :, 0, 0]
-  if down.ndim not in (2, 4) or up.ndim != 2 or not 0 < down.shape[0] == up.shape[1]:
+def _kernel(
+  path: LayerPath, parts: dict[str, np.ndarray], scaling: Scaling, where: str
+) -> Change:
+  """The change of a kernel that a layer's tensors make."""
+  parts = dict(parts)
+  alpha, dora_scale, magnitude = (
+    parts.pop(name, None) for name in ("alpha", "dora_scale", "magnitude")
+  )
+  kind = products.kind_of(parts, where)
+  shape = products.shape_of(parts, 3 if path[-1] in _WIDE else 1, where)
+  rank = products.rank_of(parts)
+  if alpha is not None and alpha.size != 1:
+    raise InputError(f"{where} has an alpha of shape {alpha.shape}")
+  if kind == "full":
+    scale = 1.0
+  elif alpha is None:
+    scale = scaling(torch_name(path), rank)
+  else:
+    scale = float(alpha.reshape(())) / rank if rank else 1.0
+  if scaling.dora and magnitude is None and dora_scale is None:
     raise InputError(
-      f"{where} has factors {parts['a'].shape} and {parts['b'].shape}; expected one "
-      "rank, (r, in) and (out, r), or (r, in, kh, kw) and (out, r, 1, 1)"
+      f"{where} has no lora_magnitude_vector, although the settings say use_dora; save "
+      "the adapter again"
     )
-  return (down.T if down.ndim == 2 else down.transpose(2, 3, 1, 0)), up.T
+  axis = 0
+  if dora_scale is not None:
+    magnitude, axis = dora_scale, _axis(dora_scale, shape, where)
+  if magnitude is not None:
+    if magnitude.size != shape[axis]:
+      raise InputError(
+        f"{where} has magnitudes of shape {magnitude.shape}; expected {shape[axis]}"
+      )
+    ones = (-1, 1, 1, 1) if axis == 0 else (1, -1, 1, 1)
+    magnitude = np.asarray(magnitude, np.float32).reshape(ones)
+  return Change(parts, shape, scale, magnitude)
+
+
+def _axis(dora_scale: np.ndarray, shape: tuple[int, ...], where: str) -> int:
+  """Whose norms `dora_scale` holds: of output channels, 0, or of input channels, 1."""
+  out, inputs, *unit = dora_scale.shape if dora_scale.ndim > 1 else (0, 0)
+  if set(unit) <= {1}:
+    for axis, wanted in enumerate(((shape[0], 1), (1, shape[1]))):
+      if (out, inputs) == wanted:
+        return axis
+  raise InputError(
+    f"{where} has a dora_scale of shape {dora_scale.shape}; expected ({shape[0]}, 1) "
+    f"or (1, {shape[1]})"
+  )
+
+
+def _is_small(change: Change) -> bool:
+  """Whether a change is kept as two factors, see the module's docstring."""
+  if change.magnitude is not None or "diff" in change.parts:
+    return False
+  out, inputs = change.shape[0], math.prod(change.shape[1:])
+  rank = products.inner(change.parts)
+  return "up" in change.parts or rank * (out + inputs) <= out * inputs

@@ -82,17 +82,19 @@ def write_kohya(
   lora: Mapping[str, Any],
   header: Mapping[str, str],
   *,
+  sgm: bool = False,
   shapes: Mapping[str, Any] | None = None,
   dtype: DTypeLike = np.float32,
 ) -> Path:
-  """Writes `lora` as A1111 and ComfyUI read it; `header` comes from `kohya.header`.
+  """Writes `lora` as A1111 and ComfyUI read it.
 
-  The other arguments, and what it raises, are those of `write_diffusers`.
+  `header` comes from `kohya.header`, `sgm` from `kohya.writes_sgm`. The other
+  arguments, and what it raises, are those of `write_diffusers`.
   """
   alpha = np.array(rank_of(lora), np.float32)
   named = {}
   for path, down, up in torch_factors(lora, shapes):
-    name = kohya.module_name(path)
+    name = kohya.module_name(path, sgm)
     named |= {
       f"{name}.lora_down.weight": down,
       f"{name}.lora_up.weight": up,

@@ -133,7 +133,9 @@ def test_a_small_change_is_not_lost_before_the_rounding():
   weight = np.full((2, 2), 0.5, ml_dtypes.bfloat16)
   a, b = np.full((2, 1), 0.001955, np.float32), np.ones((1, 2), np.float32)
   layers = {"x.weight": (a, b)}
-  summed = fused.fuse_tensor("x.weight", weight, np.dtype(ml_dtypes.bfloat16), layers)
+  summed = fused.fuse_tensor(
+    "x.weight", weight, np.dtype(ml_dtypes.bfloat16), layers, {}
+  )
   np.testing.assert_array_equal(np.float32(summed), np.full((2, 2), 0.50390625))
 
 

@@ -1,9 +1,14 @@
 """Kohya's names: every layer of the published UNets, both spellings, and no other."""
 
+import types
+
 import diffusers
 import pytest
 import torch
-from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key
+from diffusers.loaders.lora_conversion_utils import (
+  _convert_unet_lora_key,
+  _maybe_map_sgm_blocks_to_diffusers,
+)
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from flax.core import freeze
 from flax.traverse_util import flatten_dict
@@ -13,6 +18,7 @@ from safetydpo_jax.formats.base_model.weights import torch_name
 from safetydpo_jax.formats.loras import kohya
 from safetydpo_jax.models import published
 from safetydpo_jax.models.unet import UNet2DCondition
+from tests.support import webuis
 
 UNETS = {
   "sd15": published.SD15_UNET,
@@ -35,13 +41,26 @@ def test_every_layer_is_found_under_the_name_pytorch_gives_it(config):
   found = {kohya.module_path("lora_unet_" + name.replace(".", "_")) for name in names}
   assert found == layers(config)
   assert {torch_name(path) for path in found} == names
-  written = {kohya.module_name(path) for path in layers(config)}
-  assert {kohya.module_path(name) for name in written} == layers(config)
-  for name in written:  # diffusers' own reader finds the layer, and not another
-    theirs = _convert_unet_lora_key(f"{name}.lora_down.weight")
-    theirs = theirs.replace(".processor", "").replace("to_out_lora", "to_out.0_lora")
-    module = theirs.removesuffix(".weight").replace("_lora.down", "")
-    assert module.removesuffix(".lora.down") == torch_name(kohya.module_path(name))
+
+
+@pytest.mark.parametrize("config", UNETS.values(), ids=UNETS)
+def test_every_reader_finds_every_layer_that_is_written(config):
+  """Linear layers and convolutions: ours, A1111's, ComfyUI's and diffusers' readers."""
+  sgm, known = kohya.writes_sgm(config), webuis.comfyui(config)
+  written = {torch_name(path): kohya.module_name(path, sgm) for path in layers(config)}
+  found = [torch_name(kohya.module_path(name)) for name in written.values()]
+  assert found == [*written]
+  wanted = {module: webuis.sgm_table(config)[module] for module in written}
+  found = {module: known.get(name) for module, name in written.items()}
+  assert found == wanted
+  found = {module: webuis.a1111(name, config) for module, name in written.items()}
+  assert found == wanted
+  state = {f"{name}.lora_down.weight": module for module, name in written.items()}
+  shape = types.SimpleNamespace(layers_per_block=config["layers_per_block"])
+  for key, module in _maybe_map_sgm_blocks_to_diffusers(state, shape).items():
+    theirs = _convert_unet_lora_key(key).replace(".processor", "")
+    theirs = theirs.replace("to_out_lora", "to_out.0_lora").removesuffix(".weight")
+    assert theirs.replace("_lora.down", "").removesuffix(".lora.down") == module
 
 
 def sgm_names():

@@ -1,10 +1,16 @@
 """LoRAs by name: `L` or `L:scale`, a directory of ours or a file of theirs."""
 
+import fnmatch
+import json
+import shutil
+import types
+
 import chex
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from safetydpo_jax import load_lora
+from safetydpo_jax import load_lora, lora
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.loras import expert
 from safetydpo_jax.formats.loras import load as loras
@@ -63,6 +69,115 @@ def test_an_export_in_the_expert_s_own_folder_does_not_hide_the_expert(tmp_path)
   assert about["base"] == BASE
 
 
+def write_peft(folder, value):
+  """A PEFT folder with alpha = 2 r."""
+  names = {"down": "lora_A", "up": "lora_B"}
+  tensors = load_file(write_diffusers(folder, make_tree(value), ("to_q",)))
+  for name in list(tensors):
+    *module, _, part, _ = name.split(".")
+    peft = ".".join(["base_model", "model", *module[1:], names[part], "weight"])
+    tensors[peft] = tensors.pop(name)
+  save_file(tensors, folder / "adapter_model.safetensors")
+  (folder / "pytorch_lora_weights.safetensors").unlink()
+  (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6}))
+
+
+@pytest.mark.parametrize("name", ["unet", "default"])
+def test_a_folder_above_peft_s_is_read(name, tmp_path):
+  write_peft(tmp_path / name, 2)
+  expected = lora.scale(make_tree(2), 2.0)
+  chex.assert_trees_all_close(load_lora(str(tmp_path)), expected)
+
+
+def test_of_several_peft_folders_the_unet_s_is_read(tmp_path):
+  for n, name in enumerate(("text_encoder", "unet"), 1):
+    write_peft(tmp_path / name, n)
+  chex.assert_trees_all_close(load_lora(str(tmp_path)), lora.scale(make_tree(2), 2.0))
+  (tmp_path / "unet").rename(tmp_path / "other")
+  with pytest.raises(InputError, match="2 PEFT adapters, other and text_encoder"):
+    load_lora(str(tmp_path))
+
+
+def test_the_only_lora_file_in_a_folder_may_have_any_name(tmp_path):
+  file = write_diffusers(tmp_path, make_tree(2), ("to_q",))
+  file.rename(tmp_path / "my style.safetensors")
+  (tmp_path / "README.md").touch()
+  chex.assert_trees_all_equal(load_lora(str(tmp_path)), make_tree(2))
+  write_diffusers(tmp_path, make_tree(3), ("to_q",)).rename(tmp_path / "a.safetensors")
+  with pytest.raises(InputError, match=r"2 LoRA files, a\.safetensors and my style"):
+    load_lora(str(tmp_path))
+
+
+def test_a_pickle_instead_of_the_file_says_how_to_convert(tmp_path):
+  (tmp_path / "adapter_model.bin").write_bytes(b"PK\x03\x04")
+  for settings in (False, True):
+    if settings:
+      (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"adapter_model\.bin.*save_file"):
+      load_lora(str(tmp_path))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+  """A hub whose repositories are folders; → their root, and what was asked of it."""
+  asked = []
+
+  def snapshot_download(repository, *, revision, allow_patterns):
+    asked.append((repository, allow_patterns))
+    if not (tmp_path / repository).is_dir():
+      raise ValueError("not found")
+    local = tmp_path / "cache" / repository
+    for file in (tmp_path / repository).rglob("*.*"):
+      name = str(file.relative_to(tmp_path / repository))
+      if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, local / name)
+    return str(local)
+
+  monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+  return types.SimpleNamespace(root=tmp_path, asked=asked)
+
+
+def test_a_lora_of_the_hub_is_fetched_without_the_model_beside_it(hub):
+  write_diffusers(hub.root / "me" / "safe", make_tree(2), ("to_q",))
+  (hub.root / "me" / "safe" / "unet").mkdir()
+  (hub.root / "me" / "safe" / "unet" / "model.safetensors").touch()
+  (hub.root / "me" / "safe" / "lora.bin").touch()
+  chex.assert_trees_all_equal(load_lora("me/safe"), make_tree(2))
+  there = {file.name for file in (hub.root / "cache").rglob("*.*")}
+  assert there == {"pytorch_lora_weights.safetensors"}
+
+
+def test_a_lora_of_the_hub_may_have_any_name_and_be_peft_s(hub):
+  file = write_diffusers(hub.root / "me" / "style", make_tree(2), ("to_q",))
+  file.rename(file.with_name("style [v2].safetensors"))
+  write_peft(hub.root / "me" / "peft" / "unet", 3)
+  scaled = lora.scale(make_tree(3), 2.0)
+  for name, tree in {
+    "me/style": make_tree(2),
+    "me/style/style [v2].safetensors": make_tree(2),
+    "me/peft": scaled,
+    "me/peft/unet/adapter_model.safetensors": scaled,
+  }.items():
+    chex.assert_trees_all_close(load_lora(name), tree)
+  assert hub.asked[2][1][0] == "style [[]v2].safetensors"
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("me/nothing", "'me/nothing' .*cannot be downloaded"),
+    ("me/model", "me/model is a whole model, not a LoRA"),
+    ("me/model/x.safetensors", "me/model on the hub has no file x"),
+  ],
+)
+def test_what_is_no_lora_on_the_hub_is_named(name, message, hub):
+  (hub.root / "me" / "model").mkdir(parents=True)
+  (hub.root / "me" / "model" / "model_index.json").touch()
+  with pytest.raises(InputError, match=message):
+    load_lora(name)
+
+
 def test_a_name_that_leads_nowhere_is_named(tmp_path):
   with pytest.raises(InputError, match=f"no LoRA at {tmp_path / 'nothing'}"):
     loras.load_lora(str(tmp_path / "nothing"))
@@ -74,5 +189,17 @@ def test_the_fingerprint_decides_whether_a_lora_fits_not_the_name():
   about = {"base": BASE}
   loras.check_fits("hate", about, "0123")
   loras.check_fits("foreign.safetensors", {}, "4567")
-  with pytest.raises(InputError, match=r"hate was trained on sd15 .*0123.*has .*4567"):
+  wrong = r"hate was trained on sd15 .*0123.*has .*4567.*fine-tune.*"
+  with pytest.raises(InputError, match=wrong) as error:
     loras.check_fits("hate", about, "4567")
+  assert "--any_base" not in str(error.value), "the command has no such option"
+  with pytest.raises(InputError, match=f"{wrong}--any_base, or export"):
+    loras.check_fits("hate", about, "4567", any_base=False)
+
+
+def test_a_fine_tune_of_the_base_is_used_knowingly(capsys):
+  loras.check_fits("hate", {"base": BASE}, "4567", any_base=True)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "hate was trained on sd15" in line
+  loras.check_fits("hate", {"base": BASE}, "0123", any_base=True)
+  assert capsys.readouterr().err == ""

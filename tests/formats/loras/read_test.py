@@ -201,7 +201,7 @@ def test_tensors_of_text_encoders_are_left_out_and_counted(
     tmp_path / "x.safetensors", tree, (3,), pipeline.unet_shapes(), **more
   )
   chex.assert_trees_all_equal(load_lora(str(file)), tree)
-  assert "3 tensors of text encoders are left out" in capsys.readouterr().err
+  assert "left out are 3 tensors of text encoders;" in capsys.readouterr().err
   save_file(more, tmp_path / "text.safetensors")
   with pytest.raises(InputError, match="no tensors of a UNet LoRA"):
     load_lora(str(tmp_path / "text.safetensors"))
@@ -220,7 +220,7 @@ def test_alpha_tensors_scale_the_product(tree, exported, tmp_path):
 
 
 HEADERS = {
-  "dora": ('{"unet.use_dora": true}', "use_dora, which is not supported"),
+  "dora": ('{"unet.use_dora": true}', "no lora_magnitude_vector, although .* use_dora"),
   "alpha": ('{"unet.lora_alpha": "four"}', "lora_alpha is 'four'"),
   "infinite": ('{"unet.lora_alpha": 1e999}', "lora_alpha is inf"),
   "list": ("[]", "is not a JSON object"),
@@ -253,7 +253,8 @@ def test_a_peft_folder_of_another_adapter_is_refused(tiny_checkpoint, tmp_path):
   unet = adapted_unet(tiny_checkpoint)
   for changes, message in (
     ({"use_dora": True}, "use_dora"),
-    ({"peft_type": "LOHA"}, "is a LOHA adapter"),
+    ({"peft_type": "OFT"}, "is a OFT adapter"),
+    ({"peft_type": "LOKR", "r": 0}, "a rank below 1"),
     ({"lora_bias": True}, "lora_bias"),
   ):
     save_peft_folder(tmp_path, unet, **changes)
@@ -308,10 +309,42 @@ BROKEN = {
     },
     "NaN or infinity",
   ),
-  "LoHa": ({f"{FLAT}.hada_w1_a": A}, "is LoHa .*only LoRA"),
-  "LoKr": ({f"{FLAT}.lokr_w1": A}, "is LoKr .*only LoRA"),
-  "DoRA": ({f"{FLAT}.dora_scale": A}, "is DoRA .*only LoRA"),
-  "Tucker": ({f"{FLAT}.lora_mid.weight": A}, "Tucker core .*only LoRA"),
+  "OFT": ({f"{FLAT}.oft_blocks": A}, "is OFT .*expected a LoRA, LoHa"),
+  "half a LoHa": ({f"{FLAT}.hada_w1_a": A}, "has hada_w1_a, which make no LoRA"),
+  "half a LoKr": ({f"{FLAT}.lokr_w1": A}, "has lokr_w1, which make no LoRA"),
+  "a core alone": ({f"{FLAT}.lora_mid.weight": A}, "has mid, which make no LoRA"),
+  "magnitudes alone": ({f"{FLAT}.dora_scale": A}, "which make no LoRA"),
+  "magnitudes of a norm": (
+    {
+      f"{FLAT}.lora_down.weight": A,
+      f"{FLAT}.lora_up.weight": B,
+      f"{FLAT}.dora_scale": A,
+    },
+    r"dora_scale of shape \(3, 8\)",
+  ),
+  "magnitudes of PEFT": (
+    {
+      f"{LAYER}.lora_A.weight": A,
+      f"{LAYER}.lora_B.weight": B,
+      f"{LAYER}.lora_magnitude_vector": A[0, :3],
+    },
+    "magnitudes of shape",
+  ),
+  "LoHa of two sizes": (
+    {
+      f"{FLAT}.hada_w1_a": B,
+      f"{FLAT}.hada_w1_b": A,
+      f"{FLAT}.hada_w2_a": B,
+      f"{FLAT}.hada_w2_b": A[:, :6],
+    },
+    "do not fit each other",
+  ),
+  "LoKr beyond measure": (
+    {f"{FLAT}.lokr_w1": np.ones((999, 999)), f"{FLAT}.lokr_w2": np.ones((99, 99))},
+    "larger than any of a Stable Diffusion UNet",
+  ),
+  "a bias of two axes": ({f"{FLAT}.diff_b": A}, "norm or bias"),
+  "NaN in a norm": ({f"{FLAT}.w_norm": A[0] * np.nan}, "NaN or infinity"),
   "nothing": ({}, "no tensors of a UNet LoRA"),
 }
 

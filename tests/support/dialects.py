@@ -1,0 +1,477 @@
+"""LoRA files of every dialect on tiny UNets, and what their tools make of them.
+
+`DIALECTS` has a row for each tool and kind of adapter. A file is drawn for a UNet; the
+tool's own result is the UNet with the adapter merged in, by PEFT itself or by a twin of
+the tool's published arithmetic, written apart from the package's. `measure` reads the
+file with the package and compares weights. The table of docs/interchange.md is printed
+by
+
+  python -m tests.support.dialects
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import numpy as np
+import peft
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from flax.core import freeze
+from flax.traverse_util import flatten_dict
+from safetensors.torch import save_file
+
+from safetydpo_jax import lora
+from safetydpo_jax.formats.base_model import weights
+from safetydpo_jax.formats.base_model.pipeline import parameter_shapes
+from safetydpo_jax.formats.loras import adapter as adapters
+from safetydpo_jax.formats.loras import names
+from safetydpo_jax.formats.loras.load import load_adapter
+from safetydpo_jax.models import published
+from safetydpo_jax.models.unet import UNet2DCondition
+from tests.support import checkpoints, webuis
+
+# As the published models, two layers a block: sgm's names count on it.
+_SD = checkpoints.UNET | {"layers_per_block": 2}
+TINY = {"SD1": _SD, "SDXL": _SD | checkpoints.SDXL["unet"]}
+FULL = {
+  "SD1": published.SD15_UNET,
+  "SD2": published.SD21_UNET,
+  "SDXL": published.SDXL_UNET,
+}
+RANK = 3  # no axis has the size of another
+LAYERS = torch.nn.Linear, torch.nn.Conv2d
+NORMS = torch.nn.GroupNorm, torch.nn.LayerNorm
+State = dict[str, torch.Tensor]
+
+
+def make_unet(family: str) -> diffusers.UNet2DConditionModel:
+  torch.manual_seed(0)
+  return checkpoints.perturb(diffusers.UNet2DConditionModel(**TINY[family]))
+
+
+# Names: a module of diffusers' UNet → what its tensors' names begin with.
+
+
+def flat(module, config):
+  return f"lora_unet_{module.replace('.', '_')}"
+
+
+def flat_sgm(module, config):
+  return f"lora_unet_{webuis.sgm_table(config)[module].replace('.', '_')}"
+
+
+def kohya(module, config):
+  """Its trainer holds SDXL as sgm does, SD1 and SD2 as diffusers does."""
+  return (flat_sgm if "addition_embed_type" in config else flat)(module, config)
+
+
+def lycoris(module, config):
+  return f"lycoris_{module.replace('.', '_')}"
+
+
+def omi(module, config):
+  return f"unet.{webuis.sgm_table(config)[module]}"
+
+
+def comfyui(module, config):
+  return f"diffusion_model.{webuis.sgm_table(config)[module]}"
+
+
+def dotted(module, config):
+  return f"unet.{module}"
+
+
+# Tensors of a layer, given its weight (out, in[, kh, kw]).
+
+
+def draw(*shape):
+  return torch.randn(shape) / max(shape[-1], 1) ** 0.5
+
+
+def draw_lora(weight):
+  out, inputs, *size = weight.shape
+  unit = [1] * len(size)
+  return {
+    "lora_down.weight": draw(RANK, inputs, *size),
+    "lora_up.weight": draw(out, RANK, *unit),
+    "alpha": torch.tensor(1.5),
+  }
+
+
+def draw_tucker(weight):
+  parts = draw_lora(weight)
+  _, inputs, *size = weight.shape
+  if size in ([], [1, 1]):
+    return parts
+  parts["lora_down.weight"] = draw(RANK, inputs, 1, 1)
+  return parts | {"lora_mid.weight": draw(RANK, RANK, *size)}
+
+
+def draw_loha(weight, tucker=False):
+  out, inputs, *size = weight.shape
+  parts = {"alpha": torch.tensor(2.0)}
+  for n in (1, 2):
+    if tucker and size not in ([], [1, 1]):
+      parts[f"hada_t{n}"] = draw(RANK, RANK, *size)
+      parts[f"hada_w{n}_a"] = draw(RANK, out)
+      parts[f"hada_w{n}_b"] = draw(RANK, inputs)
+    else:
+      parts[f"hada_w{n}_a"] = draw(out, RANK)
+      parts[f"hada_w{n}_b"] = draw(RANK, int(np.prod([inputs, *size])))
+  return parts
+
+
+def draw_loha_tucker(weight):
+  return draw_loha(weight, tucker=True)
+
+
+def draw_lokr(weight, whole=(True, False), tucker=False):
+  """w1 (a, c) and w2 (b, d) with out = a b and in = c d, each whole or factored."""
+  out, inputs, *size = weight.shape
+  a, c = (next(n for n in (4, 3, 2, 1) if side % n == 0) for side in (out, inputs))
+  b, d = out // a, inputs // c
+  parts = {"alpha": torch.tensor(2.0)}
+  if whole[0]:
+    parts["lokr_w1"] = draw(a, c)
+  else:
+    parts |= {"lokr_w1_a": draw(a, RANK), "lokr_w1_b": draw(RANK, c)}
+  if whole[1]:
+    return parts | {"lokr_w2": draw(b, d, *size)}
+  if tucker and size not in ([], [1, 1]):
+    parts |= {"lokr_w2_a": draw(RANK, b), "lokr_w2_b": draw(RANK, d)}
+    return parts | {"lokr_t2": draw(RANK, RANK, *size)}
+  flattened = int(np.prod([d, *size]))
+  return parts | {"lokr_w2_a": draw(b, RANK), "lokr_w2_b": draw(RANK, flattened)}
+
+
+def draw_lokr_whole(weight):
+  return draw_lokr(weight, (True, True))
+
+
+def draw_lokr_factored(weight):
+  return draw_lokr(weight, (False, False))
+
+
+def draw_lokr_tucker(weight):
+  return draw_lokr(weight, tucker=True)
+
+
+def draw_dora(weight):
+  """LyCORIS: norms of the output channels."""
+  norms = draw(len(weight), *[1] * (weight.ndim - 1)).abs() + 0.5
+  return draw_lora(weight) | {"dora_scale": norms}
+
+
+def draw_dora_in(weight):
+  """OneTrainer, and LyCORIS with wd_on_out=False: norms of the input channels."""
+  norms = draw(1, weight.shape[1], *[1] * (weight.ndim - 2)).abs() + 0.5
+  return draw_lora(weight) | {"dora_scale": norms}
+
+
+def draw_full(weight):
+  if weight.ndim == 1:
+    return {"w_norm": draw(len(weight)), "b_norm": draw(len(weight))}
+  return {"diff": draw(*weight.shape), "diff_b": draw(len(weight))}
+
+
+def draw_comfyui(weight):
+  """LoraSave: factors of kernels, differences of everything else."""
+  if weight.ndim == 1:
+    return {"diff": draw(len(weight)), "diff_b": draw(len(weight))}
+  return draw_lora(weight) | {"diff_b": draw(len(weight))}
+
+
+def draw_float8(weight):
+  return {
+    name: part.to(torch.float8_e4m3fn) for name, part in draw_lora(weight).items()
+  }
+
+
+def merged(weight: torch.Tensor, parts: State) -> torch.Tensor:
+  """The weight with its tensors merged in, as LyCORIS, OneTrainer and A1111 do it."""
+  parts = {name: part.float() for name, part in parts.items()}
+  if "w_norm" in parts or "diff" in parts:
+    return weight + parts.get("w_norm", parts.get("diff"))
+  rank = None
+  if "lora_up.weight" in parts:
+    up, down = parts["lora_up.weight"], parts["lora_down.weight"]
+    rank = len(down)
+    if "lora_mid.weight" in parts:
+      mid = parts["lora_mid.weight"]
+      delta = torch.einsum("nmkl,in,mj->ijkl", mid, up[:, :, 0, 0], down[:, :, 0, 0])
+    else:
+      delta = up.flatten(1) @ down.flatten(1)
+  elif "hada_w1_a" in parts:
+    rank, delta = RANK, 1
+    for n in (1, 2):
+      a, b = parts[f"hada_w{n}_a"], parts[f"hada_w{n}_b"]
+      if f"hada_t{n}" in parts:
+        one = torch.einsum("ijkl,jr,ip->prkl", parts[f"hada_t{n}"], b, a)
+      else:
+        one = a @ b
+      delta = delta * one
+  else:
+    first, second = parts.get("lokr_w1"), parts.get("lokr_w2")
+    if first is None:
+      rank, first = RANK, parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+    if second is None:
+      rank, a, b = RANK, parts["lokr_w2_a"], parts["lokr_w2_b"]
+      if "lokr_t2" in parts:
+        second = torch.einsum("ijkl,jr,ip->prkl", parts["lokr_t2"], b, a)
+      else:
+        second = a @ b
+    if second.ndim == 4:
+      first = first[:, :, None, None]
+    delta = torch.kron(first, second.contiguous())
+  scale = parts["alpha"] / rank if rank else 1.0
+  moved = weight + scale * delta.reshape(weight.shape)
+  if "dora_scale" not in parts:
+    return moved
+  norms = parts["dora_scale"]
+  axes = [n for n in range(moved.ndim) if norms.shape[n] == 1]
+  return norms * moved / moved.square().sum(axes, keepdim=True).sqrt()
+
+
+# Files, and the UNet that their tool makes of the base.
+
+
+class Dialect(NamedTuple):
+  """A tool and a kind of adapter.
+
+  Attributes:
+    tool, kind: for the table.
+    write: (UNet, its config, folder) → the file or folder to load, and the UNet with
+      it merged in.
+    naming: how the file names modules.
+    norms: whether norms are adapted too.
+    by: what the tool's result was computed with.
+  """
+
+  tool: str
+  kind: str
+  write: Callable
+  naming: Callable
+  norms: bool = False
+  by: str = "twin"
+
+
+def modules_of(unet, norms=False):
+  kinds = (*LAYERS, *NORMS) if norms else LAYERS
+  return {name: m for name, m in unet.named_modules() if isinstance(m, kinds)}
+
+
+def by_twin(naming, parts_of, norms=False, more=()):
+  """A dialect's `write` for files whose tensors `parts_of` draws."""
+
+  def write(unet, config, folder):
+    state = {name: torch.ones(2) for name in more}
+    with torch.no_grad():
+      for name, module in modules_of(unet, norms).items():
+        parts = parts_of(module.weight)
+        if module.bias is None:
+          parts.pop("diff_b", None)
+        start = naming(name, config)
+        state |= {f"{start}.{part}": t.contiguous() for part, t in parts.items()}
+        bias = parts.pop("diff_b", parts.pop("b_norm", None))
+        module.weight.copy_(merged(module.weight, parts))
+        if bias is not None:
+          module.bias += bias
+    save_file(state, folder / "lora.safetensors")
+    return folder / "lora.safetensors", unet
+
+  return write
+
+
+def by_peft(settings, where="peft"):
+  """A dialect's `write` for adapters that PEFT made."""
+
+  def write(unet, config, folder):
+    targets = [*modules_of(unet)]
+    options = {"target_modules": targets, "init_weights": False, **settings}
+    kind = options.pop("kind", peft.LoraConfig)
+    if kind is peft.LoraConfig:
+      options["init_lora_weights"] = options.pop("init_weights")
+    model = peft.get_peft_model(unet, kind(**options))
+    with torch.no_grad():
+      for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+          parameter.copy_(parameter * (1 + 0.2 * torch.rand_like(parameter)))
+        elif ".lora_" in name or ".lokr_" in name or ".hada_" in name:
+          parameter.copy_(draw(*parameter.shape))
+    model.save_pretrained(folder / "peft")
+    if where == "diffusers":
+      state = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(model))
+      state = {name.removeprefix("base_model.model."): t for name, t in state.items()}
+      about = {
+        "r": RANK,
+        "lora_alpha": options["lora_alpha"],
+        "target_modules": targets,
+      }
+      about["use_dora"] = options.get("use_dora", False)
+      diffusers.StableDiffusionPipeline.save_lora_weights(
+        folder / "diffusers",
+        unet_lora_layers=state,
+        unet_lora_adapter_metadata=about,
+      )
+    return folder / where, model.merge_and_unload()
+
+  return write
+
+
+_LORA = {"r": RANK, "lora_alpha": 1.5}
+_EXTRAS = {
+  "OneTrainer": ("clip_l.x.alpha", "clip_g.x.lora_down.weight", "bundle_emb.y.clip_l"),
+  "ComfyUI": ("text_encoders.clip_l.x.diff", "vae.x.diff"),
+  "LyCORIS": ("lora_te1_x.hada_w1_a", "lora_te2_x.oft_blocks"),
+}
+
+
+def _twin(tool, kind, naming, parts_of, norms=False):
+  more = _EXTRAS.get(tool, ())
+  return Dialect(tool, kind, by_twin(naming, parts_of, norms, more), naming, norms)
+
+
+DIALECTS = [
+  Dialect("diffusers", "LoRA", by_peft(_LORA, "diffusers"), dotted, by="PEFT"),
+  Dialect(
+    "diffusers",
+    "DoRA",
+    by_peft({**_LORA, "use_dora": True}, "diffusers"),
+    dotted,
+    by="PEFT",
+  ),
+  Dialect("PEFT", "LoRA", by_peft(_LORA), dotted, by="PEFT"),
+  Dialect("PEFT", "DoRA", by_peft({**_LORA, "use_dora": True}), dotted, by="PEFT"),
+  Dialect(
+    "PEFT",
+    "LoHa",
+    by_peft({"kind": peft.LoHaConfig, "r": RANK, "alpha": 2}),
+    dotted,
+    by="PEFT",
+  ),
+  Dialect(
+    "PEFT",
+    "LoKr",
+    by_peft({"kind": peft.LoKrConfig, "r": RANK, "alpha": 2}),
+    dotted,
+    by="PEFT",
+  ),
+  Dialect(
+    "PEFT",
+    "LoKr with cores, whole where small",
+    by_peft(
+      {
+        "kind": peft.LoKrConfig,
+        "r": RANK,
+        "alpha": 2,
+        "decompose_both": True,
+        "use_effective_conv2d": True,
+        "rank_pattern": {"conv_out": 40, "time_emb_proj": 40},
+      }
+    ),
+    dotted,
+    by="PEFT",
+  ),
+  _twin("kohya", "LoRA, LoCon", kohya, draw_lora),
+  _twin("kohya", "LoRA in float8", kohya, draw_float8),
+  _twin("LyCORIS", "LoCon with a core", kohya, draw_tucker),
+  _twin("LyCORIS", "LoHa", kohya, draw_loha),
+  _twin("LyCORIS", "LoHa with cores", kohya, draw_loha_tucker),
+  _twin("LyCORIS", "LoKr", kohya, draw_lokr),
+  _twin("LyCORIS", "LoKr, both factored", kohya, draw_lokr_factored),
+  _twin("LyCORIS", "LoKr, both whole", kohya, draw_lokr_whole),
+  _twin("LyCORIS", "LoKr with a core", kohya, draw_lokr_tucker),
+  _twin("LyCORIS", "DoRA", kohya, draw_dora),
+  _twin("LyCORIS", "full, with norms", kohya, draw_full, norms=True),
+  _twin("LyCORIS alone", "LoKr", lycoris, draw_lokr),
+  _twin("OneTrainer", "LoRA (OMI)", omi, draw_lora),
+  _twin("OneTrainer", "DoRA (OMI)", omi, draw_dora_in),
+  _twin("OneTrainer", "LoRA (legacy)", flat, draw_lora),
+  _twin("ComfyUI", "LoRA with differences", comfyui, draw_comfyui, norms=True),
+]
+
+
+class Measured(NamedTuple):
+  """Modules read, modules there, and the largest difference of a weight.
+
+  The difference is relative to the largest change of a weight.
+  """
+
+  read: int
+  there: int
+  difference: float
+
+
+def measure(dialect: Dialect, family: str, folder: Path) -> Measured:
+  """Reads a dialect's file and compares the weights it gives with its tool's."""
+  unet, config = make_unet(family), TINY[family]
+  base = {name: tensor.numpy().copy() for name, tensor in unet.state_dict().items()}
+  there = len(modules_of(unet, dialect.norms))
+  torch.manual_seed(1)
+  file, theirs = dialect.write(unet, config, folder)
+  shapes = tree_shapes(base)
+  params = weights.convert(base.items(), shapes)
+  adapter, _ = load_adapter(str(file))
+  adapters.check_shapes(params, adapter)
+  ours = flatten_dict(lora.fuse(adapters.fold(params, adapter.rest), adapter.lora))
+  wanted = flatten_dict(weights.convert(theirs_state(theirs), shapes))
+  before = flatten_dict(params)
+  worst = max(np.abs(np.asarray(ours[path]) - wanted[path]).max() for path in wanted)
+  change = max(np.abs(before[path] - wanted[path]).max() for path in wanted)
+  read = {path[:-1] for path in (*flatten_dict(adapter.lora), *adapter.rest)}
+  return Measured(len(read), there, float(worst / change))
+
+
+def tree_shapes(state):
+  """Our tree's shapes for a UNet of PyTorch."""
+  config = TINY["SDXL" if "add_embedding.linear_1.weight" in state else "SD1"]
+  return parameter_shapes(UNet2DCondition(freeze(config)))
+
+
+def theirs_state(unet):
+  return [(name, tensor.detach().numpy()) for name, tensor in unet.state_dict().items()]
+
+
+def count_names(dialect: Dialect, family: str) -> tuple[int, int]:
+  """Of a published model's modules, how many are read under the dialect's names."""
+  config = FULL[family]
+  with torch.device("meta"):
+    unet = diffusers.UNet2DConditionModel(**config)
+  modules = modules_of(unet, dialect.norms)
+  read = sum(
+    names.parse(f"{dialect.naming(name, config)}.alpha")
+    == (weights.tree_path(name), "alpha")
+    for name in modules
+  )
+  return read, len(modules)
+
+
+def table() -> str:
+  """The table of docs/interchange.md."""
+  rows = [
+    "| tool | adapter | layers read of layers there: SD1, SD2, SDXL | verified with "
+    "| largest difference |",
+    "|---|---|---|---|---|",
+  ]
+  for dialect in DIALECTS:
+    counts = (count_names(dialect, family) for family in FULL)
+    with tempfile.TemporaryDirectory() as folder:
+      worst = 0.0
+      for family in TINY:
+        (Path(folder) / family).mkdir()
+        found = measure(dialect, family, Path(folder) / family)
+        assert found.read == found.there, (dialect, family, found)
+        worst = max(worst, found.difference)
+    counts = ", ".join(f"{read} of {there}" for read, there in counts)
+    rows.append(
+      f"| {dialect.tool} | {dialect.kind} | {counts} | {dialect.by} | "
+      f"{f'{worst:.0e}' if worst else 0} |"
+    )
+  return "\n".join(rows)
+
+
+if __name__ == "__main__":
+  print(table())
