@@ -108,7 +108,11 @@ def export_lora(options: ExportOptions) -> None:
   if options.verify:
     result = options.out if whole else files[0]
     found = verify.compare(
-      source.base, lora, result, fused=whole, variant=options.variant
+      source.base,
+      lora,
+      result,
+      fused=whole,
+      variant=options.variant if whole else source.base.variant,
     )
     print(found.describe())
     verify.check(found, dtype)
@@ -159,10 +163,12 @@ def write_pipeline(out: Path, source: Source, options: ExportOptions) -> list[Pa
   Raises:
     InputError: it cannot be written.
   """
-  path = source.base.path
-  fused.copy_base(path, out)
+  base = source.base
+  fused.copy_base(base.path, out)
   dtype = options.dtype and DTYPES[options.dtype]
-  return fused.write_unet(out, path, source.lora, variant=options.variant, dtype=dtype)
+  return fused.write_unet(
+    out, base.path, source.lora, variant=base.variant, dtype=dtype
+  )
 
 
 def float_type(file: Path) -> str:

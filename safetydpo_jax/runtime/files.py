@@ -13,6 +13,13 @@ from typing import Any
 
 from safetydpo_jax.errors import InputError
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+# What a message says after the name of such a file.
+NOT_FETCHED = (
+  "is a Git LFS pointer, not the file it stands for; fetch that with `git lfs pull` in "
+  "its folder"
+)
+
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], tag: str | None = None) -> Iterator[Path]:
@@ -70,3 +77,12 @@ def write_csv(
     writer = csv.DictWriter(lines, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+
+
+def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
+  """Whether the file is what Git leaves in place of one that LFS has not fetched."""
+  try:
+    with open(path, "rb") as file:
+      return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+  except OSError:
+    return False

@@ -1,10 +1,10 @@
 """Where a model is: a directory, this package's toy model, or the Hugging Face hub."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.base_model.weights import STEMS
+from safetydpo_jax.formats.base_model import component_files, hub_errors
 
 PRESETS = {
   "toy": str(Path(__file__).parents[2] / "toyworld" / "model"),
@@ -24,28 +24,48 @@ def locate(
 ) -> Path:
   """The local directory of a model, downloaded if it is a hub id.
 
+  A component that does not have the variant is fetched without.
+
   Raises:
-    InputError: it is a file, or cannot be downloaded.
+    InputError: it is a file, cannot be downloaded, has no component of that variant, or
+      lacks weights.
   """
   path = Path(model)
-  if path.is_dir():
-    return path
-  if path.exists():
+  if path.exists() and not path.is_dir():
     raise InputError(
       f"{model} is a file, expected a diffusers directory; convert it once with "
       "diffusers: StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
     )
   repository = PRESETS.get(model, model)
-  if Path(repository).is_dir():
-    return Path(repository)
+  local = path if path.is_dir() else Path(repository)
+  if local.is_dir():
+    names = [str(file.relative_to(local)) for file in local.glob("*/*")]
+    component_files.choose_variants(_by_component(names), variant, str(local))
+    return local
+  wanted = sorted({"unet", *components})
+  variants: dict[str, str | None] = dict.fromkeys(wanted)
+  if variant:
+    names = _list_files(repository, revision)
+    names = _list_cached(repository, revision) if names is None else names
+    found = _by_component(names)
+    # An empty list: the download will say what is wrong.
+    if found:
+      variants |= component_files.choose_variants(found, variant, repository)
   what = f"preset {model!r}" if model in PRESETS else f"model {model!r}"
-  return _download(
-    repository,
-    revision,
-    download_patterns(components, variant),
-    what,
-    f"give a diffusers directory, a hub id or one of {', '.join(PRESETS)}",
-  )
+  wanted_variants = {name: variants[name] for name in wanted}
+  path = _download(repository, revision, download_patterns(wanted_variants), what)
+  for name, its in wanted_variants.items():
+    _check_weights(path / name, its, f"{repository}/{name}", repository, revision)
+  return path
+
+
+def _by_component(names: Iterable[str]) -> dict[str, list[str]]:
+  """{component: names of its files} of the paths "component/file"."""
+  found: dict[str, list[str]] = {}
+  for folder, slash, name in (path.partition("/") for path in names):
+    if slash and "/" not in name:
+      found.setdefault(folder, []).append(name)
+  return found
 
 
 def default_vae(model: str) -> str | None:
@@ -61,7 +81,7 @@ def locate_vae(vae: str, weights: bool) -> Path:
     weights: whether to download the weights too.
 
   Raises:
-    InputError: it does not exist or cannot be downloaded.
+    InputError: it does not exist, cannot be downloaded, or lacks weights.
   """
   path = Path(vae)
   for folder in (path, path / "vae"):
@@ -69,17 +89,20 @@ def locate_vae(vae: str, weights: bool) -> Path:
       return folder
   if path.exists():
     raise InputError(f"VAE {vae} has no config.json; expected a diffusers folder")
-  patterns = ["config.json", *(_weight_patterns("", None) if weights else ())]
-  how = "give a folder with the VAE's config.json and safetensors, or a hub id"
-  return _download(vae, None, patterns, f"VAE {vae!r}", how)
+  patterns = ["config.json"]
+  if weights:
+    patterns += component_files.patterns("", None)
+  path = _download(vae, None, patterns, f"VAE {vae!r}")
+  if weights:
+    _check_weights(path, None, vae, vae, None)
+  return path
 
 
 def _download(
-  repository: str, revision: str | None, patterns: list[str], what: str, how: str
+  repository: str, revision: str | None, patterns: list[str], what: str
 ) -> Path:
   # Imported here: it takes a second, and local directories do not need it.
   import huggingface_hub
-  from huggingface_hub.errors import HfHubHTTPError
 
   try:
     return Path(
@@ -87,39 +110,77 @@ def _download(
         repository, revision=revision, allow_patterns=patterns
       )
     )
-  except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+  except Exception as error:  # the library's own, and those of its HTTP client
     at = f" at revision {revision}" if revision else ""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise InputError(
       f"{what} is not a local directory, and {repository}{at} cannot be downloaded "
-      f"from the Hugging Face hub ({reason}); {how}"
+      f"from the Hugging Face hub: {hub_errors.explain(error, repository, revision)}"
     ) from error
 
 
-def download_patterns(components: Iterable[str], variant: str | None) -> list[str]:
+def _list_files(repository: str, revision: str | None) -> list[str] | None:
+  """The paths of a repository's files on the hub; None if it cannot be asked."""
+  import huggingface_hub
+
+  try:
+    about = huggingface_hub.HfApi().model_info(repository, revision=revision)
+  except Exception:  # the library's own, and those of its HTTP client
+    return None
+  return [file.rfilename for file in about.siblings or ()]
+
+
+def _list_cached(repository: str, revision: str | None) -> list[str]:
+  """The paths of a repository's files in the cache, as far as they were fetched."""
+  import huggingface_hub
+
+  try:
+    folder = Path(
+      huggingface_hub.snapshot_download(
+        repository,
+        revision=revision,
+        allow_patterns=["model_index.json"],
+        local_files_only=True,
+      )
+    )
+  except Exception:
+    return []
+  return [str(file.relative_to(folder)) for file in folder.glob("*/*")]
+
+
+def _check_weights(
+  folder: Path,
+  variant: str | None,
+  where: str,
+  repository: str,
+  revision: str | None,
+) -> None:
+  """Says what a component has in place of the weights that should have come."""
+  if not folder.is_dir():
+    return
+  there = [file.name for file in folder.iterdir() if file.is_file()]
+  if component_files.is_there(there, variant):
+    return
+  prefix = "" if where == repository else f"{folder.name}/"
+  paths = _list_files(repository, revision)
+  names = [p.removeprefix(prefix) for p in paths or () if p.startswith(prefix)]
+  if paths is not None and not component_files.is_there(names, variant):
+    raise InputError(component_files.why_none(where, names, variant))
+  raise InputError(
+    f"{folder} lacks the weights of {where}: its download was not finished; run the "
+    f"command with a network, or `hf download {repository}`"
+  )
+
+
+def download_patterns(variants: Mapping[str, str | None]) -> list[str]:
   """What to download: configs, tokenizers, the licence, one variant's safetensors.
 
-  The UNet is always included, for its fingerprint, and so are the feature extractor's
-  two kilobytes, which a fused pipeline needs.
+  The feature extractor's two kilobytes are included, which a fused pipeline needs.
+
+  Args:
+    variants: {component whose weights are wanted: their variant}.
   """
   patterns = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*"]
   patterns += ["feature_extractor/*.json", "LICENSE*"]
-  for name in sorted({"unet", *components}):
-    patterns += _weight_patterns(f"{name}/", variant)
+  for name, variant in variants.items():
+    patterns += component_files.patterns(f"{name}/", variant)
   return list(dict.fromkeys(patterns))
-
-
-def _weight_patterns(folder: str, variant: str | None) -> list[str]:
-  """One variant's safetensors, single or sharded, of a component."""
-  dot = f".{variant}" if variant else ""
-  return [
-    f"{folder}{stem}{ending}"
-    for stem in STEMS
-    for ending in (
-      f"{dot}.safetensors",
-      f"{dot}-?????-of-?????.safetensors",
-      f"-?????-of-?????{dot}.safetensors",
-      f"{dot}.safetensors.index.json",
-      f".safetensors.index{dot}.json",
-    )
-  ]
