@@ -98,7 +98,7 @@ def choose(table: Mapping[Any, Any], value: Any, what: str, field: str) -> Any:
   """Looks `value` up in a table of what is implemented."""
   if value not in table:
     raise InputError(
-      f"{what} config: {field} = {as_json(value)} is not supported, "
-      f"only {' or '.join(map(as_json, table))}"
+      f"{what} config: {field} = {value!r} is not supported, "
+      f"only {' or '.join(repr(key) for key in table)}"
     )
   return table[value]
