@@ -4,6 +4,7 @@ Weights are never read. For a model of the hub that is not on this disk, the pub
 config.json files are in `models/published.py`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from safetydpo_jax.models.vae import AutoencoderKL
 from safetydpo_jax.training.config import RunConfig
 
 
-def read_configs(model: str) -> tuple[dict, dict, tuple[dict, ...], dict]:
+def read_configs(
+  model: str,
+) -> tuple[Mapping, Mapping, tuple[Mapping, ...], Mapping]:
   """The configs of UNet, VAE, text encoders and noise schedule.
 
   Args:

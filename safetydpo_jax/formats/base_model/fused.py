@@ -174,10 +174,10 @@ def write_unet(
   Raises:
     InputError: the weights cannot be read or written, or a number overflows `dtype`.
   """
-  found = weight_files(base / "unet", variant)
-  for file in found:
+  files_of_base = weight_files(base / "unet", variant)
+  for file in files_of_base:
     _inside(file, base)
-  tensors = dict(weights.read_tensors(found))
+  tensors = dict(weights.read_tensors(files_of_base))
   layers = lora_layers(lora)
   found = {weights.canonical_name(name) for name in tensors}
   if missing := sorted(layers.keys() - found):

@@ -1,5 +1,6 @@
 """Where a model is: a directory, this package's toy model, or the Hugging Face hub."""
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -39,22 +40,19 @@ def locate(
   repository = PRESETS.get(model, model)
   local = path if path.is_dir() else Path(repository)
   if local.is_dir():
-    names = [str(file.relative_to(local)) for file in local.glob("*/*")]
-    component_files.choose_variants(_by_component(names), variant, str(local))
+    if variant:
+      there = _by_component(str(file.relative_to(local)) for file in local.glob("*/*"))
+      component_files.choose_variants(there, variant, str(local))
     return local
-  wanted = sorted({"unet", *components})
-  variants: dict[str, str | None] = dict.fromkeys(wanted)
-  if variant:
-    names = _list_files(repository, revision)
-    names = _list_cached(repository, revision) if names is None else names
-    found = _by_component(names)
-    # An empty list: the download will say what is wrong.
-    if found:
-      variants |= component_files.choose_variants(found, variant, repository)
   what = f"preset {model!r}" if model in PRESETS else f"model {model!r}"
-  wanted_variants = {name: variants[name] for name in wanted}
-  path = _download(repository, revision, download_patterns(wanted_variants), what)
-  for name, its in wanted_variants.items():
+  chosen: dict[str, str | None] = dict.fromkeys(sorted({"unet", *components}))
+  if variant:
+    found = _by_component(_list_files(repository, revision, cached=True))
+    if found:  # else the download says what is wrong
+      variants = component_files.choose_variants(found, variant, repository)
+      chosen = {name: variants.get(name) for name in chosen}
+  path = _download(repository, revision, download_patterns(chosen), what)
+  for name, its in chosen.items():
     _check_weights(path / name, its, f"{repository}/{name}", repository, revision)
   return path
 
@@ -118,33 +116,29 @@ def _download(
     ) from error
 
 
-def _list_files(repository: str, revision: str | None) -> list[str] | None:
-  """The paths of a repository's files on the hub; None if it cannot be asked."""
+def _list_files(repository: str, revision: str | None, *, cached: bool) -> list[str]:
+  """The paths of a repository's files, [] if they are not to be had.
+
+  `cached`: without a network, of those in the cache, as far as they were fetched.
+  """
   import huggingface_hub
 
-  try:
+  # The library's own exceptions, and those of its HTTP client.
+  with contextlib.suppress(Exception):
     about = huggingface_hub.HfApi().model_info(repository, revision=revision)
-  except Exception:  # the library's own, and those of its HTTP client
-    return None
-  return [file.rfilename for file in about.siblings or ()]
-
-
-def _list_cached(repository: str, revision: str | None) -> list[str]:
-  """The paths of a repository's files in the cache, as far as they were fetched."""
-  import huggingface_hub
-
-  try:
-    folder = Path(
-      huggingface_hub.snapshot_download(
-        repository,
-        revision=revision,
-        allow_patterns=["model_index.json"],
-        local_files_only=True,
+    return [file.rfilename for file in about.siblings or ()]
+  with contextlib.suppress(Exception):
+    if cached:
+      folder = Path(
+        huggingface_hub.snapshot_download(
+          repository,
+          revision=revision,
+          allow_patterns=["model_index.json"],
+          local_files_only=True,
+        )
       )
-    )
-  except Exception:
-    return []
-  return [str(file.relative_to(folder)) for file in folder.glob("*/*")]
+      return [str(file.relative_to(folder)) for file in folder.glob("*/*")]
+  return []
 
 
 def _check_weights(
@@ -161,9 +155,9 @@ def _check_weights(
   if component_files.is_there(there, variant):
     return
   prefix = "" if where == repository else f"{folder.name}/"
-  paths = _list_files(repository, revision)
-  names = [p.removeprefix(prefix) for p in paths or () if p.startswith(prefix)]
-  if paths is not None and not component_files.is_there(names, variant):
+  paths = _list_files(repository, revision, cached=False)
+  names = [p.removeprefix(prefix) for p in paths if p.startswith(prefix)]
+  if paths and not component_files.is_there(names, variant):
     raise InputError(component_files.why_none(where, names, variant))
   raise InputError(
     f"{folder} lacks the weights of {where}: its download was not finished; run the "
