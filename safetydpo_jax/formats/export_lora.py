@@ -124,7 +124,7 @@ def export_lora(options: ExportOptions) -> None:
       result,
       fold=lambda params: adapters.fold(params, rest),
       fused=whole,
-      variant=options.variant,
+      variant=options.variant if whole else source.base.variant,
     )
     print(found.describe())
     verify.check(found, dtype)
@@ -191,7 +191,7 @@ def write_pipeline(out: Path, source: Source, options: ExportOptions) -> list[Pa
     )
   fused.copy_base(base.path, out)
   return fused.write_unet(
-    out, base.path, adapter.lora, changes=changes, variant=options.variant, dtype=dtype
+    out, base.path, adapter.lora, changes=changes, variant=base.variant, dtype=dtype
   )
 
 

@@ -6,6 +6,7 @@ two tables: fields it reads, with diffusers' defaults, and fields it accepts onl
 listed values.
 """
 
+import json
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from flax.core import FrozenDict
 
 from safetydpo_jax.errors import InputError
+
+_KINDS = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+_NULL = (("projection_dim", None),)  # of encoders that do not project
 
 
 def freeze(value: Any) -> Any:
@@ -41,21 +45,42 @@ def settle(
     ignored: fields that have nothing to do with the network.
 
   Raises:
-    InputError: a field has a value that is not implemented.
+    InputError: a field has a value that is not implemented, or of another type.
   """
   for field, value in config.items():
     if field in defaults or field in ignored or field.startswith("_"):
       continue
     values = accepted.get(field, (None, False))
     if value not in values:
-      expected = " or ".join(repr(v) for v in values)
+      known = "is not supported" if field in accepted else "is not known here"
       raise InputError(
-        f"{what} config: {field} = {value!r} is not supported, only {expected}; "
-        "use a checkpoint of the Stable Diffusion 1, 2 or XL family"
+        f"{what} config: {field} = {as_json(value)} {known}, only "
+        f"{' or '.join(map(as_json, values))}; use a checkpoint of the Stable "
+        "Diffusion 1, 2 or XL family"
       )
-  return SimpleNamespace(
-    **{**defaults, **{k: config[k] for k in defaults if k in config}}
-  )
+  read = {field: config.get(field, default) for field, default in defaults.items()}
+  for field, value in read.items():
+    if not (_fits(value, defaults[field]) or (field, value) in _NULL):
+      raise InputError(
+        f"{what} config: {field} = {as_json(value)} is of the wrong type; expected one "
+        f"such as {as_json(defaults[field])}"
+      )
+  return SimpleNamespace(**read)
+
+
+def as_json(value: Any) -> str:
+  """A value as its file spells it: null and true, not None and True."""
+  return json.dumps(value, default=dict)
+
+
+def _fits(value: Any, default: Any) -> bool:
+  """Whether a field has its default's type, or is a list of them, one per level."""
+  first = default[0] if isinstance(default, tuple) else default
+  if isinstance(value, (list, tuple)):
+    return bool(value) and all(_fits(item, first) for item in value)
+  if value is None:  # no block, no switch
+    return first is None or isinstance(first, str | bool)
+  return default is None or type(value) in _KINDS[type(first)]
 
 
 def per_level(value: Any, levels: int, field: str, what: str = "UNet") -> tuple:

@@ -4,6 +4,7 @@ Weights are never read. For a model of the hub that is not on this disk, the pub
 config.json files are in `models/published.py`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,23 @@ import jax.numpy as jnp
 from safetydpo_jax.data.cache.batches import Batch
 from safetydpo_jax.diffusion import Schedule
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model import configs as config_files
 from safetydpo_jax.formats.base_model.hub import PRESETS
-from safetydpo_jax.formats.base_model.pipeline import (
-  CLASSES,
-  Pipeline,
-  parameter_shapes,
-)
+from safetydpo_jax.formats.base_model.module_shapes import parameter_shapes
+from safetydpo_jax.formats.base_model.parts import CLASSES
+from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.formats.base_model.single_file import open_single_file, split_choice
 from safetydpo_jax.models import clip, published, vae
 from safetydpo_jax.models.clip import CLIPText
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.unet import UNet2DCondition
 from safetydpo_jax.models.vae import AutoencoderKL
-from safetydpo_jax.runtime.manifest import read_json
 from safetydpo_jax.training.config import RunConfig
 
 
-def read_configs(model: str) -> tuple[dict, dict, tuple[dict, ...], dict]:
+def read_configs(
+  model: str,
+) -> tuple[Mapping, Mapping, tuple[Mapping, ...], Mapping]:
   """The configs of UNet, VAE, text encoders and noise schedule.
 
   Args:
@@ -41,19 +42,13 @@ def read_configs(model: str) -> tuple[dict, dict, tuple[dict, ...], dict]:
   folder = Path(model if Path(model).is_dir() else PRESETS.get(model, model))
   if folder.is_dir():
     names = ("text_encoder", "text_encoder_2")
-    encoders = [name for name in names if (folder / name).is_dir()]
-    return (
-      read_json(folder / "unet" / "config.json", "unet folder"),
-      read_json(folder / "vae" / "config.json", "vae folder"),
-      tuple(
-        {
-          "architectures": CLASSES[name],
-          **read_json(folder / name / "config.json", f"{name} folder"),
-        }
-        for name in encoders
-      ),
-      read_json(folder / "scheduler" / "scheduler_config.json", "scheduler"),
+    encoders = {name: CLASSES[name][0] for name in names if (folder / name).is_dir()}
+    folders = {name: folder / name for name in CLASSES}
+    found, scheduler = config_files.read_configs(
+      folders, folder / "scheduler", encoders
     )
+    unet, vae_config, *texts = found.values()
+    return unet, vae_config, tuple(texts), scheduler
   file, choice = split_choice(model)
   if Path(file).is_file():
     single = open_single_file(Path(file), choice)
@@ -84,7 +79,6 @@ def make_pipeline(config: RunConfig) -> Pipeline:
   encoders = tuple(CLIPText(encoder, dtype) for encoder in encoder_configs)
   modules = dict(zip(("text_encoder", "text_encoder_2"), encoders), unet=unet)
   vae_scale = vae.pixels_per_latent(vae_config)
-  side = unet_config.get("sample_size") or 64
   return Pipeline(
     name=config.model,
     path=Path(config.model),
@@ -103,7 +97,7 @@ def make_pipeline(config: RunConfig) -> Pipeline:
     latent_channels=vae.read_config(vae_config).latent_channels,
     vae_scale=vae_scale,
     scaling_factor=vae.read_config(vae_config).scaling_factor,
-    resolution=(max(side) if isinstance(side, tuple) else side) * vae_scale,
+    image_size=config_files.image_size(unet_config, vae_config),
   )
 
 

@@ -16,7 +16,12 @@ from typing import Any
 
 from safetydpo_jax.errors import InputError
 
-_LFS = b"version https://git-lfs.github.com/spec/v1"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+# What a message says after the name of such a file.
+NOT_FETCHED = (
+  "is a Git LFS pointer, not the file it stands for; fetch that with `git lfs pull` in "
+  "its folder"
+)
 
 
 @contextlib.contextmanager
@@ -78,9 +83,9 @@ def write_csv(
 
 
 def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
-  """Whether a Git LFS pointer is there instead of the file; False if nothing is."""
+  """Whether the file is what Git leaves in place of one that LFS has not fetched."""
   try:
     with open(path, "rb") as file:
-      return file.read(len(_LFS)) == _LFS
+      return file.read(len(_LFS_POINTER)) == _LFS_POINTER
   except OSError:
     return False

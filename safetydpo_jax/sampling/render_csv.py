@@ -160,8 +160,8 @@ def fill_from_checkpoint(options: RenderOptions, pipeline: Pipeline) -> RenderOp
   options = dataclasses.replace(
     options,
     sampler=sampler,
-    height=pipeline.resolution if options.height is None else options.height,
-    width=pipeline.resolution if options.width is None else options.width,
+    height=pipeline.image_size[0] if options.height is None else options.height,
+    width=pipeline.image_size[1] if options.width is None else options.width,
   )
   for name in ("height", "width"):
     pixels = getattr(options, name)

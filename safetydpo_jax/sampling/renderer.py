@@ -18,6 +18,7 @@ from PIL import Image
 
 from safetydpo_jax import diffusion
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model import old_files
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.models import conditioning
 from safetydpo_jax.models.flash import OnMesh
@@ -54,9 +55,11 @@ def fix_schedule(pipeline: Pipeline) -> Pipeline:
   diffusers' StableDiffusionPipeline does so, for configs older than these fields; its
   SDXL pipeline takes the config as it is, and so do we.
   """
-  if len(pipeline.text_encoders) > 1:
-    return pipeline
-  config = {**pipeline.schedule.config, "steps_offset": 1, "clip_sample": False}
+  config = old_files.correct_sampling(
+    pipeline.schedule.config,
+    f"{pipeline.name}: scheduler_config.json",
+    xl=len(pipeline.text_encoders) > 1,
+  )
   return dataclasses.replace(pipeline, schedule=diffusion.Schedule.from_config(config))
 
 

@@ -15,6 +15,7 @@ from safetydpo_jax.data.sources.pairs import SLOTS, SourcePair
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import load_pipeline
 from tests.support.caches import PAIRS, contents, run
+from tests.support.edits import edited_copy
 from tests.support.lookalike import write_csv_layout, write_folder_layout
 
 
@@ -162,6 +163,16 @@ def test_another_resolution(tiny_checkpoint, dataset, tmp_path):
   cache = run(tiny_checkpoint, dataset, tmp_path / "cache", "--resolution", 24)
   assert cache.latent_shape == (12, 12, 4)
   assert cache[0]["moments"].shape == (2, 2, 12, 12, 8)
+
+
+def test_a_model_of_oblongs_needs_a_resolution(tiny_checkpoint, dataset, tmp_path):
+  """Pairs are squares; a longer side would be a guess at what the user wants."""
+  file, sizes = "unet/config.json", {"sample_size": [8, 12]}
+  model = edited_copy(tiny_checkpoint, tmp_path / "model", file, **sizes)
+  with pytest.raises(InputError, match=r"16 × 24 .*--resolution"):
+    run(model, dataset, tmp_path / "cache")
+  cache = run(model, dataset, tmp_path / "cache", "--resolution", 16)
+  assert cache.latent_shape == (8, 8, 4)
 
 
 WRONG = {

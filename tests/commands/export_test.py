@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -162,6 +163,21 @@ def test_the_number_type_of_the_base_is_kept_unless_another_is_asked_for(
   assert "parameters, float16" in capsys.readouterr().out
   assert json.loads((out / "export.json").read_text())["dtype"] == "float16"
   assert "| numbers | float16 |" in read_card(out)
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "pipeline"])
+def test_a_variant_that_the_unet_does_not_have_is_taken_elsewhere(
+  trained, run, tiny_checkpoint, tmp_path, kind
+):
+  """The export loads as the base does: with the variant, which some components have."""
+  base = tmp_path / "base"
+  shutil.copytree(tiny_checkpoint, base)
+  file = base / "text_encoder" / "model.safetensors"
+  file.rename(file.with_name("model.fp16.safetensors"))
+  out = run(trained, "--variant", "fp16", "--verify", model=base, kind=kind)
+  if kind == "pipeline":
+    assert (out / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    load_pipeline(str(out), components=("text_encoder",), variant="fp16")
 
 
 def test_figures_that_are_none_stop_before_anything_is_written(trained, run, tmp_path):

@@ -1,7 +1,6 @@
 """render_csv: pictures of each family equal diffusers', from tokenizer to pixels."""
 
 import csv
-import dataclasses
 import json
 
 import diffusers
@@ -11,17 +10,23 @@ import pytest
 import torch
 from PIL import Image
 
-from safetydpo_jax import diffusion, load_pipeline
+from safetydpo_jax import load_pipeline
 from safetydpo_jax.data.prompts import Row, read_prompts
 from safetydpo_jax.formats.loras import adapter as adapters
 from safetydpo_jax.sampling import inputs
-from safetydpo_jax.sampling.render_csv import RenderOptions, make_folder, render_csv
-from safetydpo_jax.sampling.renderer import fix_schedule, initial_noise, key_words
+from safetydpo_jax.sampling.render_csv import (
+  RenderOptions,
+  fill_from_checkpoint,
+  make_folder,
+  render_csv,
+)
+from safetydpo_jax.sampling.renderer import initial_noise, key_words
 from tests.support.checkpoints import (
   SD2,
   save_tiny_checkpoint,
   save_tiny_sdxl_checkpoint,
 )
+from tests.support.edits import edited_copy
 
 HEIGHT, WIDTH, STEPS = 16, 24, 6
 COLUMNS = ["prompt", "negative_prompt", "evaluation_guidance"]
@@ -167,22 +172,16 @@ def test_guidance_below_1_is_none_as_in_diffusers(models):
   assert make_inputs(models["sd1"], 0, guidance=0.5).guidance == 1
 
 
-@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler")
-def test_old_scheduler_configs_are_fixed_as_diffusers_does(models, tmp_path):
-  """By its pipeline for Stable Diffusion 1 and 2; the one for XL leaves them alone."""
-  old = {"scheduler": {"steps_offset": None, "clip_sample": None}}
-  old["scheduler"]["_class_name"] = "DDIMScheduler"
-  model = save_tiny_checkpoint(tmp_path / "old", **old)
-  theirs = diffusers.StableDiffusionPipeline.from_pretrained(model).scheduler
-  ours = fix_schedule(load_pipeline(model, components=())).schedule
-  for field, value in (("steps_offset", 1), ("clip_sample", False)):
-    assert theirs.config[field] == ours.config[field] == value
-  theirs.set_timesteps(7)
-  np.testing.assert_array_equal(diffusion.sampling_timesteps(ours, 7), theirs.timesteps)
-  xl = load_pipeline(models["sdxl"], components=())
-  schedule = diffusion.Schedule.from_config({**xl.schedule.config, "steps_offset": 0})
-  xl = dataclasses.replace(xl, schedule=schedule)
-  assert fix_schedule(xl).schedule.config["steps_offset"] == 0
+def test_pictures_are_as_high_and_as_wide_as_the_model_draws(models, tmp_path):
+  """`sample_size` may be a height and a width, in this order."""
+  file, sizes = "unet/config.json", {"sample_size": [8, 12]}
+  model = edited_copy(models["sd1"], tmp_path / "model", file, **sizes)
+  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model)
+  pipeline.set_progress_bar_config(disable=True)
+  theirs = pipeline("on", num_inference_steps=1, output_type="np").images[0].shape[:2]
+  options = RenderOptions(model=str(model), prompts=tmp_path, out=tmp_path)
+  ours = fill_from_checkpoint(options, load_pipeline(model, components=()))
+  assert (ours.height, ours.width) == theirs == (16, 24)
 
 
 def test_the_noise_of_the_first_step_is_not_that_of_the_start():

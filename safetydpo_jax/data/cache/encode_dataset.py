@@ -195,9 +195,15 @@ def make_settings(
   Raises:
     InputError: the VAE cannot encode images of --resolution.
   """
-  resolution = pipeline.resolution
-  if options.resolution is not None:
-    resolution = options.resolution
+  resolution = options.resolution
+  if resolution is None:
+    height, width = pipeline.image_size
+    if height != width:
+      raise InputError(
+        f"{options.model} draws {height} × {width} pixels, and pairs are squares; give "
+        "--resolution"
+      )
+    resolution = height
   if resolution < 1 or resolution % pipeline.vae_scale:
     raise InputError(
       f"--resolution {resolution} is not a multiple of {pipeline.vae_scale}, the "

@@ -33,7 +33,13 @@ from jax.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model import weights
+from safetydpo_jax.formats.base_model.component_files import (
+  CONVERT,
+  PICKLES,
+  weight_files,
+)
 from safetydpo_jax.formats.tensors import cast, write_safetensors
+from safetydpo_jax.runtime import files
 from safetydpo_jax.runtime.manifest import read_json, write_json
 
 SHARD_BYTES = 10**10  # diffusers' max_shard_size
@@ -41,7 +47,6 @@ SHARD_BYTES = 10**10  # diffusers' max_shard_size
 Change = Callable[[np.ndarray], np.ndarray]  # W in float32 → what is added to it
 
 _COPIED = (".json", ".txt", ".safetensors", ".model")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _INDEX = "model_index.json"
 
 
@@ -104,13 +109,15 @@ def copy_base(base: Path, out: Path) -> None:
   for name in component_names(base):
     folder = base / name
     _check_classes(folder / "config.json")
-    files = [file for file in folder.iterdir() if file.suffix in _COPIED]
+    there = [file for file in folder.iterdir() if file.suffix in _COPIED]
     if name == "unet":
-      files = [folder / "config.json"]
-    elif not any(file.suffix == ".safetensors" for file in files):
+      there = [folder / "config.json"]
+    elif not any(file.suffix == ".safetensors" for file in there):
       _refuse_pickles(folder)
-    chosen += files
+    chosen += there
   for file in sorted(chosen):
+    if files.is_lfs_pointer(file):
+      raise InputError(f"{file} {files.NOT_FETCHED}")
     target = out / file.relative_to(base)
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(_inside(file, base), target)
@@ -126,12 +133,8 @@ def _check_classes(config: Path) -> None:
 
 
 def _refuse_pickles(folder: Path) -> None:
-  if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES):
-    raise InputError(
-      f"{folder} has its weights only as {pickles[0]}: pickles can run code and are "
-      "not copied; convert the checkpoint once with diffusers: "
-      "DiffusionPipeline.from_pretrained(...).save_pretrained(NEW_FOLDER)"
-    )
+  if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES):
+    raise InputError(f"{folder} has its weights only as {pickles[0]}: {CONVERT}")
 
 
 def _inside(file: Path, base: Path) -> Path:
@@ -175,12 +178,12 @@ def write_unet(
   Raises:
     InputError: the weights cannot be read or written, or a number overflows `dtype`.
   """
-  files = weights.weight_files(base / "unet", variant)
-  for file in files:
+  files_of_base = weight_files(base / "unet", variant)
+  for file in files_of_base:
     _inside(file, base)
   return write_tensors(
     out,
-    dict(weights.read_tensors(files)),
+    dict(weights.read_tensors(files_of_base)),
     lora,
     str(base / "unet"),
     changes=changes,

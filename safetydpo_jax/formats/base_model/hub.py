@@ -1,12 +1,13 @@
 """Where a model is: a directory, a file, this package's toy model, or the hub."""
 
+import contextlib
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model import component_files, hub_errors
 from safetydpo_jax.formats.base_model.single_file import SUFFIX, split_choice
-from safetydpo_jax.formats.base_model.weights import STEMS
 
 PRESETS = {
   "toy": str(Path(__file__).parents[2] / "toyworld" / "model"),
@@ -30,29 +31,48 @@ def locate(
 ) -> Path:
   """The local directory or single file of a model, downloaded if it is a hub id.
 
+  A component that does not have the variant is fetched without.
+
   Raises:
-    InputError: it is a file other than safetensors, or cannot be downloaded.
+    InputError: it is a file other than safetensors, cannot be downloaded, has no
+      component of that variant, or lacks weights.
   """
   path = Path(split_choice(model)[0])
-  if path.is_dir() or (path.is_file() and path.suffix.lower() == SUFFIX):
+  if path.is_file() and path.suffix.lower() == SUFFIX:
     return path
-  if path.exists():
+  if path.exists() and not path.is_dir():
     raise InputError(
       f"{model} is not a {SUFFIX} file: pickles can run code and are not read; convert "
       "it once with diffusers: "
       "StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
     )
   repository = PRESETS.get(model, model)
-  if Path(repository).is_dir():
-    return Path(repository)
+  local = path if path.is_dir() else Path(repository)
+  if local.is_dir():
+    if variant:
+      there = _by_component(str(file.relative_to(local)) for file in local.glob("*/*"))
+      component_files.choose_variants(there, variant, str(local))
+    return local
   what = f"preset {model!r}" if model in PRESETS else f"model {model!r}"
-  return _download(
-    repository,
-    revision,
-    download_patterns(components, variant),
-    what,
-    f"give a diffusers directory, a hub id or one of {', '.join(PRESETS)}",
-  )
+  chosen: dict[str, str | None] = dict.fromkeys(sorted({"unet", *components}))
+  if variant:
+    found = _by_component(_list_files(repository, revision, cached=True))
+    if found:  # else the download says what is wrong
+      variants = component_files.choose_variants(found, variant, repository)
+      chosen = {name: variants.get(name) for name in chosen}
+  path = _download(repository, revision, download_patterns(chosen), what)
+  for name, its in chosen.items():
+    _check_weights(path / name, its, f"{repository}/{name}", repository, revision)
+  return path
+
+
+def _by_component(names: Iterable[str]) -> dict[str, list[str]]:
+  """{component: names of its files} of the paths "component/file"."""
+  found: dict[str, list[str]] = {}
+  for folder, slash, name in (path.partition("/") for path in names):
+    if slash and "/" not in name:
+      found.setdefault(folder, []).append(name)
+  return found
 
 
 def default_vae(model: str) -> str | None:
@@ -69,7 +89,7 @@ def locate_vae(vae: str, weights: bool) -> Path:
     weights: whether to download the weights too.
 
   Raises:
-    InputError: it does not exist or cannot be downloaded.
+    InputError: it does not exist, cannot be downloaded, or lacks weights.
   """
   path = Path(vae)
   for folder in (path, path / "vae"):
@@ -79,9 +99,13 @@ def locate_vae(vae: str, weights: bool) -> Path:
     return path
   if path.exists():
     raise InputError(f"VAE {vae} has no config.json; expected a diffusers folder")
-  patterns = ["config.json", *(_weight_patterns("", None) if weights else ())]
-  how = "give a folder with the VAE's config.json and safetensors, or a hub id"
-  return _download(vae, None, patterns, f"VAE {vae!r}", how)
+  patterns = ["config.json"]
+  if weights:
+    patterns += component_files.patterns("", None)
+  path = _download(vae, None, patterns, f"VAE {vae!r}")
+  if weights:
+    _check_weights(path, None, vae, vae, None)
+  return path
 
 
 def locate_lora(name: str) -> Path:
@@ -101,27 +125,26 @@ def locate_lora(name: str) -> Path:
   how = "give a run directory, a .safetensors file or a hub id"
   if file:
     settings = str(Path(file[0]).with_name(_PEFT_FILES[0]))
-    folder = _download(repository, None, [glob.escape(file[0]), settings], what, how)
+    folder = _download(repository, None, [glob.escape(file[0]), settings], what)
     if not (folder / file[0]).is_file():
       raise InputError(f"{repository} on the hub has no file {file[0]}; {how}")
     beside = (folder / settings).is_file() and Path(file[0]).name == LORA_FILES[1]
     return (folder / settings).parent if beside else folder / file[0]
   peft = [f"{folder}{file}" for folder in ("", "*/") for file in _PEFT_FILES]
   known = ["model_index.json", LORA_FILES[0], *peft]
-  folder = _download(repository, None, known, what, how)
+  folder = _download(repository, None, known, what)
   if (folder / "model_index.json").is_file():
     raise InputError(f"{repository} is a whole model, not a LoRA; {how}")
   if any(path.name in LORA_FILES for path in folder.rglob("*.safetensors")):
     return folder
-  return _download(repository, None, ["*.safetensors"], what, how)
+  return _download(repository, None, ["*.safetensors"], what)
 
 
 def _download(
-  repository: str, revision: str | None, patterns: list[str], what: str, how: str
+  repository: str, revision: str | None, patterns: list[str], what: str
 ) -> Path:
   # Imported here: it takes a second, and local directories do not need it.
   import huggingface_hub
-  from huggingface_hub.errors import HfHubHTTPError
 
   try:
     return Path(
@@ -129,39 +152,73 @@ def _download(
         repository, revision=revision, allow_patterns=patterns
       )
     )
-  except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+  except Exception as error:  # the library's own, and those of its HTTP client
     at = f" at revision {revision}" if revision else ""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise InputError(
       f"{what} is not a local directory, and {repository}{at} cannot be downloaded "
-      f"from the Hugging Face hub ({reason}); {how}"
+      f"from the Hugging Face hub: {hub_errors.explain(error, repository, revision)}"
     ) from error
 
 
-def download_patterns(components: Iterable[str], variant: str | None) -> list[str]:
+def _list_files(repository: str, revision: str | None, *, cached: bool) -> list[str]:
+  """The paths of a repository's files, [] if they are not to be had.
+
+  `cached`: without a network, of those in the cache, as far as they were fetched.
+  """
+  import huggingface_hub
+
+  # The library's own exceptions, and those of its HTTP client.
+  with contextlib.suppress(Exception):
+    about = huggingface_hub.HfApi().model_info(repository, revision=revision)
+    return [file.rfilename for file in about.siblings or ()]
+  with contextlib.suppress(Exception):
+    if cached:
+      folder = Path(
+        huggingface_hub.snapshot_download(
+          repository,
+          revision=revision,
+          allow_patterns=["model_index.json"],
+          local_files_only=True,
+        )
+      )
+      return [str(file.relative_to(folder)) for file in folder.glob("*/*")]
+  return []
+
+
+def _check_weights(
+  folder: Path,
+  variant: str | None,
+  where: str,
+  repository: str,
+  revision: str | None,
+) -> None:
+  """Says what a component has in place of the weights that should have come."""
+  if not folder.is_dir():
+    return
+  there = [file.name for file in folder.iterdir() if file.is_file()]
+  if component_files.is_there(there, variant):
+    return
+  prefix = "" if where == repository else f"{folder.name}/"
+  paths = _list_files(repository, revision, cached=False)
+  names = [p.removeprefix(prefix) for p in paths if p.startswith(prefix)]
+  if paths and not component_files.is_there(names, variant):
+    raise InputError(component_files.why_none(where, names, variant))
+  raise InputError(
+    f"{folder} lacks the weights of {where}: its download was not finished; run the "
+    f"command with a network, or `hf download {repository}`"
+  )
+
+
+def download_patterns(variants: Mapping[str, str | None]) -> list[str]:
   """What to download: configs, tokenizers, the licence, one variant's safetensors.
 
-  The UNet is always included, for its fingerprint, and so are the feature extractor's
-  two kilobytes, which a fused pipeline needs.
+  The feature extractor's two kilobytes are included, which a fused pipeline needs.
+
+  Args:
+    variants: {component whose weights are wanted: their variant}.
   """
   patterns = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer*/*"]
   patterns += ["feature_extractor/*.json", "LICENSE*"]
-  for name in sorted({"unet", *components}):
-    patterns += _weight_patterns(f"{name}/", variant)
+  for name, variant in variants.items():
+    patterns += component_files.patterns(f"{name}/", variant)
   return list(dict.fromkeys(patterns))
-
-
-def _weight_patterns(folder: str, variant: str | None) -> list[str]:
-  """One variant's safetensors, single or sharded, of a component."""
-  dot = f".{variant}" if variant else ""
-  return [
-    f"{folder}{stem}{ending}"
-    for stem in STEMS
-    for ending in (
-      f"{dot}.safetensors",
-      f"{dot}-?????-of-?????.safetensors",
-      f"-?????-of-?????{dot}.safetensors",
-      f"{dot}.safetensors.index.json",
-      f".safetensors.index{dot}.json",
-    )
-  ]

@@ -12,38 +12,41 @@ translated to these terms by `single_file.py`.
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from safetydpo_jax.diffusion import Schedule
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.base_model import hub, single_file, weights
+from safetydpo_jax.formats.base_model import (
+  component_files,
+  hub,
+  old_files,
+  single_file,
+  weights,
+)
+from safetydpo_jax.formats.base_model.configs import Configs, image_size, read_configs
 from safetydpo_jax.formats.base_model.module_shapes import parameter_shapes
+from safetydpo_jax.formats.base_model.parts import (
+  COMPONENTS,
+  check_index,
+  check_sizes,
+)
 from safetydpo_jax.formats.base_model.shared_tokenizer import shared_tokenizers
 from safetydpo_jax.formats.base_model.single_file import SingleFile
-from safetydpo_jax.formats.base_model.single_file_kinds import describe_unet
 from safetydpo_jax.models import clip, vae
 from safetydpo_jax.models.clip import CLIPText
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.unet import UNet2DCondition
 from safetydpo_jax.models.vae import AutoencoderKL
+from safetydpo_jax.runtime import files as runtime_files
+from safetydpo_jax.runtime.log import note
 from safetydpo_jax.runtime.manifest import read_json
 
 if TYPE_CHECKING:
   from transformers import CLIPTokenizer
-
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-# The classes of model_index.json that we can load.
-CLASSES = {
-  "unet": ("UNet2DConditionModel",),
-  "vae": ("AutoencoderKL",),
-  "text_encoder": ("CLIPTextModel",),
-  "text_encoder_2": ("CLIPTextModelWithProjection",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +64,11 @@ class Pipeline:
     latent_channels: channels of the latents.
     vae_scale: pixels per latent in each direction, 8 for the published models.
     scaling_factor: latents = scaling_factor · posterior sample.
-    resolution: pixels per side that the UNet was trained for.
+    image_size: (height, width) in pixels that the UNet was trained for.
     index: model_index.json.
     vae_files: the VAE's weight files, if its weights were requested.
     vae_fingerprint: identifies the VAE's weights, if they were requested.
+    variant: of the UNet's weight files.
     single: the single file, if it was read from one.
   """
 
@@ -80,21 +84,34 @@ class Pipeline:
   latent_channels: int
   vae_scale: int
   scaling_factor: float
-  resolution: int
+  image_size: tuple[int, int]
   index: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   vae_files: tuple[Path, ...] = ()
   vae_fingerprint: str = ""
+  variant: str | None = None
   single: SingleFile | None = None
 
+  @property
+  def resolution(self) -> int:
+    """The longer side of `image_size`."""
+    return max(self.image_size)
+
   def tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
-    """Token ids (n, 77) int32 for each text encoder, padded and truncated."""
+    """Token ids (n, 77) int32 for each text encoder, padded and truncated.
+
+    To the tokenizer's length, as in diffusers, or the encoder's if that is shorter: old
+    tokenizers have none, which is read as 10³⁰.
+    """
     return tuple(
       np.asarray(
         tokenizer(
           list(captions),
           padding="max_length",
           truncation=True,
-          max_length=clip.read_config(encoder.config).max_position_embeddings,
+          max_length=min(
+            tokenizer.model_max_length,
+            clip.read_config(encoder.config).max_position_embeddings,
+          ),
         )["input_ids"],
         np.int32,
       )
@@ -131,7 +148,8 @@ def load_pipeline(
     components: whose weights to read, of `COMPONENTS`; default all. All modules are
       built in any case.
     dtype: the type of the weights and of the computation.
-    variant: of the weight files, for example "fp16".
+    variant: of the weight files, for example "fp16"; components that do not have it are
+      read without.
     revision: branch, tag or commit on the hub.
     attention: the attention kernel, see `models.attention.attend`.
     remat: what the UNet's backward pass recomputes, see `models.blocks.REMAT`.
@@ -150,40 +168,50 @@ def load_pipeline(
   single = single_file.read(path, str(model), variant) if path.is_file() else None
   inside = dict(single.components) if single else {}
   folders = {name: path / name for name in COMPONENTS}
-  variants: dict[str, str | None] = dict.fromkeys(COMPONENTS, variant)
-  other_vae = None
-  if vae_from:
-    other_vae = hub.locate_vae(vae_from, "vae" in wanted)
-    variants["vae"] = None
+  other_vae = hub.locate_vae(vae_from, "vae" in wanted) if vae_from else None
+  if other_vae:
     inside.pop("vae", None)
     if other_vae.is_dir():
       folders["vae"] = other_vae
 
-  files = _read_files(path, folders, single)
+  index = (
+    single.model_index
+    if single
+    else read_json(path / "model_index.json", "diffusers directory")
+  )
+  encoders = check_index(path, index)
+  configs, scheduler = (
+    _single_configs(single, folders["vae"])
+    if single
+    else read_configs(folders, path / "scheduler", encoders)
+  )
   if other_vae and other_vae.is_file():
-    scaling_factor = vae.read_config(files.configs["vae"]).scaling_factor
+    scaling_factor = vae.read_config(configs["vae"]).scaling_factor
     inside["vae"] = single_file.open_vae(other_vae, scaling_factor)
-    files.configs["vae"] = freeze(inside["vae"].config)
-  if single and not vae_from and "vae" in set(wanted) - inside.keys():
+    configs["vae"] = freeze(inside["vae"].config)
+  if single and not other_vae and "vae" in set(wanted) - inside.keys():
     raise InputError(
       f"{path} has no VAE in it (first_stage_model.); name one with --vae"
     )
-  encoders = _check_index(path, files.about)
-  _check_sizes(path, files.configs, encoders)
-  schedule = Schedule.from_config(files.scheduler)
+  check_sizes(path, configs)
+  schedule = Schedule.from_config(scheduler)
 
-  vae_config = files.configs["vae"]
+  parts = [name for name in ("vae", *encoders) if name in wanted and name in fetched]
+  variants = (
+    {} if single else _choose_variants(folders, ("unet", *parts), variant, path)
+  )
+  vae_config = configs["vae"]
   vae_scale = vae.pixels_per_latent(vae_config)
-  unet = UNet2DCondition(files.configs["unet"], dtype, remat, attention)
+  unet = UNet2DCondition(configs["unet"], dtype, remat, attention)
   autoencoder = AutoencoderKL(vae_config, dtype)
-  texts = {name: CLIPText(files.configs[name], dtype) for name in encoders}
+  texts = {name: CLIPText(configs[name], dtype) for name in encoders}
   modules = {"unet": unet, "vae": autoencoder, **texts}
   shapes = {name: parameter_shapes(module) for name, module in modules.items()}
 
   def files_of(name: str) -> tuple[Path, ...]:
     if name in inside:
       return (inside[name].path,)
-    return tuple(weights.weight_files(folders[name], variants[name]))
+    return tuple(component_files.weight_files(folders[name], variants.get(name)))
 
   def read(name: str) -> Iterable[tuple[str, np.ndarray]]:
     return (
@@ -195,7 +223,7 @@ def load_pipeline(
       source = f"{inside[name].path} ({name})"
       return weights.convert(read(name), shapes[name], dtype=dtype, source=source)
     return weights.load_component(
-      folders[name], shapes[name], dtype=dtype, variant=variants[name]
+      folders[name], shapes[name], dtype=dtype, variant=variants.get(name)
     )
 
   return Pipeline(
@@ -216,104 +244,40 @@ def load_pipeline(
     latent_channels=vae.read_config(vae_config).latent_channels,
     vae_scale=vae_scale,
     scaling_factor=vae.read_config(vae_config).scaling_factor,
-    resolution=_resolution(files.configs["unet"], vae_config, vae_scale),
-    index=files.about,
+    image_size=image_size(configs["unet"], vae_config),
+    index=index,
     vae_files=files_of("vae") if "vae" in wanted else (),
     vae_fingerprint=weights.fingerprint(read("vae")) if "vae" in wanted else "",
+    variant=variants.get("unet"),
     single=single,
   )
 
 
-class _Files(NamedTuple):
-  """A checkpoint's JSON files.
-
-  Attributes:
-    about: model_index.json.
-    configs: {component: config.json, frozen}, of the components in the index.
-    scheduler: scheduler_config.json.
-  """
-
-  about: dict[str, Any]
-  configs: dict[str, FrozenDict[str, Any]]
-  scheduler: dict[str, Any]
+def _single_configs(single: SingleFile, vae_folder: Path) -> Configs:
+  """A single file's settings, with those of another model's VAE if it has a folder."""
+  configs = {name: freeze(config) for name, config in single.configs.items()}
+  if vae_folder.is_dir():
+    file = vae_folder / "config.json"
+    config = old_files.correct_vae(read_json(file, "vae folder"), str(file))
+    configs["vae"] = freeze(config)
+  return Configs(configs, single.scheduler)
 
 
-def _read_files(
-  path: Path, folders: dict[str, Path], single: SingleFile | None
-) -> _Files:
-  """Reads the JSON files, without a look at what they say."""
-  if single:
-    configs = {name: freeze(config) for name, config in single.configs.items()}
-    if folders["vae"].is_dir():  # another model's
-      configs["vae"] = freeze(read_json(folders["vae"] / "config.json", "vae folder"))
-    return _Files(single.model_index, configs, single.scheduler)
-  index = read_json(path / "model_index.json", "diffusers directory")
-  configs = {}
-  for name in COMPONENTS:
-    if (kind := _class_of(index, name)) is not None:
-      config = read_json(folders[name] / "config.json", f"{name} folder")
-      # Configs of older text encoders do not name their class.
-      defaults = {"architectures": (kind,)} if name.startswith("text_encoder") else {}
-      configs[name] = freeze({**defaults, **config})
-  scheduler = read_json(path / "scheduler" / "scheduler_config.json", "scheduler")
-  return _Files(index, configs, scheduler)
-
-
-def _class_of(index: dict[str, Any], component: str) -> str | None:
-  """A component's class in model_index.json, None if it has none."""
-  return (index.get(component) or [None, None])[1]
-
-
-def _check_index(path: Path, index: dict[str, Any]) -> tuple[str, ...]:
-  """Checks model_index.json; returns the names of the text encoders."""
-  for name, classes in CLASSES.items():
-    kind = _class_of(index, name)
-    if kind is None and name == "text_encoder_2":
-      continue
-    if kind not in classes:
-      raise InputError(
-        f"{path / 'model_index.json'}: {name} is {kind!r}, expected "
-        f"{' or '.join(classes)}; only Stable Diffusion 1, 2 and XL are supported"
-      )
-  return COMPONENTS[2 : 4 if _class_of(index, "text_encoder_2") else 3]
-
-
-def _check_sizes(
-  path: Path, configs: dict[str, FrozenDict[str, Any]], encoders: tuple[str, ...]
-) -> None:
-  """Refuses components that do not work together."""
-  unet = configs["unet"]
-  latent_channels = vae.read_config(configs["vae"]).latent_channels
-  channels = unet.get("in_channels", 4)
-  if channels != latent_channels or unet.get("out_channels", 4) != latent_channels:
-    kind = describe_unet(channels)
-    reason = (
-      f"this is {kind}, which is not supported"
-      if kind
-      else ("they belong to different models")
+def _choose_variants(
+  folders: dict[str, Path], names: Iterable[str], variant: str | None, path: Path
+) -> dict[str, str | None]:
+  """The variant of each component's files; a line says which do not have it."""
+  chosen = {
+    name: variant
+    if component_files.is_there([f.name for f in folders[name].glob("*")], variant)
+    else None
+    for name in names
+  }
+  if variant and (without := [name for name, its in chosen.items() if its is None]):
+    note(
+      f"{path}: no files of variant {variant!r} in {', '.join(without)}; read without"
     )
-    raise InputError(
-      f"{path}: the UNet takes {channels} channels and gives "
-      f"{unet.get('out_channels', 4)}, the VAE has {latent_channels}; {reason}"
-    )
-  width = sum(clip.read_config(configs[n]).hidden_size for n in encoders)
-  dims = unet.get("cross_attention_dim", 1280)
-  if width not in (dims if isinstance(dims, tuple) else (dims,)):
-    raise InputError(
-      f"{path}: the UNet attends to {dims} text features, the text encoders give "
-      f"{width}; the folders belong to different models"
-    )
-
-
-def _resolution(
-  unet_config: FrozenDict[str, Any], vae_config: FrozenDict[str, Any], vae_scale: int
-) -> int:
-  """The training resolution in pixels; diffusers' default is 64 latents."""
-  size = unet_config.get("sample_size")
-  if size is None:
-    size = vae_config.get("sample_size", 64 * vae_scale)
-    vae_scale = 1
-  return (max(size) if isinstance(size, tuple) else size) * vae_scale
+  return chosen
 
 
 def _load_tokenizer(folder: Path) -> "CLIPTokenizer":
@@ -325,6 +289,9 @@ def _load_tokenizer(folder: Path) -> "CLIPTokenizer":
       f"{folder} is missing: a text encoder needs its tokenizer; fetch the checkpoint "
       "again"
     )
+  for file in folder.iterdir():
+    if runtime_files.is_lfs_pointer(file):
+      raise InputError(f"{file} {runtime_files.NOT_FETCHED}")
   try:
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
   except Exception as error:  # the library raises anything for a damaged file

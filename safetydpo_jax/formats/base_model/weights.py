@@ -8,8 +8,7 @@ before it (`down_blocks.0.attentions.1` ↔ down_blocks_0/attentions_1), and
 So the module's own tree of shapes is the whole mapping. Every parameter must be found
 and every tensor used.
 
-Files are safetensors only: <stem>[.<variant>].safetensors, or shards with an index
-<stem>.safetensors.index[.<variant>].json. Pickles are never opened.
+Which files those are: `component_files.py`.
 """
 
 import hashlib
@@ -24,10 +23,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.component_files import weight_files
 from safetydpo_jax.formats.tensors import open_safetensors
-from safetydpo_jax.runtime.manifest import read_json
-
-STEMS = ("diffusion_pytorch_model", "model")
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _INDEX = re.compile(r"_(\d+)$")
@@ -66,64 +63,6 @@ def canonical_name(name: str) -> str:
   for pattern, replacement in _LEGACY:
     name = pattern.sub(replacement, name)
   return name
-
-
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-  """The safetensors files of a component.
-
-  Raises:
-    InputError: there are none (of that variant), or the index is not valid.
-  """
-  dot = f".{variant}" if variant else ""
-  for stem in STEMS:
-    file = folder / f"{stem}{dot}.safetensors"
-    if file.is_file():
-      return [file]
-    for index in (
-      folder / f"{stem}.safetensors.index{dot}.json",
-      folder / f"{stem}{dot}.safetensors.index.json",
-    ):
-      if index.is_file():
-        return _shards(index)
-  raise InputError(_why_none(folder, variant))
-
-
-def _shards(index: Path) -> list[Path]:
-  """The files an index names, which must be in its folder."""
-  table = read_json(index, "weight index")
-  names = table.get("weight_map") if isinstance(table, dict) else None
-  if not isinstance(names, dict) or not names:
-    raise InputError(
-      f"{index} is not a weight index: it has no 'weight_map'; fetch it again"
-    )
-  files = sorted({str(name) for name in names.values()})
-  for name in files:
-    if Path(name).name != name or name in ("", ".", ".."):
-      raise InputError(f"{index} names {name!r}, which is not a file in its folder")
-    if not (index.parent / name).is_file():
-      raise InputError(f"{index} names {name}, which does not exist; fetch it again")
-  return [index.parent / name for name in files]
-
-
-def _why_none(folder: Path, variant: str | None) -> str:
-  """The message for a component without matching safetensors."""
-  there = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
-  wanted = f"variant {variant!r}" if variant else "no variant"
-  if any(name.endswith(".safetensors") for name in there):
-    return (
-      f"{folder} has no weights of {wanted}, only "
-      f"{', '.join(n for n in there if n.endswith('.safetensors'))}; "
-      "choose a variant that exists"
-    )
-  pickles = [n for n in there if n.endswith((".bin", ".ckpt", ".pt", ".pth"))]
-  if pickles:
-    return (
-      f"{folder} has only {', '.join(pickles)}: pickles can run code and are not read; "
-      "convert the checkpoint once with diffusers: "
-      "DiffusionPipeline.from_pretrained(...).save_pretrained(NEW_FOLDER)"
-    )
-  expected = " or ".join(f"{stem}.safetensors" for stem in STEMS)
-  return f"{folder} has no weights: expected {expected}"
 
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, np.ndarray]]:

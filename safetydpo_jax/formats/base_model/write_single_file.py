@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from safetydpo_jax.diffusion import Schedule
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model import (
+  component_files,
   fused,
   original_shapes,
   single_file,
@@ -125,7 +126,7 @@ def read_component(
   """
   if base.single:
     return dict(single_file.component_of(base.single, name).read())
-  files = weights.weight_files(base.path / name, variant)
+  files = component_files.weight_files(base.path / name, variant)
   return {weights.canonical_name(n): x for n, x in weights.read_tensors(files)}
 
 

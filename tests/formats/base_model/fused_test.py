@@ -330,3 +330,10 @@ def test_one_tensor_is_in_memory_at_a_time(base, tree, tmp_path, monkeypatch):
   fused.write_unet(tmp_path / "out", base, tree)
   assert seen == list(range(1, len(seen) + 1)), "a tensor is made when it is written"
   assert len(jax.tree.leaves(tree)) < len(seen)
+
+
+def test_a_file_that_git_lfs_has_not_fetched_is_not_copied(base, tree, tmp_path):
+  pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+  (base / "vae" / "diffusion_pytorch_model.safetensors").write_text(pointer)
+  with pytest.raises(InputError, match=r"vae/.*safetensors is a Git LFS pointer"):
+    write(base, tmp_path / "out", tree)

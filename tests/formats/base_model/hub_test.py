@@ -12,14 +12,6 @@ from safetydpo_jax.formats.base_model.pipeline import COMPONENTS, load_pipeline
 from tests.support.checkpoints import save_tiny_checkpoint
 
 
-@pytest.mark.parametrize("model", ["sd15", "nobody/nothing", "no such/id at all"])
-def test_an_unknown_name_or_a_missing_network_is_one_clear_line(model):
-  with pytest.raises(
-    InputError, match=r"cannot be downloaded from the Hugging Face hub"
-  ):
-    load_pipeline(model)
-
-
 def test_toy_is_the_model_that_ships():
   pipeline = load_pipeline("toy", components=("unet",))
   assert (pipeline.resolution, pipeline.vae_scale) == (32, 4)
@@ -74,7 +66,7 @@ def hub(tiny_checkpoint, tmp_path, monkeypatch):
   repositories = {PRESETS["sdxl"]: tiny_checkpoint, VAES["sdxl"]: vae}
   asked = {}
 
-  def snapshot_download(repository, *, revision, allow_patterns):
+  def snapshot_download(repository, *, revision, allow_patterns, **_):
     asked[repository] = allow_patterns
     return str(repositories[repository])
 
@@ -122,7 +114,7 @@ def test_a_vae_that_is_none_is_one_clear_line(tiny_checkpoint, tmp_path):
 
 def test_one_variant_of_the_components_is_downloaded_and_no_more():
   def fetched(components, variant):
-    patterns = download_patterns(components, variant)
+    patterns = download_patterns(dict.fromkeys(("unet", *components), variant))
     return {f for f in REPOSITORY if any(fnmatch.fnmatch(f, p) for p in patterns)}
 
   small = {f for f in REPOSITORY if f.endswith(("config.json", ".txt", "vocab.json"))}

@@ -1,6 +1,5 @@
 """A diffusers directory becomes modules, weights, tokenizers and a schedule."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from safetydpo_jax.formats.base_model import pipeline as pipelines
 from safetydpo_jax.formats.base_model.pipeline import load_pipeline
 from safetydpo_jax.models import clip
 from tests.support.checkpoints import save_tiny_checkpoint, save_tiny_sdxl_checkpoint
+from tests.support.edits import edited_copy
 from tests.support.parity import NETWORK, array, draw, tensor
 
 PROMPTS = ["A red circle on the  Left", "", "é~ 'quoted', 12 " + "and on " * 90]
@@ -25,16 +25,6 @@ PROMPTS = ["A red circle on the  Left", "", "é~ 'quoted', 12 " + "and on " * 90
 @pytest.fixture(scope="module")
 def theirs(tiny_checkpoint):
   return diffusers.StableDiffusionPipeline.from_pretrained(tiny_checkpoint)
-
-
-def edit(checkpoint, tmp_path, file, **changes):
-  """A copy of the checkpoint with fields of one JSON file changed; None removes."""
-  copy = tmp_path / "copy"
-  shutil.copytree(checkpoint, copy)
-  content = json.loads((copy / file).read_text()) | changes
-  content = {key: value for key, value in content.items() if value is not None}
-  (copy / file).write_text(json.dumps(content))
-  return copy
 
 
 def test_describes_the_checkpoint(tiny_checkpoint):
@@ -82,6 +72,28 @@ def test_tokens_equal_transformers(tiny_checkpoint, theirs):
   end = theirs.tokenizer.eos_token_id
   assert (ids[:, -1] == end).all()
   assert (ids[2] == end).sum() == 1  # truncated, and still ended
+
+
+@pytest.mark.parametrize(
+  ("file", "changes", "length", "pad"),
+  [
+    ("tokenizer_config.json", {"model_max_length": 20}, 20, None),
+    ("tokenizer_config.json", {"model_max_length": None}, 77, None),
+    ("special_tokens_map.json", {"pad_token": "!"}, 77, "!"),  # as in SD 2
+  ],
+)
+def test_tokens_are_padded_as_the_tokenizers_files_say(
+  tiny_checkpoint, tmp_path, file, changes, length, pad
+):
+  copy = tmp_path / "copy"
+  edited_copy(tiny_checkpoint, copy, f"tokenizer/{file}", **changes)
+  (ids,) = load_pipeline(copy, components=()).tokenize(PROMPTS)
+  their = diffusers.StableDiffusionPipeline.from_pretrained(copy).tokenizer
+  # The pipeline pads to the tokenizer's length, and fails if it has none.
+  assert their.model_max_length == length or their.model_max_length > 10**20
+  expected = their(PROMPTS, padding="max_length", truncation=True, max_length=length)
+  np.testing.assert_array_equal(ids, expected["input_ids"])
+  assert ids[1, -1] == their.convert_tokens_to_ids(pad or their.eos_token)
 
 
 def test_only_the_components_asked_for_are_read(tiny_checkpoint):
@@ -164,12 +176,15 @@ def test_sdxl_layout_has_two_encoders(tmp_path):
       "text_encoder is None",
     ),
     ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "'flow'"),
+    ("unet/config.json", {"sample_size": [8, 8, 8]}, "sample_size"),
+    ("unet/config.json", {"sample_size": "64"}, "sample_size"),
+    ("model_index.json", {"_class_name": "StableDiffusionUpscalePipeline"}, "Upscale"),
   ],
 )
 def test_a_checkpoint_we_cannot_run_is_refused(
   tiny_checkpoint, tmp_path, file, changes, message
 ):
-  copy = edit(tiny_checkpoint, tmp_path, file, **changes)
+  copy = edited_copy(tiny_checkpoint, tmp_path / "copy", file, **changes)
   with pytest.raises(InputError, match=message):
     load_pipeline(copy)
 
@@ -200,7 +215,8 @@ def test_what_the_json_files_say_is_checked_before_weights_are_read(
   tiny_checkpoint, tmp_path
 ):
   changes = {"prediction_type": "flow"}
-  copy = edit(tiny_checkpoint, tmp_path, "scheduler/scheduler_config.json", **changes)
+  file = "scheduler/scheduler_config.json"
+  copy = edited_copy(tiny_checkpoint, tmp_path / "copy", file, **changes)
   (copy / "unet/diffusion_pytorch_model.safetensors").unlink()
   with pytest.raises(InputError, match="'flow'"):
     load_pipeline(copy)
