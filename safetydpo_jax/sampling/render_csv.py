@@ -152,7 +152,9 @@ def fill_from_checkpoint(options: RenderOptions, pipeline: Pipeline) -> RenderOp
   Raises:
     InputError: the size, the sampler or the number of steps does not fit the model.
   """
-  sampler = options.sampler or methods.name_of(read_index(pipeline)["scheduler"][1])
+  sampler = options.sampler or methods.name_of(
+    read_index(pipeline)["scheduler"][1], pipeline.schedule.config
+  )
   options = dataclasses.replace(
     options,
     sampler=sampler,
