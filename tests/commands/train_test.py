@@ -296,4 +296,4 @@ def test_a_diverged_update_is_not_saved(tiny_checkpoint, cache, tmp_path):
 def test_help_shows_an_example(capsys):
   with pytest.raises(SystemExit):
     train.main(["--help"])
-  assert "--config configs/hate.py:sd15 --workdir runs/hate" in capsys.readouterr().out
+  assert "--config hate:sd15 --workdir runs/hate" in capsys.readouterr().out
