@@ -16,7 +16,7 @@ what it has seen since (UniPC) has b as well.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ def run_table(
   clipped = bool(np.isfinite(table.limit).any())
   corrected = bool(table.correct.any())
 
-  def step(carry, numbered):
+  def step(carry: Any, numbered: tuple[jax.Array, Any]) -> tuple[Any, None]:
     number, row = numbered
     latents, start, history, draw = carry
     prediction = predict(row.scale * latents, row.timesteps).astype(jnp.float32)
