@@ -119,7 +119,7 @@ def _row(
     differences: D_0 … in terms of d by age and of λ: row 0 times d is D_0; the others
       are derivatives by λ itself, (order, order).
   """
-  (alpha, s), (next_alpha, next_s) = scales(high), scales(low)
+  (alpha, next_alpha), (s, next_s) = scales(np.array([high, low]))
   h = np.log(high / low) if low else np.inf
   u, factor, keep, variance = {
     "dpmsolver++": (-h, next_alpha, next_s / s, 0.0),

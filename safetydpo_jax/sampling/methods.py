@@ -79,7 +79,7 @@ def make_ddim(c: SimpleNamespace, steps: int) -> Sampler:
   """Equation (4) of `diffusion.py`."""
   schedule = Schedule.from_config(vars(c))
   first = diffusion.sampling_timesteps(schedule, steps)[0]
-  check_signal(c.prediction_type, schedule.alphas_cumprod[first])
+  check_signal(c.prediction_type, float(schedule.alphas_cumprod[first]))
   return lambda predict, latents, noise: diffusion.sample_ddim(
     predict, schedule, latents, steps
   )
@@ -199,7 +199,6 @@ METHODS: dict[Name, Method] = {
   ),
   "tcd": Method(make_tcd, fields.DISTILLED, {}),
 }
-_NOISY = dict.fromkeys(("sde-dpmsolver++", "sde-dpmsolver"), "dpmpp_2m_sde")
 CLASSES: dict[str, Name | Variants] = {
   "DDIMScheduler": "ddim",
   "PNDMScheduler": "pndm",
@@ -207,7 +206,11 @@ CLASSES: dict[str, Name | Variants] = {
   "EulerAncestralDiscreteScheduler": "euler_ancestral",
   "HeunDiscreteScheduler": "heun",
   "LMSDiscreteScheduler": "lms",
-  "DPMSolverMultistepScheduler": Variants("algorithm_type", _NOISY, "dpmpp_2m"),
+  "DPMSolverMultistepScheduler": Variants(
+    "algorithm_type",
+    {"sde-dpmsolver++": "dpmpp_2m_sde", "sde-dpmsolver": "dpmpp_2m_sde"},
+    "dpmpp_2m",
+  ),
   "DPMSolverSinglestepScheduler": "dpmpp_2s",
   "DPMSolverSDEScheduler": "dpmpp_sde",
   "DEISMultistepScheduler": "deis",

@@ -61,10 +61,10 @@ def training_alphas(c: SimpleNamespace) -> np.ndarray:
 
 def _linspace(start: float, end: float, count: int) -> np.ndarray:
   """torch.linspace in float32: from both ends to the middle, by fused multiply-add."""
-  start, end = np.float32(start), np.float32(end)
-  step = np.float64((end - start) / np.float32(count - 1))
+  first, last = np.float32(start), np.float32(end)
+  step = np.float64((last - first) / np.float32(count - 1))
   i = np.arange(count)
-  rising, falling = start + step * i, end - step * (count - 1 - i)
+  rising, falling = first + step * i, last - step * (count - 1 - i)
   return np.where(i < count // 2, rising, falling).astype(np.float32)
 
 

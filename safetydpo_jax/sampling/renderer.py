@@ -1,8 +1,8 @@
 """From prompts to pixels: text encoders, sampler with guidance, VAE decoder.
 
 An image is a function of its own row alone. Its initial noise is N(0, 1) from the key
-of its seed, and the noise of step i (Euler ancestral) from that key folded with i. So
-the batch and the number of devices change nothing but rounding.
+of its seed, and noise that the sampler adds after the UNet's i-th evaluation from that
+key folded with i. So the batch and the number of devices change nothing but rounding.
 """
 
 import dataclasses
