@@ -121,7 +121,7 @@ def run_table(
   clipped = bool(np.isfinite(table.limit).any())
   corrected = bool(table.correct.any())
 
-  def step(carry: Any, numbered: tuple[jax.Array, Any]) -> tuple[Any, None]:
+  def step(carry: Any, numbered: Any) -> tuple[Any, None]:
     number, row = numbered
     latents, start, history, draw = carry
     prediction = predict(row.scale * latents, row.timesteps).astype(jnp.float32)
