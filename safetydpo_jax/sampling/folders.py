@@ -98,7 +98,7 @@ def check_same_settings(folder: Folder) -> None:
   if not plan:
     return
   before = manifest.read_json(plan, "folder of images")
-  if before.get("lora_sha256") == _sha256_of_0_1(folder.lora):
+  if before.get("lora_sha256") == _sha256_of_0_1(folder.adapter):
     before["lora_sha256"] = settings["lora_sha256"]
   for name, value in settings.items():
     if before.get(name) != value:

@@ -1,4 +1,4 @@
-"""Folders of images: what they hold is told from their manifest, of older versions too."""
+"""Folders of images: what made them is told from a manifest, of older versions too."""
 
 import numpy as np
 import pytest
