@@ -34,7 +34,7 @@ def start(code, count=2, devices=1, indices=None):
       cwd=runs.ROOT,
       env={
         **os.environ,
-        "XLA_FLAGS": f"{flags} {runs.COMPILER}",
+        "XLA_FLAGS": flags,
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(count),
         "JAX_PROCESS_ID": str(index),
