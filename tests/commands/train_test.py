@@ -169,7 +169,9 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_one(
   whole = runs.train_arguments(
     tiny_checkpoint, cache, tmp_path / "whole", "all_single", steps=21
   )
-  train.main(whole)
+  process = runs.start("train", whole, devices=8)
+  output, _ = process.communicate(timeout=600)
+  assert process.returncode == 0, output
   assert read_metrics(tmp_path / "run")[-1]["step"] == 21
   assert_same_training(tmp_path / "run", tmp_path / "whole")
 
