@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from safetydpo_jax.data.prompts import PromptTable, Row, read_table
+from safetydpo_jax.data.prompts import PromptTable, Row, check_written, read_table
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.formats.loras import adapter as adapters
@@ -94,6 +94,7 @@ def render_csv(options: RenderOptions) -> int:
   if jax.process_index() == 0:
     for note in table.notes:
       print(note)
+  check_written(table)
   options, table = leave_out_guidance(options, table)
   rows = table.in_folder(options.out)  # errors in the CSV come before the slow model
   pipeline = fix_schedule(

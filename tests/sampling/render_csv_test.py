@@ -439,3 +439,10 @@ def test_one_guidance_for_all_rows_is_as_if_they_had_none(
     run(out, prompts=file)
   # No row has its own: the option changes nothing, and so the folder goes on.
   assert run(base, prompts=prompts_csv, no_row_guidance=True).keys() == one.keys()
+
+
+def test_a_format_that_is_not_written_is_refused_before_the_model_is_read(tmp_path):
+  file = write_csv(tmp_path / "p.csv", ["prompt", "image"], ["x", "x.webp"])
+  options = RenderOptions(model="none", prompts=file, out=tmp_path / "out")
+  with pytest.raises(InputError, match=r"image 'x.webp' is not a .png or .jpg"):
+    render_csv(options)
