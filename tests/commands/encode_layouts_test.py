@@ -238,6 +238,19 @@ def test_a_row_without_a_caption_is_left_out_and_counted(
   assert "without_caption" not in cache.manifest["counts"]
 
 
+def test_prompts_are_repaired_if_asked(tiny_checkpoint, cache, tmp_path, capsys):
+  dataset = LAYOUTS["csv"](tmp_path / "pairs", pairs=PAIRS)
+  file = dataset / "train.csv"
+  file.write_text(file.read_text().replace("~ tildes", "“tildes”"))
+  other = run(tiny_checkpoint, dataset, tmp_path / "cache", "--fix_text")
+  printed = capsys.readouterr().out
+  assert f"changes 2 of 12 prompts; the first: {cache.index[0].id}" in printed
+  assert '"tildes"' in other.about(0)["captions"]["safe"]
+  plain = run(tiny_checkpoint, dataset, tmp_path / "plain")
+  assert plain.manifest["dataset"] != other.manifest["dataset"]
+  assert (plain[0]["token_ids"] != other[0]["token_ids"]).any()
+
+
 @pytest.mark.parametrize(
   "arguments", [[], ["--out", "x"], ["--model", "x"], ["--model", "x", "--stats", "y"]]
 )

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from safetydpo_jax.data import categories, contact_sheet
+from safetydpo_jax.data import categories, cleaning, contact_sheet
 from safetydpo_jax.data.cache import encoding, records, resume, shards
 from safetydpo_jax.data.sources import layouts
 from safetydpo_jax.data.sources.pairs import SourcePair, fingerprint
@@ -59,6 +59,9 @@ class EncodeOptions:
   """pairs per file"""
   variant: str | None = None
   """of the weight files, for example "fp16\""""
+  fix_text: bool = False
+  """repair prompts with ftfy (curly quotes, broken encodings), as transformers did before
+  version 5"""
   stats: str | None = None
   """PNG to draw: a contact sheet of random pairs, and counts; a table's images may be
   missing, all of them"""
@@ -126,6 +129,10 @@ def select_pairs(options: EncodeOptions) -> Selected:
       f"{options.pairs} has no pairs of category {name}; it has "
       f"{', '.join(there) or 'none; give --categories'}"
     )
+  if options.fix_text:
+    kept, line = cleaning.fix_captions(kept)
+    if jax.process_index() == 0:
+      print(line)
   captions = sum(caption is not None for pair in kept for caption in pair.captions)
   more = {
     "pairs": len(kept),
