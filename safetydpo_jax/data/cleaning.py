@@ -1,9 +1,9 @@
 """Prompts as CLIP's tokenizers clean them, with ftfy; transformers 5 does not.
 
-  fix     broken encodings, curly quotation marks, ligatures, wide letters, HTML
-          entities: what transformers before version 5 did where ftfy was installed, and
-          OpenAI's tokenizer does. White space and capitals are left to the tokenizer.
-  clean   as OpenCLIP's tokenizer: fix, HTML entities twice, white space, lower case
+fix     broken encodings, curly quotation marks, ligatures, wide letters, HTML
+        entities: what transformers before version 5 did where ftfy was installed, and
+        OpenAI's tokenizer does. White space and capitals are left to the tokenizer.
+clean   as OpenCLIP's tokenizer: fix, HTML entities twice, white space, lower case
 """
 
 import dataclasses
@@ -70,10 +70,9 @@ def fix_rows(rows: Sequence[Row]) -> tuple[list[Row], str]:
     InputError: ftfy is not installed.
   """
   fixed = [
-    row._replace(
-      prompt=fix(row.prompt), negative_prompt=row.negative_prompt and fix(row.negative_prompt)
-    )
+    row._replace(prompt=fix(row.prompt), negative_prompt=negative and fix(negative))
     for row in rows
+    for negative in [row.negative_prompt]
   ]
   changes = [(f"row {a.number + 1}", a != b) for a, b in zip(rows, fixed)]
   return fixed, _describe(changes)

@@ -36,7 +36,7 @@ def test_what_changes_in_pairs_and_rows_is_said_without_its_words():
   rows.append(Row(Path(), "c", 3, 3, None, "“c”"))
   fixed, line = cleaning.fix_rows(rows)
   assert [row.prompt for row in fixed] == ["a", "it's", "b", "c"]
-  assert [row.negative_prompt for row in fixed] == [None, None, None, "\"c\""]
+  assert [row.negative_prompt for row in fixed] == [None, None, None, '"c"']
   assert line == "--fix_text changes 2 of 4 prompts; the first: row 2, row 4"
   assert cleaning.fix_rows(rows[:1])[1] == "--fix_text changes 0 of 1 prompts"
 

@@ -456,7 +456,9 @@ def test_prompts_are_repaired_if_asked(run, tmp_path, capsys):
   even = write_csv(tmp_path / "even.csv", columns, plain, ["an ant", ""])
   options = {"steps": 2, "latents": None, "negative_prompt": "“in”"}
   fixed = run(tmp_path / "a", prompts=odd, fix_text=True, **options)
-  assert "--fix_text changes 1 of 2 prompts; the first: row 1" in capsys.readouterr().out
+  assert (
+    "--fix_text changes 1 of 2 prompts; the first: row 1" in capsys.readouterr().out
+  )
   options["negative_prompt"] = '"in"'
   assert_equal_to_rounding(fixed, run(tmp_path / "b", prompts=even, **options))
   left = run(tmp_path / "c", prompts=odd, **options)

@@ -60,8 +60,8 @@ class EncodeOptions:
   variant: str | None = None
   """of the weight files, for example "fp16\""""
   fix_text: bool = False
-  """repair prompts with ftfy (curly quotes, broken encodings), as transformers did before
-  version 5"""
+  """repair prompts with ftfy (curly quotes, broken encodings), as transformers did
+  before version 5"""
   stats: str | None = None
   """PNG to draw: a contact sheet of random pairs, and counts; a table's images may be
   missing, all of them"""
