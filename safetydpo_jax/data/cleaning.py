@@ -50,9 +50,9 @@ def fix_captions(pairs: Sequence[SourcePair]) -> tuple[list[SourcePair], str]:
     InputError: ftfy is not installed.
   """
   fixed = [
-    dataclasses.replace(pair, captions=tuple(text and fix(text) for text in captions))
+    dataclasses.replace(pair, captions=(_fix_if_any(unsafe), _fix_if_any(safe)))
     for pair in pairs
-    for captions in [pair.captions]
+    for unsafe, safe in [pair.captions]
   ]
   changes = [
     (pair.id, text != new)
@@ -70,12 +70,17 @@ def fix_rows(rows: Sequence[Row]) -> tuple[list[Row], str]:
     InputError: ftfy is not installed.
   """
   fixed = [
-    row._replace(prompt=fix(row.prompt), negative_prompt=negative and fix(negative))
+    row._replace(
+      prompt=fix(row.prompt), negative_prompt=_fix_if_any(row.negative_prompt)
+    )
     for row in rows
-    for negative in [row.negative_prompt]
   ]
   changes = [(f"row {a.number + 1}", a != b) for a, b in zip(rows, fixed)]
   return fixed, _describe(changes)
+
+
+def _fix_if_any(text: str | None) -> str | None:
+  return None if text is None else fix(text)
 
 
 def _describe(changes: Sequence[tuple[str, bool]]) -> str:

@@ -180,9 +180,10 @@ def _pad_with_end(tokenizer: "CLIPTokenizer") -> "CLIPTokenizer":
   if tokenizer.pad_token in (None, *ends):
     return tokenizer
   words = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+  merges: Any = list(map(tuple, words["merges"]))  # pairs, or they are not taken
   return type(tokenizer)(
     vocab=words["vocab"],
-    merges=[tuple(merge) for merge in words["merges"]],
+    merges=merges,
     bos_token=ends[0],
     eos_token=ends[1],
     unk_token=ends[2],
