@@ -11,7 +11,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: test test-slow demo docs build lint format environment clean
 
-test: environment lint  ## the fast suite (under 15 minutes on two cores)
+test: environment lint  ## linters and the fast suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: environment  ## full-size models and long runs (10 GB of memory)
@@ -41,7 +41,7 @@ environment: $(ENVIRONMENT)/ready
 $(ENVIRONMENT)/ready: requirements.txt pyproject.toml $(wildcard constraints/*.txt)
 	$(PYTHON) -m venv $(ENVIRONMENT)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install -qq --editable ".[dev]" -c $(CONSTRAINTS)
+	$(BIN)/python -m pip install -qq --no-compile --editable ".[dev]" -c $(CONSTRAINTS)
 	touch $@
 
 clean:

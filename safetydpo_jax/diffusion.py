@@ -43,7 +43,7 @@ def _betas(kind: str, start: float, end: float, steps: int) -> np.ndarray:
   )
 
 
-def _without_terminal_signal(betas: np.ndarray) -> np.ndarray:
+def without_terminal_signal(betas: np.ndarray) -> np.ndarray:
   """Equation (5) on β_t, in float32 and in the order of diffusers' arithmetic."""
   signal = np.sqrt(np.cumprod(1.0 - betas, dtype=np.float32))
   first, last = signal[0], signal[-1]
@@ -64,7 +64,7 @@ def read_alphas_cumprod(config: Mapping[str, Any], *, zero_snr: bool) -> np.ndar
       config.get("num_train_timesteps", 1000),
     )
   if zero_snr:
-    betas = _without_terminal_signal(betas)
+    betas = without_terminal_signal(betas)
   return np.cumprod(1.0 - betas, dtype=np.float32)
 
 
@@ -189,7 +189,7 @@ def spaced_timesteps(
   points = steps + extra
   if spacing == "leading":
     descending = np.arange(points)[::-1] * (total // points) + offset
-    if descending[0] >= total:
+    if descending[0] >= total or offset < 0:
       raise InputError(
         f"{steps} steps with steps_offset {offset} go beyond the schedule's {total} "
         "timesteps; take fewer"

@@ -140,3 +140,10 @@ def test_a_schedule_we_do_not_have_is_named(field, value):
 def test_a_step_count_outside_the_schedule_is_refused(steps, message):
   with pytest.raises(InputError, match=message):
     diffusion.sampling_timesteps(diffusion.Schedule.from_config(SCHEDULER), steps)
+
+
+def test_a_negative_offset_is_refused():
+  """It would end at a timestep before 0, which counts from the end of the array."""
+  config = {**SCHEDULER, "steps_offset": -3}
+  with pytest.raises(InputError, match="steps_offset -3"):
+    diffusion.sampling_timesteps(diffusion.Schedule.from_config(config), 20)

@@ -17,6 +17,20 @@ from safetydpo_jax.errors import InputError
 
 _KINDS = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
 _NULL = (("projection_dim", None),)  # of encoders that do not project
+# What diffusers' EMAModel, now and in older versions, writes into the config of a model
+# whose weights are a moving average: how they were averaged, nothing about the network.
+TRAINING = (
+  "collected_params",
+  "decay",
+  "inv_gamma",
+  "max_value",
+  "min_decay",
+  "min_value",
+  "optimization_step",
+  "power",
+  "update_after_step",
+  "use_ema_warmup",
+)
 
 
 def freeze(value: Any) -> Any:

@@ -227,13 +227,20 @@ class Embedding(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-  """linear_2(silu(linear_1(x))), (n, in) → (n, features)."""
+  """linear_2(silu(linear_1(x [+ cond_proj(condition)]))), (n, in) → (n, features).
+
+  `condition` is (n, c) or None.
+  """
 
   features: int
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+    if condition is not None:
+      x = x.astype(self.dtype) + Dense(
+        x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj"
+      )(condition)
     x = Dense(self.features, dtype=self.dtype, name="linear_1")(x)
     return Dense(self.features, dtype=self.dtype, name="linear_2")(jax.nn.silu(x))
 

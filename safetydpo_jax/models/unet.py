@@ -7,7 +7,9 @@
     up   : levels × (resnet([h, kept], e), transformer(h, context); double)
     out  = conv_out(silu(norm(h)))
 
-The bracket is SDXL's (`addition_embed_type` "text_time"). In the config the field
+The bracket is SDXL's (`addition_embed_type` "text_time"). UNets distilled with guidance
+(`time_cond_proj_dim`, as LCM's) add an embedding of the guidance scale to sinusoid(t),
+see `sampling/guidance.py`. In the config the field
 `attention_head_dim` is the *number* of heads, for historical reasons in diffusers.
 """
 
@@ -59,6 +61,7 @@ DEFAULTS = {
   "addition_time_embed_dim": None,
   "projection_class_embeddings_input_dim": None,
   "time_embedding_dim": None,
+  "time_cond_proj_dim": None,
   "conv_in_kernel": 3,
   "conv_out_kernel": 3,
 }
@@ -75,7 +78,7 @@ ACCEPTED = {
   "time_embedding_type": ("positional",),
   "upcast_attention": (None, False, True),
 }
-IGNORED = ("sample_size", "addition_embed_type_num_heads")
+IGNORED = ("sample_size", "addition_embed_type_num_heads", *config_lib.TRAINING)
 
 # Whether a block of this type attends to the context.
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -105,6 +108,7 @@ class UNet2DCondition(nn.Module):
     timesteps: jax.Array,
     context: jax.Array,
     added_cond: dict[str, jax.Array] | None = None,
+    timestep_cond: jax.Array | None = None,
   ) -> jax.Array:
     """Returns the prediction.
 
@@ -113,13 +117,15 @@ class UNet2DCondition(nn.Module):
       timesteps: (n,).
       context: (n, l, cross_attention_dim), the text encoder's states.
       added_cond: None, or for SDXL {'text_embeds': (n, e), 'time_ids': (n, 6)}.
+      timestep_cond: (n, time_cond_proj_dim), the guidance scale's embedding, or None:
+        none is added.
 
     Returns:
       (n, h, w, out_channels) in `dtype`.
 
     Raises:
-      InputError: the config asks for something not implemented, or `added_cond` does
-        not fit it.
+      InputError: the config asks for something not implemented, or `added_cond` or
+        `timestep_cond` does not fit it.
     """
     chex.assert_rank([latents, timesteps, context], [4, 1, 3])
     c, down, middle, up = read_levels(self.config)
@@ -140,7 +146,7 @@ class UNet2DCondition(nn.Module):
       self.remat,
       self.attention,
     )
-    time = self._embed_time(c, timesteps, added_cond)
+    time = self._embed_time(c, timesteps, added_cond, timestep_cond)
     context = context.astype(self.dtype)
     features = c.block_out_channels[0]
     x = Conv(features, c.conv_in_kernel, dtype=self.dtype, name="conv_in")(latents)
@@ -160,12 +166,18 @@ class UNet2DCondition(nn.Module):
     x = jax.nn.silu(norm(x))
     return Conv(c.out_channels, c.conv_out_kernel, dtype=self.dtype, name="conv_out")(x)
 
-  def _embed_time(self, c, timesteps, added_cond) -> jax.Array:
+  def _embed_time(self, c, timesteps, added_cond, timestep_cond) -> jax.Array:
     """The embedding e of the module's docstring, (n, time features)."""
     sinusoid = {"flip_sin_to_cos": c.flip_sin_to_cos, "freq_shift": c.freq_shift}
     features = c.time_embedding_dim or 4 * c.block_out_channels[0]
+    if c.time_cond_proj_dim is None and timestep_cond is not None:
+      raise InputError(
+        "this UNet takes no timestep_cond: its config has no time_cond_proj_dim"
+      )
+    if c.time_cond_proj_dim is not None and timestep_cond is None:
+      timestep_cond = jnp.zeros((len(timesteps), c.time_cond_proj_dim))
     time = TimestepEmbedding(features, self.dtype, name="time_embedding")(
-      timestep_embedding(timesteps, c.block_out_channels[0], **sinusoid)
+      timestep_embedding(timesteps, c.block_out_channels[0], **sinusoid), timestep_cond
     )
     if c.addition_embed_type is None:
       return time
@@ -195,6 +207,9 @@ def read_levels(config):
     (c, down, middle, up): the fields as attributes, and the `Level` of every block in
     the order of computation; `middle` is None for a UNet without a mid block.
   """
+  crossed = config.get("only_cross_attention")
+  if isinstance(crossed, tuple) and not any(crossed):
+    config = {**config, "only_cross_attention": False}  # at none of the levels
   c = config_lib.settle(config, "UNet", DEFAULTS, ACCEPTED, IGNORED)
   if c.addition_embed_type not in (None, "text_time"):
     raise InputError(
@@ -211,7 +226,8 @@ def read_levels(config):
   )
   spread = {f: config_lib.per_level(getattr(c, f), levels, f) for f in fields}
   for field, values in spread.items():
-    if "types" not in field and not all(isinstance(v, int) and v > 0 for v in values):
+    fits = all(isinstance(v, int) and v > 0 for v in values)
+    if "types" not in field and not fits:
       raise InputError(
         f"UNet config: {field} = {getattr(c, field)!r} is not supported, expected one "
         "positive integer, or one for each level"

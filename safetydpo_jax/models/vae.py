@@ -45,7 +45,7 @@ DEFAULTS = {
   "mid_block_add_attention": True,
 }
 ACCEPTED = {"act_fn": ("silu", "swish")}
-IGNORED = ("sample_size", "force_upcast")
+IGNORED = ("sample_size", "force_upcast", *config_lib.TRAINING)
 EPSILON = 1e-6
 
 

@@ -52,11 +52,10 @@ def read_configs(
   file, choice = split_choice(model)
   if Path(file).is_file():
     single = open_single_file(Path(file), choice)
-    encoders = [encoder.component for encoder in single.family.encoders]
     return (
       single.configs["unet"],
       single.configs["vae"],
-      tuple(single.configs[name] for name in encoders),
+      tuple(single.configs[encoder.component] for encoder in single.family.encoders),
       single.scheduler,
     )
   by_repository = {repository: name for name, repository in PRESETS.items()}

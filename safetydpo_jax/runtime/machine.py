@@ -6,6 +6,13 @@ import platform
 import jax
 
 
+def _cores() -> int:
+  """The processor cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):  # not on macOS
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 def describe() -> dict[str, str | int]:
   """The first device's platform and kind, the processor's architecture, its cores."""
   device = jax.devices()[0]
@@ -13,5 +20,5 @@ def describe() -> dict[str, str | int]:
     "platform": device.platform,
     "device": device.device_kind,
     "architecture": platform.machine(),
-    "cores": len(os.sched_getaffinity(0)),
+    "cores": _cores(),
   }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from safetydpo_jax.data import contact_sheet
 from safetydpo_jax.data.prompts import Row
@@ -97,12 +98,22 @@ def check_same_settings(folder: Folder) -> None:
   if not plan:
     return
   before = manifest.read_json(plan, "folder of images")
+  if before.get("lora_sha256") == _sha256_of_0_1(folder.adapter):
+    before["lora_sha256"] = settings["lora_sha256"]
   for name, value in settings.items():
     if before.get(name) != value:
       raise InputError(
         f"{out} holds images with {name} {before.get(name)!r}, now it is {value!r}; "
         f"choose another --out, or delete its images and {plan.name}"
       )
+
+
+def _sha256_of_0_1(adapter: Adapter) -> str:
+  """What version 0.1.0 wrote as `lora_sha256`."""
+  digest = hashlib.sha256()
+  for layer, leaf in sorted(flatten_dict(adapter.lora).items()):
+    digest.update(f"{layer} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
+  return digest.hexdigest()
 
 
 def mark_incomplete(folder: Folder) -> None:

@@ -1,9 +1,12 @@
-"""Classifier-free guidance: away from the empty or negative prompt's prediction.
+"""Guidance: away from the empty or negative prompt's prediction.
 
   (1)  ŷ = ŷ_∅ + g · (ŷ_c − ŷ_∅)                    classifier-free guidance
   (2)  ŷ ← φ · ŷ · std(ŷ_c) / std(ŷ) + (1 − φ) · ŷ          rescaled guidance
+  (3)  w = 1000 · (g − 1),  [sin(w ω_i), cos(w ω_i)]           embedded guidance scale
+       ω_i = 10000^(−i / (dim/2 − 1))
 
-Sources: Ho & Salimans 2022 (1), Lin et al. 2023 (2).
+A UNet that was distilled with guidance (`time_cond_proj_dim`, LCM) takes (3) and the
+prompt alone. Sources: Ho & Salimans 2022 (1), Lin et al. 2023 (2), Luo et al. 2023 (3).
 """
 
 from collections.abc import Callable
@@ -11,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from safetydpo_jax.models.layers import timestep_embedding
 from safetydpo_jax.sampling.table import Predict
 
 
@@ -49,3 +53,10 @@ def guided(
     return mixed * (rescale * wanted / found + (1.0 - rescale))
 
   return predict
+
+
+def embed_scale(guidance_scale: jax.Array, dim: int) -> jax.Array:
+  """Equation (3), g (n,) → (n, dim) float32."""
+  return timestep_embedding(
+    1000.0 * (guidance_scale - 1.0), dim, flip_sin_to_cos=False, freq_shift=1
+  )

@@ -70,7 +70,11 @@ def make_inputs(
   zeros = len(pipeline.text_encoders) > 1 and read_index(pipeline).get(
     "force_zeros_for_empty_prompt", True
   )
-  scales = [guidance if row.guidance is None else row.guidance for row in rows]
+  scales = np.array(
+    [guidance if row.guidance is None else row.guidance for row in rows], np.float32
+  )
+  if not pipeline.unet.config.get("time_cond_proj_dim"):
+    scales = np.maximum(scales, 1.0)  # as diffusers: 1 is none
   seeds = [row.seed for row in rows]
   return Inputs(
     latents=initial_noise(seeds, shape)
@@ -80,7 +84,7 @@ def make_inputs(
     token_ids=pipeline.tokenize([row.prompt for row in rows]),
     negative_ids=pipeline.tokenize([text or "" for text in negatives]),
     negative=np.array([not (zeros and t is None) for t in negatives], np.float32),
-    guidance=np.maximum(np.array(scales, np.float32), 1.0),  # as diffusers: 1 is none
+    guidance=scales,
   )
 
 

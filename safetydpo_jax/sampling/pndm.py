@@ -13,16 +13,15 @@ which takes its step twice.
 """
 
 import itertools
-from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
 from safetydpo_jax import diffusion
-from safetydpo_jax.diffusion import Schedule
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.sampling.table import Sampler, Table, run_table
+from safetydpo_jax.sampling.noise_levels import training_alphas
+from safetydpo_jax.sampling.table import Sampler, make_run
 
 ADAMS_BASHFORTH = (
   (1,),
@@ -49,13 +48,13 @@ class Row(NamedTuple):
   weights: dict[int, float]
 
 
-def make_pndm(c: SimpleNamespace, schedule: Schedule, steps: int) -> Sampler:
+def make_pndm(c: SimpleNamespace, steps: int) -> Sampler:
   """Equation (1), with either way to start."""
-  total = schedule.num_timesteps
+  total = c.num_train_timesteps
   times = diffusion.spaced_timesteps(total, steps, c.timestep_spacing, c.steps_offset)
   make_rows = _rows if c.skip_prk_steps else _rows_after_runge_kutta
   rows = make_rows([int(time) for time in times], total // steps)
-  return partial(run_table, _tabulate(c, schedule, rows), 1.0)
+  return _make_run(c, rows)
 
 
 def _rows(times: list[int], stride: int) -> list[Row]:
@@ -96,11 +95,9 @@ def _rows_after_runge_kutta(times: list[int], stride: int) -> list[Row]:
   return rows
 
 
-def _tabulate(c: SimpleNamespace, schedule: Schedule, rows: list[Row]) -> Table:
+def _make_run(c: SimpleNamespace, rows: list[Row]) -> Sampler:
   """Equations (1) and (2)."""
-  # diffusers' class does not know rescale_betas_zero_snr and ignores it.
-  training = diffusion.read_alphas_cumprod(schedule.config, zero_snr=False)
-  training = training.astype(np.float64)
+  training = training_alphas(c).astype(np.float64)
   beyond = 1.0 if c.set_alpha_to_one else training[0]
   start, end = (
     np.array([training[time] if time >= 0 else beyond for time in times])
@@ -110,19 +107,18 @@ def _tabulate(c: SimpleNamespace, schedule: Schedule, rows: list[Row]) -> Table:
   gain = -(end - start) / (
     start * np.sqrt(1 - end) + np.sqrt(start * (1 - start) * end)
   )
-  if schedule.prediction_type == "v_prediction":
+  if c.prediction_type == "v_prediction":
     keep, gain = keep + gain * np.sqrt(1 - start), gain * np.sqrt(start)
   oldest = max(i - min(row.weights) for i, row in enumerate(rows))
   history = np.zeros((len(rows), 1 + oldest))
   for i, row in enumerate(rows):
     for number, weight in row.weights.items():
       history[i, i - number] = gain[i] * weight
-  return Table(
-    timesteps=np.array([row.at for row in rows], np.float64),
-    scale=np.ones(len(rows)),
-    clean=np.tile([0.0, 1.0], (len(rows), 1)),
-    again=np.array([row.again for row in rows]),
+  again = np.array([row.again for row in rows])
+  return make_run(
+    [row.at for row in rows],
+    clean=(0.0, 1.0),
+    start=np.stack([~again, again], axis=1),
     keep=keep,
     history=history,
-    noise=np.zeros(len(rows)),
   )

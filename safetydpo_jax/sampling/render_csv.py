@@ -117,6 +117,7 @@ def render_csv(options: RenderOptions) -> int:
   )
   adapter = load_adapters(list(options.lora), pipeline, options.any_base)
   options = fill_from_checkpoint(options, pipeline)
+  check_guidance(options, rows, pipeline)
   shape = latent_shape(options, pipeline)
   latents = None
   if options.latents:
@@ -172,7 +173,9 @@ def fill_from_checkpoint(options: RenderOptions, pipeline: Pipeline) -> RenderOp
   Raises:
     InputError: the size, the sampler or the number of steps does not fit the model.
   """
-  sampler = options.sampler or methods.name_of(read_index(pipeline)["scheduler"][1])
+  sampler = options.sampler or methods.name_of(
+    read_index(pipeline)["scheduler"][1], pipeline.schedule.config
+  )
   options = dataclasses.replace(
     options,
     sampler=sampler,
@@ -187,6 +190,25 @@ def fill_from_checkpoint(options: RenderOptions, pipeline: Pipeline) -> RenderOp
       )
   methods.make_sampler(sampler, pipeline.schedule, options.steps)  # checks the steps
   return options
+
+
+def check_guidance(options: RenderOptions, rows: list[Row], pipeline: Pipeline) -> None:
+  """Raises `InputError` for what a UNet distilled with guidance cannot do."""
+  if not pipeline.unet.config.get("time_cond_proj_dim"):
+    return
+  what = {
+    "--guidance_rescale": options.guidance_rescale,
+    "--negative_prompt": options.negative_prompt,
+    "the CSV's negative_prompt": next(
+      filter(None, (r.negative_prompt for r in rows)), 0
+    ),
+  }
+  for name, value in what.items():
+    if value:
+      raise InputError(
+        f"{name} is {value!r}, but {pipeline.name} was distilled with guidance and "
+        "never sees a negative prompt; leave it out"
+      )
 
 
 def latent_shape(options: RenderOptions, pipeline: Pipeline) -> tuple[int, int, int]:

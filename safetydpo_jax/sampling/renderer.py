@@ -1,8 +1,8 @@
 """From prompts to pixels: text encoders, sampler with guidance, VAE decoder.
 
 An image is a function of its own row alone. Its initial noise is N(0, 1) from the key
-of its seed, and the noise of step i (Euler ancestral) from that key folded with i. So
-the batch and the number of devices change nothing but rounding.
+of its seed, and noise that the sampler adds after the UNet's i-th evaluation from that
+key folded with i. So the batch and the number of devices change nothing but rounding.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.models import conditioning
 from safetydpo_jax.models.flash import OnMesh
 from safetydpo_jax.runtime import files, sharding
-from safetydpo_jax.sampling.guidance import guided
+from safetydpo_jax.sampling.guidance import embed_scale, guided
 from safetydpo_jax.sampling.methods import Name, make_sampler
 
 Params = dict[str, Any]  # a tree of arrays
@@ -69,9 +69,11 @@ def make_renderer(
   """A jitted (params, lora, inputs) → images (n, H, W, 3) float32 in [0, 1].
 
   `lora` is a LoRA tree, {} for none; `rescale` is φ of equation (2) of `guidance.py`.
-  Rows are split over the mesh.
+  Rows are split over the mesh. A UNet distilled with guidance is asked once per step,
+  and neither negative prompts nor `rescale` count.
   """
   run = make_sampler(sampler, pipeline.schedule, steps)
+  distilled = pipeline.unet.config.get("time_cond_proj_dim")
   attention = OnMesh(pipeline.unet.attention, mesh, sharding.BATCH)
   unet = pipeline.unet.clone(attention=attention)
 
@@ -84,16 +86,25 @@ def make_renderer(
     context, null_context, added = _encode(pipeline, params, inputs, time_ids)
     keys = jax.random.wrap_key_data(inputs.words, impl="threefry2x32")
 
-    def predict(latents, timesteps, context):
+    def predict(latents, timesteps, context, added=added, condition=None):
       variables = {"params": params["unet"], "lora": lora}
-      return unet.apply(variables, latents, timesteps, context, added)
+      return unet.apply(variables, latents, timesteps, context, added, condition)
+
+    def predict_distilled(latents, timestep):
+      own = jax.tree.map(lambda both: both[count:], added)  # without the negative ones
+      timesteps = jnp.full((count,), timestep)
+      condition = embed_scale(inputs.guidance, distilled)
+      return predict(latents, timesteps, context, own, condition)
 
     def noise(step):
       return jax.vmap(
         lambda key: jax.random.normal(jax.random.fold_in(key, step), shape)
       )(keys)
 
-    with_guidance = guided(predict, context, null_context, inputs.guidance, rescale)
+    if distilled:
+      with_guidance = predict_distilled
+    else:
+      with_guidance = guided(predict, context, null_context, inputs.guidance, rescale)
     clean = run(with_guidance, inputs.latents, noise)
     images = pipeline.vae.apply(
       {"params": params["vae"]}, clean / pipeline.scaling_factor, method="decode"

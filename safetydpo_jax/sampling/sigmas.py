@@ -1,134 +1,119 @@
-"""Samplers in terms of σ: Euler, Euler ancestral, DPM-Solver++ 2M.
+"""Samplers in terms of σ, as in k-diffusion: Euler, Euler ancestral, Heun, DPM++ SDE.
 
-With σ² = (1 − ᾱ) / ᾱ at a row's timestep, σ' that of the next row, σ_1 that of the row
-before, and d = x̂_0 in the equations of `table.py`:
+With σ of a step's start, σ' of its end, and d = x̂_0 in the equations of `table.py`:
 
-  (1)  x ← σ'/σ · x + (1 − σ'/σ) · d_0                                  Euler
-  (2)  x ← σ_d/σ · x + (1 − σ_d/σ) · d_0 + σ_u · ξ                        ancestral
+  (1)  x ← σ'/σ · x + (1 − σ'/σ) · d_0                                    Euler
+  (2)  x ← σ_d/σ · x + (1 − σ_d/σ) · d_0 + σ_u · ξ                          ancestral
        σ_d = σ'²/σ,  σ_u² = σ'² − σ_d²
-  (3)  x ← (α'σ')/(ασ) · x + α' (1 − σ'/σ) · (d_0 + (d_0 − d_1) / 2r)     DPM-Solver++
-       α = 1 / √(1 + σ²),  r = log(σ_1/σ) / log(σ/σ')
-  (4)  σ_i = (σ_max^⅐ + i/(n−1) · (σ_min^⅐ − σ_max^⅐))^7                  Karras' σ
+  (3)  x ← x̄ + ½ (σ' − σ) · ((x̄ − d_1)/σ + (x − d_0)/σ')                    Heun
+  (4)  x ← σ_d/σ · x̄ + (1 − σ_d/σ) · d_0 + σ_u · (W_σ − W_σ')/√(σ − σ')     DPM++ SDE
 
-x is x_0 + σ ε in (1) and (2), and α times that in (3). Sources: Karras et al. 2022 (1,
-4), Crowson's k-diffusion (2), Lu et al. 2022 (3).
+x is x_0 + σ ε. Heun takes equation (1) to σ' and then (3) from where (1) started.
+DPM++ SDE takes (2) to the middle, σ_m = √(σ σ'), and then (4), with d_0 as seen there;
+both draw on one Brownian motion W. Both methods evaluate the UNet twice for each step
+but the last, which is (1) to σ' = 0.
+
+Sources: Karras et al. 2022 (1, 3), Crowson's k-diffusion (2, 4).
 """
 
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 
-from safetydpo_jax import diffusion
-from safetydpo_jax.diffusion import Schedule
-from safetydpo_jax.sampling.table import Sampler, Table, run_table
+from safetydpo_jax.sampling.noise_levels import (
+  clean_image,
+  fractional_levels,
+  timesteps_of,
+  training_sigmas,
+  unscaled,
+)
+from safetydpo_jax.sampling.table import Sampler, make_run
 
 
-def make_euler(c: SimpleNamespace, schedule: Schedule, steps: int) -> Sampler:
+def make_euler(c: SimpleNamespace, steps: int) -> Sampler:
   """Equation (1)."""
-  timesteps, sigmas, training = _spaced(c, schedule, steps, rounded=False)
-  if c.use_karras_sigmas:
-    sigmas = _karras(c, sigmas[0], sigmas[-1], steps)
-    timesteps = _timesteps_of(sigmas, training)
-  following = np.append(sigmas[1:], _last(c, training))
-  return _exploding(c, schedule, timesteps, sigmas, following, following)
+  timesteps, sigmas = fractional_levels(c, steps)
+  if c.timestep_type == "continuous" and c.prediction_type == "v_prediction":
+    timesteps = 0.25 * np.log(sigmas[:-1])
+  ratio = sigmas[1:] / sigmas[:-1]
+  return _make_run(c, timesteps, sigmas[:-1], keep=ratio, history=(1 - ratio)[:, None])
 
 
-def make_euler_ancestral(c: SimpleNamespace, schedule: Schedule, steps: int) -> Sampler:
+def make_euler_ancestral(c: SimpleNamespace, steps: int) -> Sampler:
   """Equation (2)."""
-  timesteps, sigmas, _ = _spaced(c, schedule, steps, rounded=False)
-  following = np.append(sigmas[1:], 0)
-  return _exploding(c, schedule, timesteps, sigmas, following, following**2 / sigmas)
-
-
-def make_dpmpp_2m(c: SimpleNamespace, schedule: Schedule, steps: int) -> Sampler:
-  """Equation (3); the first step is of order 1, and so is the last if configured."""
-  timesteps, sigmas, training = _spaced(c, schedule, steps, extra=1)
-  if c.use_karras_sigmas:
-    sigmas = _karras(c, training[-1], training[0], steps)
-    timesteps = _timesteps_of(sigmas, training).round()
-  last = _last(c, training)
-  following = np.append(sigmas[1:], last)
-  alpha, next_alpha = (1 / np.sqrt(s**2 + 1) for s in (sigmas, following))
-  second = np.arange(steps) > 0
-  short = c.lower_order_final and steps < 15
-  if c.euler_at_final or short or last == 0:
-    second[-1] = False
-  second = np.flatnonzero(second & (c.solver_order > 1))
-
-  gain = next_alpha * (1 - following / sigmas)
-  history = np.stack([gain, 0 * gain], axis=1)
-  span, before = (
-    np.log(high[second] / low)
-    for high, low in ((sigmas, following[second]), (np.roll(sigmas, 1), sigmas[second]))
+  timesteps, sigmas = fractional_levels(c, steps)
+  down, up = _split(sigmas[:-1], sigmas[1:])
+  ratio = down / sigmas[:-1]
+  return _make_run(
+    c, timesteps, sigmas[:-1], keep=ratio, history=(1 - ratio)[:, None], noise=up
   )
-  slope = gain[second] / 2
-  if c.solver_type == "heun":
-    slope = next_alpha[second] * (np.expm1(-span) / span + 1)
-  slope = slope * span / before
-  history[second] += np.stack([slope, -slope], axis=1)
-  of_latents, of_prediction = _clean(schedule.prediction_type, sigmas)
-  table = Table(
-    timesteps,
-    scale=np.ones(steps),
-    clean=np.stack([of_latents / alpha, of_prediction], axis=1),
-    again=np.zeros(steps, bool),
-    keep=next_alpha * following / (alpha * sigmas),
-    history=history,
-    noise=np.zeros(steps),
+
+
+def make_heun(c: SimpleNamespace, steps: int) -> Sampler:
+  """Equations (1) and (3), x of equation (3) written in terms of x̄ and d_1."""
+  timesteps, sigmas = fractional_levels(c, steps)
+  high, low = sigmas[:-1], sigmas[1:]
+  ratio, half = low / high, (low - high) / 2
+  first = np.stack([1 - ratio, np.zeros(steps)], axis=1)
+  with np.errstate(divide="ignore"):  # there is no second evaluation at σ' = 0
+    second = np.stack([-half / low, half * (1 / low - 2 / high)], axis=1)
+  return _make_run(
+    c,
+    _alternate(timesteps, timesteps[1:]),
+    _alternate(high, low),
+    keep=_alternate(ratio, ratio),
+    history=_alternate(first, second),
+    start=_alternate(*_starts(steps)),
+    limit=c.clip_sample_range if c.clip_sample else np.inf,
   )
-  return partial(run_table, table, 1.0)
 
 
-def _exploding(c, schedule, timesteps, sigmas, following, down) -> Sampler:
-  """Steps from `sigmas` down to `down`, then by noise up to `following`."""
-  table = Table(
-    timesteps,
-    scale=1 / np.sqrt(sigmas**2 + 1),
-    clean=np.stack(_clean(schedule.prediction_type, sigmas), axis=1),
-    again=np.zeros(len(sigmas), bool),
-    keep=down / sigmas,
-    history=(1 - down / sigmas)[:, None],
-    noise=np.sqrt(following**2 - down**2),
+def make_dpmpp_sde(c: SimpleNamespace, steps: int) -> Sampler:
+  """Equations (2) and (4).
+
+  The increments of W over [σ_m, σ] and [σ', σ] are joint normal of correlation
+  ρ² = (σ − σ_m)/(σ − σ'), so the second one is ρ ξ_1 + √(1 − ρ²) ξ_0. diffusers takes
+  them from a Brownian tree of torchsde: of this law, but other numbers.
+  """
+  timesteps, sigmas = fractional_levels(c, steps, bounded_karras=False)
+  high, low = sigmas[:-1], sigmas[1:]
+  middle = np.sqrt(high[:-1] * low[:-1])
+  (down, up), (whole_down, whole_up) = (
+    _split(high[:-1], to) for to in (middle, low[:-1])
   )
-  initial = np.hypot(sigmas.max(), c.timestep_spacing == "leading")
-  return partial(run_table, table, float(initial))
-
-
-def _spaced(c, schedule, steps, **how) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Timesteps of the run, their σ, and the σ of all T training timesteps; float64."""
-  alphas = np.array(schedule.alphas_cumprod, np.float64)
-  if schedule.config.get("rescale_betas_zero_snr"):
-    alphas[-1] = 2.0**-24  # as diffusers: σ of no signal at all would be infinite
-  training = np.sqrt((1 - alphas) / alphas)
-  timesteps = diffusion.spaced_timesteps(
-    len(training), steps, c.timestep_spacing, c.steps_offset, **how
+  first = np.append(down / high[:-1], 0.0)  # the last step is that of Euler, to 0
+  second = whole_down / high[:-1]
+  shared = (high[:-1] - middle) / (high[:-1] - low[:-1])  # ρ²
+  first_noise = np.stack([np.append(up, 0.0), np.zeros(steps)], axis=1)
+  second_noise = whole_up * np.sqrt([1 - shared, shared])
+  return _make_run(
+    c,
+    _alternate(timesteps, timesteps_of(middle, training_sigmas(c))),
+    _alternate(high, middle),
+    keep=_alternate(first, second),
+    history=_alternate(1 - first, 1 - second)[:, None],
+    start=_alternate(*_starts(steps)),
+    noise=_alternate(first_noise, second_noise.T),
   )
-  return timesteps, np.interp(timesteps, np.arange(len(training)), training), training
 
 
-def _clean(kind: str, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """p and q that give x̂_0 from x = x_0 + σ ε and a prediction of `kind`."""
-  variance = sigmas**2 + 1
-  if kind == "epsilon":
-    return np.ones_like(sigmas), -sigmas
-  if kind == "sample":
-    return np.zeros_like(sigmas), np.ones_like(sigmas)
-  return 1 / variance, -sigmas / np.sqrt(variance)
+def _alternate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+  """Rows first[0], second[0], first[1], …, first[−1], of n and at least n − 1."""
+  rows = np.zeros((2 * len(first) - 1, *first.shape[1:]))
+  rows[::2], rows[1::2] = first, second[: len(first) - 1]
+  return rows
 
 
-def _karras(c: SimpleNamespace, high: float, low: float, steps: int) -> np.ndarray:
-  """Equation (4), between `sigma_max` and `sigma_min` where the config has them."""
-  high = (high if c.sigma_max is None else c.sigma_max) ** (1 / 7)
-  low = (low if c.sigma_min is None else c.sigma_min) ** (1 / 7)
-  return (high + np.linspace(0, 1, steps) * (low - high)) ** 7
+def _starts(steps: int) -> tuple[np.ndarray, np.ndarray]:
+  """u and w of `table.py` for steps from x, and for second tries from their start."""
+  return np.tile([1.0, 0.0], (steps, 1)), np.tile([0.0, 1.0], (steps, 1))
 
 
-def _timesteps_of(sigmas: np.ndarray, training: np.ndarray) -> np.ndarray:
-  """The fractional timesteps at which the training schedule has `sigmas`."""
-  return np.interp(np.log(sigmas), np.log(training), np.arange(len(training)))
+def _split(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """σ_d and σ_u of a step from `high` to `low`."""
+  up = low * np.sqrt(1 - (low / high) ** 2)
+  return low**2 / high, up
 
 
-def _last(c: SimpleNamespace, training: np.ndarray) -> float:
-  """The σ at the end of the last step."""
-  return 0.0 if c.final_sigmas_type == "zero" else training[0]
+def _make_run(c: SimpleNamespace, timesteps, sigmas, **columns) -> Sampler:
+  return make_run(timesteps, **unscaled(c, clean_image, sigmas), **columns)

@@ -27,7 +27,7 @@ class ReportOptions:
 
 def main(arguments: list[str] | None = None) -> None:
   """Reads the figures, writes the page."""
-  options, _ = command_line.parse(
+  options = command_line.parse_alone(
     ReportOptions, arguments, command="toyworld.report", example=EXAMPLE
   )
   figures = manifest.read_json(options.folder / "figures.json", "demo")

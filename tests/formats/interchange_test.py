@@ -24,11 +24,13 @@ def test_every_command_and_snippet_works(
   base = {"name": "sd15", "fingerprint": pipeline.fingerprint}
   expert.write_expert(tmp_path / "merged", tree, {"base": base})
   blocks = re.findall(r"```(bash|python)\n(.*?)```", PAGE, re.DOTALL)
-  assert [kind for kind, _ in blocks].count("bash") == 4
+  assert [kind for kind, _ in blocks].count("bash") == 6
   seen, images = {}, []
   for kind, text in blocks:
     if kind == "bash":
       words = shlex.split(text.replace("\\\n", " "))
+      if "single_file" in words or "safetydpo_jax.generate" in words:
+        continue  # in single_file_commands_test.py: this tiny model cannot be one
       assert words[:3] == ["python", "-m", "safetydpo_jax.export"]
       export.main(words[3:])
       continue

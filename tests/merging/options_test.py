@@ -24,7 +24,7 @@ def test_the_table_names_every_method_and_only_options_that_exist():
   fields = {field.name for field in dataclasses.fields(MergeOptions)}
   read = {name for names in options.OPTIONS.values() for name in names}
   assert {*read, *options.DEFAULTS, *options.MEASURING} <= fields
-  assert fields - read == {"experts", "method", "out", "model", "variant"}
+  assert fields - read == {"experts", "method", "out", "model", "variant", "any_base"}
 
 
 @pytest.mark.parametrize("method", typing.get_args(options.Method))

@@ -148,3 +148,23 @@ def test_bfloat16_stays_near_float32():
 def test_a_config_we_lack_is_refused_by_name(field, value):
   with pytest.raises(InputError, match=field):
     clip.read_config(freeze({**TEXT, field: value}))
+
+
+# Of training, of tokenizers and of generating text: nothing about the network.
+BOOKKEEPING = {
+  "attention_dropout",
+  "initializer_range",
+  "initializer_factor",
+  "pad_token_id",
+  "bos_token_id",
+}
+
+
+def test_every_field_of_transformers_config_is_read_or_bookkeeping():
+  """What every transformers config has besides is bookkeeping, too."""
+  plain = transformers.PreTrainedConfig().to_dict()
+  for field, default in transformers.CLIPTextConfig().to_dict().items():
+    if field in clip.DEFAULTS and field != "architectures":
+      assert clip.DEFAULTS[field] == default, field
+    elif field not in plain and field != "model_type":
+      assert field in BOOKKEEPING, f"{field} is passed over"

@@ -53,7 +53,7 @@ def measured(trees, winners):
 @pytest.mark.parametrize("method", comerge.METHODS)
 def test_co_merge_takes_units_of_convolutions_as_of_dense_layers(method):
   loras = [conv_lora(0), conv_lora(1)]
-  merge, found = comerge.METHODS[method], measured(loras, [1, 0])
+  merge, found = comerge.METHODS[method].merge, measured(loras, [1, 0])
   got, expected = merge(loras, found), merge([as_dense(x) for x in loras], found)
   assert got["conv1"]["a"].shape[:3] == (3, 2, 4)
   chex.assert_trees_all_close(as_dense(got), expected, rtol=1e-6)

@@ -1,5 +1,8 @@
 """The UNet equals diffusers' on odd configurations and refuses what it lacks."""
 
+import inspect
+import json
+
 import chex
 import diffusers
 import jax
@@ -7,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.models import unet
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.unet import UNet2DCondition
 from tests.support.checkpoints import UNET, perturb
@@ -157,6 +162,26 @@ def test_equals_diffusers(name):
   )
 
 
+def test_the_guidance_scale_of_a_distilled_unet_equals_diffusers():
+  small, size = CONFIGS["one level, no middle"]
+  theirs, ours, inputs = build({**small, "time_cond_proj_dim": 6}, size)
+  params = params_of(theirs, ours, *inputs)
+  condition = draw(2, 6, seed=3)
+  with torch.no_grad():
+    expected = theirs(*map(tensor, inputs), timestep_cond=tensor(condition)).sample
+  got = apply(ours, params, *inputs, None, condition)
+  np.testing.assert_allclose(got, array(expected), rtol=0, atol=NETWORK)
+  plain = apply(ours, params, *inputs)
+  np.testing.assert_allclose(plain, run_theirs(theirs, inputs), rtol=0, atol=NETWORK)
+  assert np.abs(plain - got).max() > 0.01
+
+
+def test_a_unet_that_knows_no_guidance_scale_takes_none():
+  _, ours, inputs = build({}, (4, 4))
+  with pytest.raises(InputError, match="no time_cond_proj_dim"):
+    jax.eval_shape(ours.init, jax.random.key(0), *inputs, None, draw(2, 6))
+
+
 def test_bfloat16_stays_near_float32():
   theirs, ours, inputs = build({}, (8, 8), dtype=jnp.bfloat16)
   params = params_of(theirs, ours, *inputs)
@@ -257,7 +282,7 @@ def test_an_unknown_remat_is_refused():
     ("only_cross_attention", True),
     ("time_embedding_type", "fourier"),
     ("timestep_post_act", "silu"),
-    ("time_cond_proj_dim", 8),
+    ("only_cross_attention", (True, False)),
     ("attention_type", "gated"),
     ("center_input_sample", True),
     ("mid_block_scale_factor", 1.4142),
@@ -283,9 +308,45 @@ def test_a_config_we_lack_is_refused_by_name(field, value):
 def test_fields_that_change_nothing_are_accepted():
   config = {**UNET, "_class_name": "UNet2DConditionModel", "upcast_attention": True}
   config |= {"class_embed_type": None, "dropout": 0.0, "a_field_of_tomorrow": None}
+  config |= {"only_cross_attention": (False, False)}
+  # The second level has none, and the middle is like it.
+  config |= {"transformer_layers_per_block": (1, 0)}
+  config |= {"mid_block_type": "UNetMidBlock2D"}
   ours = UNet2DCondition(freeze(config))
   inputs = jnp.zeros((1, 4, 4, 4)), jnp.zeros((1,)), jnp.zeros((1, 2, 24))
   jax.eval_shape(ours.init, jax.random.key(0), *inputs)
+
+
+def test_every_parameter_of_diffusers_class_is_read_refused_or_neutral():
+  """At diffusers' default a field is read, or changes nothing; no field of both."""
+  parameters = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters
+  theirs = {key: p.default for key, p in parameters.items() if key != "self"}
+  for field, default in theirs.items():
+    if field in unet.DEFAULTS:
+      assert unet.DEFAULTS[field] == default, field
+    elif field not in unet.IGNORED:
+      assert default in unet.ACCEPTED.get(field, (None, False)), field
+  assert {*unet.DEFAULTS, *unet.ACCEPTED} <= {*theirs}
+  assert set(unet.IGNORED) & {*theirs} == {
+    "sample_size",
+    "addition_embed_type_num_heads",
+  }
+
+
+def test_what_a_moving_average_writes_into_the_config_is_accepted(tmp_path):
+  model = diffusers.UNet2DConditionModel(**UNET)
+  average = EMAModel(
+    model.parameters(),
+    model_cls=diffusers.UNet2DConditionModel,
+    model_config=model.config,
+    use_ema_warmup=True,
+  )
+  average.step(model.parameters())
+  average.save_pretrained(tmp_path)
+  config = json.loads((tmp_path / "config.json").read_text())
+  assert config["decay"] == 0.9999
+  assert config["optimization_step"] == 1
+  unet.read_levels(freeze(config))
 
 
 def test_inputs_of_another_model_are_refused():

@@ -1,5 +1,7 @@
 """The autoencoder equals diffusers' on odd configurations, in both directions."""
 
+import inspect
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -110,3 +112,20 @@ def test_bfloat16_returns_float32_near_float32():
 def test_a_config_we_lack_is_refused_by_name(field, value):
   with pytest.raises(InputError, match=field):
     vae.read_config(freeze({**VAE, field: value}))
+
+
+def test_every_parameter_of_diffusers_class_is_read_refused_or_neutral():
+  """At diffusers' default a field is read, or changes nothing."""
+  parameters = inspect.signature(diffusers.AutoencoderKL.__init__).parameters
+  theirs = {key: p.default for key, p in parameters.items() if key != "self"}
+  for field, default in theirs.items():
+    if field in vae.DEFAULTS:
+      assert vae.DEFAULTS[field] == default, field
+    elif field not in vae.IGNORED:
+      assert default in vae.ACCEPTED.get(field, (None, False)), field
+  assert {*vae.DEFAULTS, *vae.ACCEPTED} <= {*theirs}
+  assert set(vae.IGNORED) & {*theirs} == {"sample_size", "force_upcast"}
+
+
+def test_how_weights_were_averaged_is_no_matter():
+  vae.read_config(freeze({**VAE, "decay": 0.9999, "optimization_step": 7}))

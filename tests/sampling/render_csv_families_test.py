@@ -12,6 +12,7 @@ from PIL import Image
 
 from safetydpo_jax import load_pipeline
 from safetydpo_jax.data.prompts import Row, read_prompts
+from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.loras import adapter as adapters
 from safetydpo_jax.sampling import inputs
 from safetydpo_jax.sampling.render_csv import (
@@ -56,13 +57,14 @@ def models(tmp_path_factory, tiny_checkpoint):
     "sd1": tiny_checkpoint,
     "sd2": save_tiny_checkpoint(folder / "sd2", **SD2),
     "sdxl": save_tiny_sdxl_checkpoint(folder / "sdxl"),
+    "lcm": save_tiny_checkpoint(folder / "lcm", unet={"time_cond_proj_dim": 6}),
   }
 
 
-def paint(model, latents, out, rescale):
-  """Our pictures of ROWS, (n, H, W, 3) in 0 to 255."""
+def paint(model, latents, out, rescale, rows=ROWS):
+  """Our pictures of the rows, (n, H, W, 3) in 0 to 255."""
   with open(out.with_suffix(".csv"), "w", newline="") as file:
-    csv.writer(file).writerows([COLUMNS, *ROWS])
+    csv.writer(file).writerows([COLUMNS, *rows])
   options = RenderOptions(
     model=str(model),
     prompts=out.with_suffix(".csv"),
@@ -79,12 +81,12 @@ def paint(model, latents, out, rescale):
   return np.stack([np.asarray(Image.open(file)).astype(float) for file in files])
 
 
-def paint_with_diffusers(model, latents, **more):
+def paint_with_diffusers(model, latents, rows=ROWS, **more):
   """The pictures of diffusers' pipeline with the checkpoint's scheduler, row by row."""
   pipeline = diffusers.DiffusionPipeline.from_pretrained(model)
   pipeline.set_progress_bar_config(disable=True)
   pictures = []
-  for (prompt, negative, guidance), noise in zip(ROWS, np.load(latents)):
+  for (prompt, negative, guidance), noise in zip(rows, np.load(latents)):
     pictures += pipeline(
       prompt,
       negative_prompt=negative,
@@ -114,6 +116,18 @@ def test_pictures_equal_diffusers(family, sampler, rescale, models, latents, tmp
   assert np.abs(ours - theirs).max() < 4
   about = json.loads((tmp_path / "out" / "generate.json").read_text())
   assert about["sampler"] == sampler
+
+
+def test_a_unet_distilled_with_guidance_is_told_the_scale(models, latents, tmp_path):
+  rows = [(prompt, None, scale) for (prompt, _, _), scale in zip(ROWS, [None, 0.5, 3])]
+  theirs = paint_with_diffusers(models["lcm"], latents, rows)
+  ours = paint(models["lcm"], latents, tmp_path / "out", 0.0, rows)
+  assert theirs.std() > 20
+  assert np.abs(ours - theirs).max() < 4
+  with pytest.raises(InputError, match=r"negative_prompt is 'and the red'.*distilled"):
+    paint(models["lcm"], latents, tmp_path / "negative", 0.0)
+  with pytest.raises(InputError, match=r"--guidance_rescale is 0.5.*distilled"):
+    paint(models["lcm"], latents, tmp_path / "rescaled", 0.5, rows)
 
 
 def make_inputs(model, row, guidance=7.5, negative_prompt=None):

@@ -150,9 +150,9 @@ def test_an_image_does_not_collide_with_what_we_write(
 def test_a_scheduler_we_do_not_have_is_named(tiny_checkpoint, run, tmp_path):
   model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
   index = json.loads((model / "model_index.json").read_text())
-  index["scheduler"] = ["diffusers", "LMSDiscreteScheduler"]
+  index["scheduler"] = ["diffusers", "KDPM2DiscreteScheduler"]
   (model / "model_index.json").write_text(json.dumps(index))
-  with pytest.raises(InputError, match=r"'LMSDiscreteScheduler'.*give --sampler"):
+  with pytest.raises(InputError, match=r"'KDPM2DiscreteScheduler'.*give --sampler"):
     run(tmp_path, model=str(model))
 
 

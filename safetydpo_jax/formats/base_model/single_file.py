@@ -12,7 +12,7 @@ does not say.
 import collections
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,47 +24,24 @@ from safetydpo_jax.formats.base_model import original_names, original_shapes
 from safetydpo_jax.formats.base_model import single_file_accounts as accounts
 from safetydpo_jax.formats.base_model import single_file_families as families
 from safetydpo_jax.formats.base_model import single_file_kinds as kinds
-from safetydpo_jax.formats.base_model.module_shapes import torch_names
-from safetydpo_jax.formats.base_model.original_names import Part
-from safetydpo_jax.formats.base_model.original_shapes import Shapes
-from safetydpo_jax.formats.base_model.single_file_families import (
-  Encoder,
-  Family,
-  Training,
+from safetydpo_jax.formats.base_model.single_file_families import Family, Training
+from safetydpo_jax.formats.base_model.single_file_networks import (
+  UNET,
+  VAE,
+  Component,
+  below,
+  configs_of,
+  has,
+  parts_of,
+  vae_parts,
+  vae_prefix,
 )
-from safetydpo_jax.formats.base_model.weights import canonical_name
 from safetydpo_jax.formats.tensors import open_safetensors
 from safetydpo_jax.models import published
-from safetydpo_jax.models.clip import CLIPText
-from safetydpo_jax.models.config import freeze
-from safetydpo_jax.models.unet import UNet2DCondition
-from safetydpo_jax.models.vae import AutoencoderKL, pixels_per_latent
+from safetydpo_jax.models.vae import pixels_per_latent
 
 SUFFIX = ".safetensors"
-UNET = "model.diffusion_model."
-VAE = ("first_stage_model.", "vae.")  # the first is the one we write
 _EMA = "model_ema.diffusion_model"
-
-
-class Component(NamedTuple):
-  """One network of a single file.
-
-  Attributes:
-    path: the file.
-    config: its config.json.
-    tensors: the file's.
-    parts: {diffusers name: where it is}.
-  """
-
-  path: Path
-  config: dict[str, Any]
-  tensors: Mapping[str, np.ndarray]
-  parts: dict[str, Part]
-
-  def read(self) -> Iterator[tuple[str, np.ndarray]]:
-    """(diffusers name, view of the file) of every tensor."""
-    for name, part in self.parts.items():
-      yield name, part.take(self.tensors)
 
 
 class SingleFile(NamedTuple):
@@ -153,7 +130,7 @@ def _understand(
   training = families.how_trained(family, tensors, header, choice)
   configs = configs_of(family, {name: x.shape for name, x in tensors.items()})
   parts = {
-    name: _parts(name, family, config, tensors) for name, config in configs.items()
+    name: parts_of(name, family, config, tensors) for name, config in configs.items()
   }
   components = {
     name: Component(path, configs[name], tensors, parts[name]) for name in configs
@@ -194,7 +171,7 @@ def _ema_as_unet(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
 def _family(tensors: Mapping[str, np.ndarray]) -> Family:
   """By the text encoders: their names, not their sizes, tell the families apart."""
   for family in families.FAMILIES:
-    if _has(tensors, family.encoders[-1].prefixes):
+    if has(tensors, family.encoders[-1].prefixes):
       if family is families.SD2 and f"{UNET}label_emb.0.0.weight" in tensors:
         raise InputError(
           "this is the refiner of Stable Diffusion XL; give the base model"
@@ -204,101 +181,6 @@ def _family(tensors: Mapping[str, np.ndarray]) -> Family:
     "it has a UNet and no text encoder (cond_stage_model. or conditioner.embedders.); "
     "give a whole checkpoint"
   )
-
-
-def _has(tensors: Iterable[str], prefix: str | tuple[str, ...]) -> bool:
-  return any(name.startswith(prefix) for name in tensors)
-
-
-def configs_of(family: Family, shapes: Shapes) -> dict[str, dict[str, Any]]:
-  """The config.json files of the networks in a single file, without `sample_size`.
-
-  Args:
-    family: of the file.
-    shapes: {name: shape} of all its tensors.
-
-  Raises:
-    InputError: a network is incomplete, or not laid out as Stable Diffusion's.
-  """
-  encoders = {e.component: _text_config(e, shapes) for e in family.encoders}
-  pooled = encoders.get("text_encoder_2", {}).get("projection_dim")
-  unet = original_shapes.unet_config(_below(shapes, UNET), pooled)
-  if unet["in_channels"] != unet["out_channels"]:
-    kind = kinds.describe_unet(unet["in_channels"]) or "no text-to-image model"
-    raise InputError(
-      f"its UNet takes {unet['in_channels']} channels and gives "
-      f"{unet['out_channels']}; this is {kind}, which is not supported"
-    )
-  configs = {"unet": unet}
-  if prefix := _vae_prefix(shapes, VAE):
-    configs["vae"] = original_shapes.vae_config(_below(shapes, prefix))
-    configs["vae"]["scaling_factor"] = family.scaling_factor
-  return configs | encoders
-
-
-def _below(shapes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-  size = len(prefix)
-  return {name[size:]: x for name, x in shapes.items() if name.startswith(prefix)}
-
-
-def _text_prefix(encoder: Encoder, names: Iterable[str]) -> str:
-  names = list(names)
-  for prefix in encoder.prefixes:
-    if _has(names, prefix):
-      return prefix
-  raise InputError(f"it lacks the text encoder {encoder.prefixes[0]}; fetch it again")
-
-
-def _text_config(encoder: Encoder, shapes: Shapes) -> dict[str, Any]:
-  own = _below(shapes, _text_prefix(encoder, shapes))
-  if not encoder.open_clip:
-    own = {canonical_name(name): shape for name, shape in own.items()}
-    return original_shapes.clip_config(own)
-  projected = encoder.component == "text_encoder_2"
-  return original_shapes.open_clip_config(own, projected, encoder.layers)
-
-
-def _vae_prefix(names: Iterable[str], prefixes: Iterable[str]) -> str | None:
-  names = set(names)
-  there = (p for p in prefixes if f"{p}decoder.conv_in.weight" in names)
-  return next(there, None)
-
-
-def _parts(
-  name: str, family: Family, config: dict[str, Any], tensors: Mapping[str, np.ndarray]
-) -> dict[str, Part]:
-  """Where the tensors of a component are in the file."""
-  if name == "unet":
-    return unet_parts(config, UNET)
-  if name == "vae":
-    return vae_parts(config, _vae_prefix(tensors, VAE) or "")
-  encoder = next(e for e in family.encoders if e.component == name)
-  prefix = _text_prefix(encoder, tensors)
-  # Files of early transformers, and merges of them, have no `text_model.`.
-  flat = not encoder.open_clip and not _has(tensors, f"{prefix}text_model.")
-  return text_parts(encoder, config, prefix, "" if flat else "text_model.")
-
-
-def unet_parts(config: Mapping[str, Any], prefix: str) -> dict[str, Part]:
-  """{diffusers name: its place} of a UNet."""
-  names = torch_names(UNet2DCondition(freeze(config)))
-  return original_names.parts(names, prefix, original_names.unet_key(config))
-
-
-def vae_parts(config: Mapping[str, Any], prefix: str) -> dict[str, Part]:
-  """{diffusers name: its place} of a VAE."""
-  names = torch_names(AutoencoderKL(freeze(config)))
-  return original_names.parts(names, prefix, original_names.vae_key(config))
-
-
-def text_parts(
-  encoder: Encoder, config: Mapping[str, Any], prefix: str, inner: str = "text_model."
-) -> dict[str, Part]:
-  """{diffusers name without `text_model.`: its place} of a text encoder."""
-  names = torch_names(CLIPText(freeze(config)))
-  if encoder.open_clip:
-    return original_names.open_clip_parts(names, prefix)
-  return original_names.parts(names, prefix + inner, lambda name: name)
 
 
 def _vae_of(family: Family) -> dict[str, Any]:
@@ -317,14 +199,14 @@ def open_vae(path: Path, scaling_factor: float) -> Component:
     InputError: the file has no VAE, or one with what is not understood.
   """
   tensors, header = open_safetensors(path)
-  prefix = _vae_prefix(tensors, (*VAE, ""))
+  prefix = vae_prefix(tensors, (*VAE, ""))
   try:
-    if _has(tensors, "encoder.down_blocks."):
+    if has(tensors, "encoder.down_blocks."):
       raise InputError("it has diffusers' names; give its folder, with config.json")
     if prefix is None:
       what = kinds.describe(tensors, header)
       raise InputError(f"this is {what}; expected the VAE of a Stable Diffusion")
-    shapes = _below({name: x.shape for name, x in tensors.items()}, prefix)
+    shapes = below({name: x.shape for name, x in tensors.items()}, prefix)
     config = original_shapes.vae_config(shapes) | {"scaling_factor": scaling_factor}
     parts = vae_parts(config, prefix)
     own = {name: x for name, x in tensors.items() if name.startswith(prefix)}

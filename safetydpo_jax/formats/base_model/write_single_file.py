@@ -34,6 +34,7 @@ from safetydpo_jax.formats.base_model import (
   weights,
 )
 from safetydpo_jax.formats.base_model import single_file_families as families
+from safetydpo_jax.formats.base_model import single_file_networks as networks
 from safetydpo_jax.formats.base_model.original_names import Part
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.formats.base_model.single_file_families import Family
@@ -134,11 +135,11 @@ def _parts(base: Pipeline, family: Family, name: str) -> dict[str, Part]:
   """{diffusers name: where it goes} of a network."""
   config = base.modules()[name].config
   if name == "unet":
-    return single_file.unet_parts(config, single_file.UNET)
+    return networks.unet_parts(config, networks.UNET)
   if name == "vae":
-    return single_file.vae_parts(config, single_file.VAE[0])
+    return networks.vae_parts(config, networks.VAE[0])
   encoder = next(e for e in family.encoders if e.component == name)
-  return single_file.text_parts(encoder, config, encoder.prefixes[0])
+  return networks.text_parts(encoder, config, encoder.prefixes[0])
 
 
 def _shape(
@@ -189,7 +190,7 @@ def _check_read_back(
   Raises:
     InputError: naming the field.
   """
-  for name, config in single_file.configs_of(family, shapes).items():
+  for name, config in networks.configs_of(family, shapes).items():
     own = base.modules()[name].config
     if field := original_shapes.difference(name, own, config):
       raise InputError(

@@ -8,9 +8,9 @@ import transformers
 from safetydpo_jax.formats.base_model import (
   original_names,
   original_shapes,
-  single_file,
 )
 from safetydpo_jax.formats.base_model import single_file_families as families
+from safetydpo_jax.formats.base_model import single_file_networks as networks
 from safetydpo_jax.models import published
 from safetydpo_jax.models.unet import read_levels
 from tests.support import runs, single_files
@@ -63,7 +63,7 @@ def test_a_unet_s_names_and_config(name):
   state = unet_state(config)
   assert count is None or len(state) == count
   theirs = single_files.rename(state, single_files.unet_modules(config), "u.")
-  ours = single_file.unet_parts(config, "u.")
+  ours = networks.unet_parts(config, "u.")
   assert {n: part.key for n, part in ours.items()} == dict(zip(state, theirs))
   shapes = {n.removeprefix("u."): tuple(x.shape) for n, x in theirs.items()}
   derived = original_shapes.unet_config(shapes, pooled)
@@ -78,7 +78,7 @@ def test_a_unet_s_names_and_config(name):
 def test_a_vae_s_names_and_config():
   state = on_meta(lambda c: diffusers.AutoencoderKL(**c), VAE)
   theirs = single_files.rename(state, single_files.vae_modules(VAE), "v.")
-  ours = single_file.vae_parts(VAE, "v.")
+  ours = networks.vae_parts(VAE, "v.")
   assert {n: part.key for n, part in ours.items()} == dict(zip(state, theirs))
   assert len(theirs) == 248
   shapes = {n.removeprefix("v."): tuple(x.shape) for n, x in theirs.items()}
@@ -91,7 +91,7 @@ def test_a_text_encoder_s_names_and_config(name):
   encoder, config, count = ENCODERS[name]
   kind = getattr(transformers, config["architectures"][0])
   state = on_meta(lambda c: kind(transformers.CLIPTextConfig(**c)), config)
-  parts = single_file.text_parts(encoder, config, "t.", "")
+  parts = networks.text_parts(encoder, config, "t.", "")
   inside = {n.removeprefix("text_model."): x for n, x in state.items()}
   assert parts.keys() == inside.keys()
   if encoder.open_clip:
