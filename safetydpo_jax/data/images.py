@@ -8,13 +8,25 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from safetydpo_jax.data.sources import pairs
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.runtime.files import NOT_FETCHED, is_lfs_content
 
-# Not every format of PIL's: it hands EPS to Ghostscript, an interpreter.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# What is read, and the usual endings; `prompts.WRITTEN` is what is written. Not every
+# format of PIL's: it hands EPS to Ghostscript, an interpreter.
+ENDINGS = {
+  "JPEG": (".jpg", ".jpeg"),
+  "PNG": (".png",),
+  "WEBP": (".webp",),
+  "GIF": (".gif",),
+  "BMP": (".bmp",),
+  "TIFF": (".tif", ".tiff"),
+}
+if "avif" in features.modules and features.check("avif"):  # not in every PIL
+  ENDINGS["AVIF"] = (".avif",)
+FORMATS = tuple(ENDINGS)
 _LONGEST = 64  # times the shorter side; resizing a line of pixels would fill the memory
 
 
@@ -32,6 +44,8 @@ def load_image(image: pairs.Image | Path, resolution: int) -> np.ndarray:
     with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
       decoded = to_rgb(ImageOps.exif_transpose(opened))
   except UnidentifiedImageError as error:
+    if is_lfs_content(content):
+      raise InputError(f"image {image} {NOT_FETCHED}") from None
     raise InputError(
       f"image {image} cannot be read: its {len(content)} bytes are not an "
       f"image in any of the formats {', '.join(FORMATS)}; replace it"

@@ -1,7 +1,8 @@
 """Prompts to render: a CSV with a column `prompt` and these optional ones.
 
   image                file name to save under, a .png or .jpg below the folder of
-                       images; by default 0000000_0.png, 0000001_0.png, …
+                       images; by default 0000000_0.png, 0000001_0.png, … Images that
+                       were made elsewhere may have other endings (`images.ENDINGS`)
   evaluation_seed      decides the initial noise; by default the row's number from 0
   evaluation_guidance  the row's own guidance scale
   negative_prompt      the row's own negative prompt
@@ -17,11 +18,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from safetydpo_jax.data import columns, delimited
+from safetydpo_jax.data import columns, delimited, images
 from safetydpo_jax.errors import InputError
 
 # Bytes. File systems allow 255; our temporary names are a little longer than the final.
 _LONGEST_NAME = 240
+WRITTEN = (".png", ".jpg", ".jpeg")
 
 
 class Row(NamedTuple):
@@ -137,6 +139,20 @@ def read_table(file: Path) -> PromptTable:
   return PromptTable(file, rows, cells, frozenset(found.places), notes)
 
 
+def check_written(table: PromptTable) -> None:
+  """Refuses a table whose images have an ending that is read but not written.
+
+  Raises:
+    InputError: naming the first.
+  """
+  for row in table.rows:
+    if row.file.suffix.lower() not in WRITTEN:
+      raise InputError(
+        f"{table.file} row {row.number + 1}: image {str(row.file)!r} is not a .png or "
+        ".jpg, and no other format is written; rename it"
+      )
+
+
 def _is_prompt(name: str) -> bool:
   return columns.normalise(name) == "prompt"
 
@@ -175,8 +191,12 @@ def _check_name(name: str, where: str) -> None:
       f"{where}: image {name[:40]!r} is not a valid file name; expected at most "
       f"{_LONGEST_NAME} bytes"
     )
-  if Path(name).suffix.lower() not in (".png", ".jpg", ".jpeg"):
-    raise InputError(f"{where}: image {name!r} is not a .png or .jpg")
+  readable = {ending for endings in images.ENDINGS.values() for ending in endings}
+  if Path(name).suffix.lower() not in readable:
+    raise InputError(
+      f"{where}: image {name!r} is not a .png or .jpg; images made elsewhere may also "
+      f"be {', '.join(sorted(readable.difference(WRITTEN)))}"
+    )
 
 
 def read_seed(text: str, what: str) -> int | None:

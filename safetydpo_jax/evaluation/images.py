@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from safetydpo_jax.data.images import FORMATS, to_rgb
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.runtime.files import NOT_FETCHED, is_lfs_content
 
 LARGEST = 64_000_000  # pixels; 192 MB as RGB. PIL's own limit is three times that.
 HEAVIEST = 256_000_000  # bytes of a file
@@ -66,6 +67,8 @@ def read(file: Path) -> Picture:
       opened.load()
       image = ImageOps.exif_transpose(opened)
   except UnidentifiedImageError:
+    if is_lfs_content(content):
+      raise InputError(NOT_FETCHED) from None
     raise InputError(f"not an image in {', '.join(FORMATS)} format") from None
   except InputError:
     raise

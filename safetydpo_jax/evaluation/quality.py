@@ -25,7 +25,7 @@ from safetydpo_jax.evaluation.scoring import exchange
 from safetydpo_jax.metrics import fid, provenance
 
 STATISTICS = "fid_statistics.npz"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 
 
 def collector(model: fid.Fid, statistics: fid.Statistics) -> Detector:

@@ -7,25 +7,24 @@ clipped at zero and not multiplied by 2.5 as in Hessel et al. (2021): papers on 
 generation report the plain cosine, and clipping changes nothing where the mean is far
 above zero.
 
-Prompts are cleaned as OpenCLIP's tokenizer does (ftfy, HTML entities, white space,
-lower case), so that a curly quotation mark gives the same tokens.
+Prompts are cleaned as OpenCLIP's tokenizer does (`data/cleaning.py`), so that a curly
+quotation mark gives the same tokens; "!" is a word also with a tokenizer that pads with
+it (`formats/clip/files.py`).
 """
 
 import dataclasses
-import html
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from safetydpo_jax.data import cleaning
 from safetydpo_jax.formats.clip.files import Clip, load_clip, tokenize
 from safetydpo_jax.metrics import clip_features
 from safetydpo_jax.metrics.extraction import Extractor
-from safetydpo_jax.runtime import extras
 
 CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -60,7 +59,7 @@ def load(
   Raises:
     InputError: ftfy is not installed, or a file is missing or damaged.
   """
-  _cleaner()
+  cleaning.load_ftfy()
   model = load_clip(clip, tokenizer=tokenizer)
   return ClipScore(
     about={
@@ -92,7 +91,7 @@ def features(model: ClipScore, batch: np.ndarray) -> np.ndarray:
 
 def text_features(model: ClipScore, prompts: Sequence[str]) -> np.ndarray:
   """Prompts → text embeddings (n, e) float32."""
-  cleaned = [clean(prompt) for prompt in prompts]
+  cleaned = [cleaning.clean(prompt) for prompt in prompts]
   return model.extract_texts(tokenize(model.clip, cleaned))
 
 
@@ -105,14 +104,3 @@ def scores(image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray:
     for x in (image_features, text_features)
   )
   return 100 * (images * texts).sum(-1)
-
-
-def clean(prompt: str) -> str:
-  """A prompt as OpenCLIP's tokenizer cleans it."""
-  text = html.unescape(html.unescape(_cleaner().fix_text(prompt)))
-  return " ".join(text.split()).lower()
-
-
-def _cleaner() -> ModuleType:
-  """ftfy, which repairs encodings; an optional dependency."""
-  return extras.require("ftfy", extra="evaluate")

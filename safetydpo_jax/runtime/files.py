@@ -89,3 +89,8 @@ def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
       return file.read(len(_LFS_POINTER)) == _LFS_POINTER
   except OSError:
     return False
+
+
+def is_lfs_content(content: bytes) -> bool:
+  """Whether these are the bytes of a Git LFS pointer."""
+  return content.startswith(_LFS_POINTER)

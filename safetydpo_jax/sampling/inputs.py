@@ -1,10 +1,12 @@
 """What rows of a prompts CSV are rendered from: noise, token ids, guidance."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from safetydpo_jax.data import cleaning
 from safetydpo_jax.data.prompts import Row
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
@@ -84,3 +86,13 @@ def make_inputs(
     negative=np.array([not (zeros and t is None) for t in negatives], np.float32),
     guidance=scales,
   )
+
+
+def fix_prompts(
+  prepare: Callable[[list[Row]], Inputs],
+) -> Callable[[list[Row]], Inputs]:
+  """`prepare` for rows whose prompts are repaired first.
+
+  Elsewhere rows keep their prompts: the hash of them is that of the CSV.
+  """
+  return lambda rows: prepare(cleaning.fix_rows(rows)[0])

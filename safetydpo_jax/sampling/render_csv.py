@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from safetydpo_jax.data.prompts import PromptTable, Row, read_table
+from safetydpo_jax.data import cleaning
+from safetydpo_jax.data.prompts import PromptTable, Row, check_written, read_table
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.formats.loras import adapter as adapters
@@ -31,7 +32,12 @@ from safetydpo_jax.runtime.command_line import Repeated
 from safetydpo_jax.sampling import folders as folders_lib
 from safetydpo_jax.sampling import methods
 from safetydpo_jax.sampling.folders import BASE, Folder
-from safetydpo_jax.sampling.inputs import make_inputs, read_index, read_latents
+from safetydpo_jax.sampling.inputs import (
+  fix_prompts,
+  make_inputs,
+  read_index,
+  read_latents,
+)
 from safetydpo_jax.sampling.renderer import (
   Inputs,
   fix_schedule,
@@ -94,8 +100,13 @@ def render_csv(options: RenderOptions) -> int:
   if jax.process_index() == 0:
     for note in table.notes:
       print(note)
+  check_written(table)
   options, table = leave_out_guidance(options, table)
   rows = table.in_folder(options.out)  # errors in the CSV come before the slow model
+  if options.fix_text:
+    _, line = cleaning.fix_rows(rows)
+    if jax.process_index() == 0:
+      print(line)
   pipeline = fix_schedule(
     load_pipeline(
       options.model,
@@ -125,14 +136,19 @@ def render_csv(options: RenderOptions) -> int:
   if jax.process_index() == 0:
     for folder in folders:
       folders_lib.mark_incomplete(folder)
+  negative_prompt = options.negative_prompt
+  if options.fix_text and negative_prompt:
+    negative_prompt = cleaning.fix(negative_prompt)
   prepare = partial(
     make_inputs,
     pipeline=pipeline,
     shape=shape,
     latents=latents,
     guidance=options.guidance,
-    negative_prompt=options.negative_prompt,
+    negative_prompt=negative_prompt,
   )
+  if options.fix_text:
+    prepare = fix_prompts(prepare)
   render_share(options, pipeline, folders, prepare)
   hosts.wait_for_all("all images are there")
   if jax.process_index() == 0:
@@ -236,6 +252,7 @@ def make_folder(
     "guidance_rescale": options.guidance_rescale or None,
     "no_row_guidance": options.no_row_guidance or None,
     "vae": pipeline.vae_fingerprint if options.vae else None,
+    "fix_text": options.fix_text or None,
   }
   return Folder(path, rows, adapter, settings)
 

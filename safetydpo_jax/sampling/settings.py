@@ -29,6 +29,9 @@ class RenderSettings:
   """phi, the share of rescaled guidance, 0 to 1"""
   negative_prompt: str | None = None
   """for rows without a negative_prompt of their own in the CSV"""
+  fix_text: bool = False
+  """repair prompts with ftfy (curly quotes, broken encodings), as transformers did
+  before version 5"""
   height: int | None = None
   """in pixels; None: the model's own"""
   width: int | None = None

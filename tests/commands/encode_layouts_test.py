@@ -211,6 +211,46 @@ def test_stats_needs_no_model(cache, tmp_path, capsys):
   assert out.read_bytes() != blurred
 
 
+def test_stats_of_a_table_alone_counts_what_is_in_it(cache, tmp_path, capsys):
+  table = LAYOUTS["csv"](tmp_path / "pairs", pairs=PAIRS)
+  shutil.rmtree(table / "images")
+  encode.main(["--pairs", str(table), "--stats", str(tmp_path / "sheet.png")])
+  printed = capsys.readouterr().out
+  assert "sheet.png: 6 pairs" in printed
+  assert "rows 16, pairs 6, captions 12, repeated 4, hate 2, sexual 1" in printed
+  with pytest.raises(InputError, match="does not exist"):
+    encode.main(["--model", "x", "--pairs", str(table), "--out", str(tmp_path / "c")])
+
+
+def test_a_row_without_a_caption_is_left_out_and_counted(
+  tiny_checkpoint, cache, tmp_path, capsys
+):
+  dataset = LAYOUTS["folder"](tmp_path / "pairs", pairs=PAIRS)
+  lines = (dataset / "metadata.jsonl").read_text().splitlines(keepends=True)
+  row = {**json.loads(lines[0]), "caption": None}
+  (dataset / "metadata.jsonl").write_text("".join([json.dumps(row) + "\n", *lines[1:]]))
+  other = run(tiny_checkpoint, dataset, tmp_path / "cache", "--on_error", "skip")
+  printed = capsys.readouterr().out
+  assert "left out 1 rows without a caption; the first: " in printed
+  counts = other.manifest["counts"]
+  assert (counts["pairs"], counts["captions"], counts["without_caption"]) == (6, 11, 1)
+  assert other.index[0].slots == ("safe",)
+  assert "without_caption" not in cache.manifest["counts"]
+
+
+def test_prompts_are_repaired_if_asked(tiny_checkpoint, cache, tmp_path, capsys):
+  dataset = LAYOUTS["csv"](tmp_path / "pairs", pairs=PAIRS)
+  file = dataset / "train.csv"
+  file.write_text(file.read_text().replace("~ tildes", "“tildes”"))
+  other = run(tiny_checkpoint, dataset, tmp_path / "cache", "--fix_text")
+  printed = capsys.readouterr().out
+  assert f"changes 2 of 12 prompts; the first: {cache.index[0].id}" in printed
+  assert '"tildes"' in other.about(0)["captions"]["safe"]
+  plain = run(tiny_checkpoint, dataset, tmp_path / "plain")
+  assert plain.manifest["dataset"] != other.manifest["dataset"]
+  assert (plain[0]["token_ids"] != other[0]["token_ids"]).any()
+
+
 @pytest.mark.parametrize(
   "arguments", [[], ["--out", "x"], ["--model", "x"], ["--model", "x", "--stats", "y"]]
 )

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from safetydpo_jax.data import images
 from safetydpo_jax.errors import InputError
@@ -76,11 +76,14 @@ MODES = {
   "CMYK": ("CMYK", "jpg"),
   "grey JPEG": ("L", "jpg"),
   "WebP": ("RGB", "webp"),
+  "AVIF": ("RGB", "avif"),
 }
 
 
 @pytest.mark.parametrize(("mode", "ending"), MODES.values(), ids=MODES)
 def test_every_colour_mode_becomes_rgb(tmp_path, mode, ending):
+  if ending == "avif" and not features.check("avif"):
+    pytest.skip("this PIL does not decode AVIF")
   grey = Image.fromarray(np.full((16, 16, 3), 204, np.uint8))
   file = save(tmp_path / f"x.{ending}", grey.convert(mode))
   pixels = images.load_image(file, 16)
@@ -118,6 +121,13 @@ def test_a_broken_image_is_named(tmp_path, content):
     InputError, match=r"image .*x\.jpg cannot be read: .*; replace it"
   ):
     images.load_image(tmp_path / "x.jpg", 16)
+
+
+def test_a_git_lfs_pointer_is_said_to_be_one(tmp_path):
+  file = tmp_path / "x.png"
+  file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+  with pytest.raises(InputError, match=r"x\.png is a Git LFS pointer.*git lfs pull"):
+    images.load_image(file, 16)
 
 
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])

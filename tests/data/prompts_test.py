@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from safetydpo_jax.data.prompts import read_prompts, read_table
+from safetydpo_jax.data.prompts import check_written, read_prompts, read_table
 from safetydpo_jax.errors import InputError
 
 QUIRK = 'a "quoted", comma’d ~ prompt\nwith a second line'
@@ -116,6 +116,13 @@ def test_other_seeds_are_refused(read, text):
 def test_an_image_stays_in_the_out_folder(read, name):
   with pytest.raises(InputError, match=r"row 1: image .*(is outside|is not a .png)"):
     read(["prompt", "image"], ["x", name])
+
+
+def test_images_made_elsewhere_may_have_formats_that_are_not_written(read, tmp_path):
+  (row,) = read(["prompt", "image"], ["x", "x.WebP"])
+  assert row.file.name == "x.WebP"
+  with pytest.raises(InputError, match=r"row 1: image 'x.WebP' is not a .png or .jpg"):
+    check_written(read_table(tmp_path / "p.csv"))
 
 
 @pytest.mark.parametrize("name", ["a\0.png", "é" * 120 + ".png", "x" * 250 + "/x.png"])

@@ -1,7 +1,7 @@
 """CLIPScore equals OpenCLIP's on random weights: embeddings, tokens and preparation."""
 
-import html
 import importlib
+import shutil
 import sys
 
 import jax
@@ -10,11 +10,14 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from transformers import CLIPTokenizer
 
+from safetydpo_jax.data import cleaning
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.clip.files import load_tokenizer, tokenize
 from safetydpo_jax.metrics import clipscore
 from safetydpo_jax.runtime.sharding import make_mesh
+from tests.support.checkpoints import save_tokenizer
 from tests.support.clips import (
   open_clip_config,
   save_tiny_clip,
@@ -57,7 +60,7 @@ def test_scores_equal_pytorchs_clip(tiny):
   folder, theirs = tiny
   model = load(folder)
   batch = np.stack([clipscore.prepare(picture, model) for picture in pictures()])
-  ids = tokenize(model.clip, [clipscore.clean(p) for p in PROMPTS])
+  ids = tokenize(model.clip, [cleaning.clean(p) for p in PROMPTS])
   mean, std = model.clip.mean[None, None, None], model.clip.std[None, None, None]
   with torch.no_grad():
     result = theirs(
@@ -90,7 +93,7 @@ def test_scores_equal_open_clips_own(tmp_path):
     32, is_train=False, **config["preprocess_cfg"], interpolation="bicubic"
   )
   model = load(folder)
-  ids = tokenize(model.clip, [clipscore.clean(p) for p in PROMPTS])
+  ids = tokenize(model.clip, [cleaning.clean(p) for p in PROMPTS])
   with torch.no_grad():
     pixels = torch.stack([transform(picture) for picture in pictures()])
     images = theirs.encode_image(pixels, normalize=True)
@@ -130,16 +133,32 @@ def test_tokens_equal_open_clips_own(tmp_path):
   for text in ODD_TEXTS:
     expected = tokenizer([text])[0].numpy()
     end = int(np.argmax(expected)) + 1
-    got = ours(clipscore.clean(text), truncation=True, max_length=77)["input_ids"]
+    got = ours(cleaning.clean(text), truncation=True, max_length=77)["input_ids"]
     assert got == expected[:end].tolist(), text
 
 
-def test_prompts_are_cleaned_as_open_clip_cleans_them():
-  assert clipscore.clean("  It’s\n“Odd” ") == 'it\'s "odd"'
-  assert clipscore.clean("a &amp;amp; b") == "a & b"
-  assert clipscore.clean(html.escape("<b>")) == "<b>"
-  # Where a "<" stands, ftfy leaves entities alone.
-  assert clipscore.clean("<i> a &amp;amp; b") == "<i> a & b"
+@pytest.mark.parametrize("form", ["vocab.json", "tokenizer.json"])
+def test_an_exclamation_mark_is_a_word_where_the_tokenizer_pads_with_it(
+  tiny, tmp_path, form
+):
+  """As in Stable Diffusion 2 and XL: id 0 within a word, 256 at the end of one."""
+  save_tokenizer(tmp_path / "pads", pad_token="!")
+  if form == "tokenizer.json":
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "pads")
+    shutil.rmtree(tmp_path / "pads")
+    theirs.save_pretrained(tmp_path / "pads")
+    assert (tmp_path / "pads" / form).exists()
+    assert theirs("the !!!")["input_ids"][2:-1] == [0, 0, 0], "what would be wrong"
+  model = load(tiny[0], tokenizer=tmp_path / "pads")
+  ids = tokenize(model.clip, ["the ! !!! the!"])
+  the = ids[0, 1]
+  assert ids[0, 1:8].tolist() == [the, 256, 0, 0, 256, the, 256]
+  plain = load(tiny[0])
+  texts = ["the ! !!! the!", "!", "the red one"]
+  np.testing.assert_array_equal(ids, tokenize(plain.clip, texts[:1]))
+  np.testing.assert_array_equal(
+    clipscore.text_features(model, texts), clipscore.text_features(plain, texts)
+  )
 
 
 def test_a_score_is_a_hundred_cosines_and_may_be_negative():

@@ -439,3 +439,29 @@ def test_one_guidance_for_all_rows_is_as_if_they_had_none(
     run(out, prompts=file)
   # No row has its own: the option changes nothing, and so the folder goes on.
   assert run(base, prompts=prompts_csv, no_row_guidance=True).keys() == one.keys()
+
+
+def test_a_format_that_is_not_written_is_refused_before_the_model_is_read(tmp_path):
+  file = write_csv(tmp_path / "p.csv", ["prompt", "image"], ["x", "x.webp"])
+  options = RenderOptions(model="none", prompts=file, out=tmp_path / "out")
+  with pytest.raises(InputError, match=r"image 'x.webp' is not a .png or .jpg"):
+    render_csv(options)
+
+
+def test_prompts_are_repaired_if_asked(run, tmp_path, capsys):
+  """Curly quotation marks become plain ones, in negative prompts too."""
+  columns, curly = ["prompt", "negative_prompt"], ["the “red” one", "“on”"]
+  odd = write_csv(tmp_path / "odd.csv", columns, curly, ["an ant", ""])
+  plain = [text.replace("“", '"').replace("”", '"') for text in curly]
+  even = write_csv(tmp_path / "even.csv", columns, plain, ["an ant", ""])
+  options = {"steps": 2, "latents": None, "negative_prompt": "“in”"}
+  fixed = run(tmp_path / "a", prompts=odd, fix_text=True, **options)
+  assert (
+    "--fix_text changes 1 of 2 prompts; the first: row 1" in capsys.readouterr().out
+  )
+  options["negative_prompt"] = '"in"'
+  assert_equal_to_rounding(fixed, run(tmp_path / "b", prompts=even, **options))
+  left = run(tmp_path / "c", prompts=odd, **options)
+  assert np.abs(next(iter(fixed.values())) - next(iter(left.values()))).max() > 1
+  with pytest.raises(InputError, match="fix_text"):
+    run(tmp_path / "a", prompts=odd, **(options | {"negative_prompt": "“in”"}))

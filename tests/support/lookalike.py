@@ -8,6 +8,7 @@ cross, which plays the harm. The quirks of the published files are in:
   pair 2   stands under two categories
   pair 3   is PNG, the others are JPEG
   pair 4   is portrait where the others are landscape, or the reverse
+  pair 5   has pair 4's prompts, and images and a category of its own
   all      categories as CoProV2 spells them; not in a CSV: two ties
 
 All of `LAYOUTS` hold the same pairs for the same arguments. The parquet layouts hold no
@@ -181,9 +182,10 @@ LAYOUTS: dict[str, Callable[..., Path]] = {
 def write_published_csv(file: Path) -> Path:
   """A CSV without images and with the published counts. → the file
 
-  32,086 rows are 16,043 row pairs, 15,690 of them distinct; 321 pairs stand under more
-  than one category. 353 row pairs repeat another one under a number of their own: 321
-  add a second category, 21 a third, 11 none.
+  32,086 rows are 16,043 row pairs, 15,690 of them distinct by their images; 321 pairs
+  stand under more than one category. 353 row pairs name the images of another one: 321
+  add a second category, 21 a third, 11 none. Pairs 1, 2 and 3 have the prompts of pairs
+  101, 102 and 103, of other categories.
   """
   distinct = [(number, CATEGORIES[number % 7]) for number in range(15690)]
   again = [(number, CATEGORIES[(number + 1) % 7]) for number in range(321)]
@@ -192,10 +194,11 @@ def write_published_csv(file: Path) -> Path:
   with open(file, "w", newline="", encoding="utf-8") as lines:
     writer = csv.writer(lines)
     writer.writerow(["prompt", "image", "category"])
-    for row, (scene, category) in enumerate(distinct + again + third + same):
+    for number, category in distinct + again + third + same:
+      scene = number + 100 if number in (1, 2, 3) else number
       quirk = QUIRK if scene % 100 == 0 else ""
       for kind, end in (("u", " with a cross"), ("s", "")):
-        name = f"{kind}_idx_{row:07d}_0.jpg"
+        name = f"{kind}_idx_{number:07d}_0.jpg"
         writer.writerow([f"scene {scene}{end}{quirk}", name, category])
   return file
 
@@ -204,8 +207,8 @@ def write_published_hub(folder: Path, published: Path) -> Path:
   """The hub's 31,380 rows for that CSV, without bytes. → the folder"""
   with open(published, newline="", encoding="utf-8") as lines:
     table = list(csv.DictReader(lines))
-  first = {row["prompt"]: row["image"] for row in reversed(table)}
-  own = sorted(first.items(), key=lambda item: item[1])  # safe ones first
+  prompts = {row["image"]: row["prompt"] for row in table}
+  own = sorted(prompts.items())  # safe ones first
   rows = [
     {
       "image": {"bytes": None, "path": image},
@@ -214,7 +217,7 @@ def write_published_hub(folder: Path, published: Path) -> Path:
       "label_0": 1,
       "caption": prompt,
     }
-    for prompt, image in own
+    for image, prompt in own
   ]
   _write_parquet(folder, rows, 2, {"image": _BYTES})
   return folder
@@ -264,12 +267,14 @@ def _write_scenes(folder, pairs, seed, size, damage) -> list[Scene]:
     ending = "png" if number == 3 else "jpg"
     height, width = size[::-1] if number == 4 else size
     back, front = rng.choice(COLOURS, 2, replace=False)
-    quirk = QUIRK if number == 0 else ""
+    words = f"a {front} disc {number} on {back}{QUIRK if number == 0 else ''}"
+    if number == 5:
+      words = scenes[4].safe_caption
     scene = Scene(
       safe=f"s_idx_{number:07d}_0.{ending}",
       unsafe=f"u_idx_{number:07d}_0.{ending}",
-      safe_caption=f"a {front} disc {number} on {back}{quirk}",
-      unsafe_caption=f"a {front} disc {number} on {back} with a cross{quirk}",
+      safe_caption=words,
+      unsafe_caption=words.replace(" on ", " with a cross on "),
       category=CATEGORIES[number % len(CATEGORIES)],
     )
     image = _draw_disc(rng, str(back), str(front), height, width)

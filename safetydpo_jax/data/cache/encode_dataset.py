@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from safetydpo_jax.data import categories, contact_sheet
+from safetydpo_jax.data import categories, cleaning, contact_sheet
 from safetydpo_jax.data.cache import encoding, records, resume, shards
 from safetydpo_jax.data.sources import layouts
 from safetydpo_jax.data.sources.pairs import SourcePair, fingerprint
@@ -59,8 +59,12 @@ class EncodeOptions:
   """pairs per file"""
   variant: str | None = None
   """of the weight files, for example "fp16\""""
+  fix_text: bool = False
+  """repair prompts with ftfy (curly quotes, broken encodings), as transformers did
+  before version 5"""
   stats: str | None = None
-  """PNG to draw: a contact sheet of random pairs, and counts"""
+  """PNG to draw: a contact sheet of random pairs, and counts; a table's images may be
+  missing, all of them"""
   no_blur: bool = False
   """do not blur the contact sheet's images"""
 
@@ -98,6 +102,8 @@ def encode_dataset(options: EncodeOptions) -> None:
     picture = contact_sheet.draw_sheet(pairs, counts, blur=not options.no_blur)
     contact_sheet.save_sheet(picture, storage.as_path(options.stats))
     print(f"{options.stats}: {counts['pairs']} pairs")
+    rows = contact_sheet.count_rows(pairs, counts)
+    print(", ".join(f"{name} {count:,}" for name, count in rows.items() if count))
   if options.out:
     encode_selected(options, selected)
 
@@ -114,6 +120,7 @@ def select_pairs(options: EncodeOptions) -> Selected:
     options.pairs,
     categories_csv=options.categories,
     skipped=skipped if options.on_error == "skip" else None,
+    need_images=options.out is not None,
   )
   kept = [pair for pair in pairs if name is None or name in pair.categories]
   if not kept:
@@ -122,13 +129,20 @@ def select_pairs(options: EncodeOptions) -> Selected:
       f"{options.pairs} has no pairs of category {name}; it has "
       f"{', '.join(there) or 'none; give --categories'}"
     )
+  if options.fix_text:
+    kept, line = cleaning.fix_captions(kept)
+    if jax.process_index() == 0:
+      print(line)
   captions = sum(caption is not None for pair in kept for caption in pair.captions)
   more = {
     "pairs": len(kept),
     "captions": captions,
     "other_categories": len(pairs) - len(kept),
   }
-  return Selected(kept, {**counts._asdict(), **more}, skipped)
+  found = {**counts._asdict(), **more}
+  if not counts.without_caption:  # as in the manifests of earlier caches
+    del found["without_caption"]
+  return Selected(kept, found, skipped)
 
 
 def encode_selected(options: EncodeOptions, selected: Selected) -> None:
@@ -284,6 +298,9 @@ def complete(
     f"dropped, {counts['other_categories']} pairs of other categories"
   )
   if skipped:
-    print(f"left out {counts['skipped']} pairs; the first: {skipped[0]}")
+    rows = counts.get("without_caption", 0)
+    left = [f"{counts['skipped']} pairs"] * (counts["skipped"] > 0 or not rows)
+    left += [f"{rows} rows without a caption"] * (rows > 0)
+    print(f"left out {' and '.join(left)}; the first: {skipped[0]}")
   if options.category is None and counts["uncategorised"]:
     print(f"{counts['uncategorised']} pairs have no category; see --categories")

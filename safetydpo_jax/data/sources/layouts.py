@@ -11,22 +11,21 @@ The layout is recognised by what the path holds:
 Paths may be URLs that `etils.epath` opens: gs://, s3://, az://.
 
 The hub's files have no categories. They come from CoProV2's CSV, which has: the pair
-with the same two prompts, else the one with the same image names. A pair under two
-categories keeps both.
+with the same two prompts and image names, else those with the same prompts, else the
+one with the same image names. A pair under two categories keeps both.
 """
 
 import collections
 import dataclasses
 import fnmatch
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from etils import epath
 
 from safetydpo_jax.data.sources import parquet, text_tables
-from safetydpo_jax.data.sources.pairs import SourcePair, Table, merge
+from safetydpo_jax.data.sources.pairs import Image, SourcePair, Table, merge
 from safetydpo_jax.data.sources.text_tables import CSV_COLUMNS, METADATA
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.runtime import storage
@@ -35,7 +34,10 @@ _PREPARED = "*-train.array_record-*-of-" + 5 * "[0-9]"
 
 
 class Counts(NamedTuple):
-  """What became of a dataset's rows; `skipped` pairs lack an image."""
+  """What became of a dataset's rows; `skipped` pairs lack an image.
+
+  `without_caption` counts the rows that were left out for that.
+  """
 
   rows: int
   pairs: int
@@ -44,6 +46,7 @@ class Counts(NamedTuple):
   repeated: int
   skipped: int
   uncategorised: int
+  without_caption: int = 0
 
 
 def read_pairs(
@@ -51,6 +54,7 @@ def read_pairs(
   *,
   categories_csv: str | os.PathLike | None = None,
   skipped: list[str] | None = None,
+  need_images: bool = True,
 ) -> tuple[list[SourcePair], Counts]:
   """Reads a dataset in any layout.
 
@@ -58,8 +62,10 @@ def read_pairs(
     dataset: a folder, or its file that lists the pairs.
     categories_csv: CoProV2's CSV, to take categories from; by default the CSV in
       the dataset's folder, if the dataset is in another layout.
-    skipped: takes a line for every pair without its image and every file that cannot
-      be read, and they are left out; None: that is an error.
+    skipped: takes a line for every pair without its image, every row without a caption
+      and every file that cannot be read, and they are left out; None: that is an error.
+    need_images: False: a table that was moved without any of its images is read too;
+      its pairs' images are paths at which there is nothing.
 
   Returns:
     The pairs, sorted by id, and what became of the rows.
@@ -80,6 +86,9 @@ def read_pairs(
   before = len(lines)
   table = _read(kind, files, official, skipped)
   in_files = len(lines) - before
+  without_caption = sum(row.caption is None for row in table.rows)
+  if not (need_images or table.images):
+    table = table._replace(images=_absent_images(table))
   pairs, repeated = merge(table, skipped)
   if official:
     pairs = join_categories(pairs, official, csv_file)
@@ -89,8 +98,9 @@ def read_pairs(
     captions=sum(caption is not None for pair in pairs for caption in pair.captions),
     ties=table.ties,
     repeated=repeated,
-    skipped=len(lines) - before - in_files,
+    skipped=len(lines) - before - in_files - without_caption,
     uncategorised=sum(not pair.categories for pair in pairs),
+    without_caption=without_caption,
   )
   if not pairs:
     raise InputError(
@@ -106,9 +116,15 @@ def read_official(file: str | os.PathLike) -> list[SourcePair]:
   Raises:
     InputError: it cannot be read.
   """
-  rows = text_tables.read_csv(storage.as_path(file)).rows
-  names = {path for row in rows for path in (row.preferred, row.dispreferred)}
-  return merge(Table("", rows, {name: Path(name) for name in names}), None)[0]
+  table = text_tables.read_csv(storage.as_path(file))
+  return merge(table._replace(images=_absent_images(table)), None)[0]
+
+
+def _absent_images(table: Table) -> dict[str, Image]:
+  """The images that a table names, whether they exist or not."""
+  folder = storage.as_path(table.folder)
+  names = {path for row in table.rows for path in (row.preferred, row.dispreferred)}
+  return {name: folder / name for name in names}
 
 
 def join_categories(
@@ -121,11 +137,13 @@ def join_categories(
   """
   known = collections.defaultdict(set)
   for pair in official:
-    for key in (*_keys(pair), *map(frozenset, zip(pair.captions))):
+    texts = (pair.captions, *zip(pair.captions))  # the prompts together and alone
+    for key in (key for captions in texts for key in _keys(captions, pair.names)):
       known[key].update(pair.categories)
   joined, matched = [], 0
   for pair in pairs:
-    found = next((known[key] for key in _keys(pair) if key in known), None)
+    keys = _keys(pair.captions, pair.names)
+    found = next((known[key] for key in keys if key in known), None)
     matched += found is not None
     tags = tuple(sorted({*pair.categories, *(found or ())}))
     joined.append(dataclasses.replace(pair, categories=tags))
@@ -137,9 +155,12 @@ def join_categories(
   return joined
 
 
-def _keys(pair: SourcePair) -> tuple[frozenset, frozenset]:
-  """What identifies a pair: its prompts, or its one prompt; its images' names."""
-  return frozenset(pair.captions) - {None}, frozenset(pair.names)
+def _keys(
+  captions: Sequence[str | None], names: tuple[str, str]
+) -> tuple[Hashable, ...]:
+  """What identifies a pair, the surest first; prompts alone may be those of several."""
+  prompts, images = frozenset(captions) - {None}, frozenset(names)
+  return (prompts, images), prompts, images
 
 
 def _find_files(dataset: epath.Path) -> tuple[str, list[epath.Path]]:

@@ -1,12 +1,13 @@
 """Preference pairs, whatever files they came from, and how rows become pairs.
 
 A published pair is listed twice, once under each prompt. Its rows become one pair with
-two caption slots, so that each image is encoded once. A row that repeats another is
-counted and adds only its category; so does a whole pair that has another's prompts and
-images named as CoProV2 names them, u_idx_N_K.jpg and s_idx_N_K.jpg, with the same K. A
-second caption for a filled slot makes another pair, "ID#2".
+two caption slots, so that each image is encoded once. A pair is its two images, by
+name: three pairs of CoProV2 have the prompts of another one, and images of their own. A
+row that repeats another is counted and adds only its category. A second caption for a
+filled slot makes another pair, "ID#2".
 
-Every row ends as a caption, a tie, a repeat, or with a pair that was left out.
+Every row ends as a caption, a tie, a repeat, without a caption, or with a pair that was
+left out.
 
 An image is a path, or anything else with `read_bytes()` and a `str` that says where it
 is: images inside parquet or record files are never unpacked to disk.
@@ -64,13 +65,16 @@ class SourcePair:
 
 
 class Row(NamedTuple):
-  """One caption of one pair; `where` is its file and line, for messages."""
+  """One caption of one pair, None where the row has none.
+
+  `where` is its file and line, for messages.
+  """
 
   where: str
   preferred: str
   dispreferred: str
   slot: str
-  caption: str
+  caption: str | None
   categories: tuple[str, ...] = ()
 
 
@@ -102,16 +106,19 @@ def merge(table: Table, skipped: list[str] | None) -> tuple[list[SourcePair], in
 
   Args:
     table: the rows and images.
-    skipped: takes a line for every pair that lacks an image, and the pair is left out;
-      None: that is an error.
+    skipped: takes a line for every row without a caption and every pair that lacks an
+      image, and these are left out; None: that is an error.
 
   Raises:
-    InputError: an image is missing, or a category is unknown.
+    InputError: a caption or an image is missing, or a category is unknown.
   """
   short = _short_names(table.rows)
   captions, tags, first_row = {}, {}, {}
   repeated = 0
   for row in table.rows:
+    if row.caption is None:
+      report(f"{row.where}: caption is None, expected text", skipped)
+      continue
     slot = SLOTS.index(row.slot)
     name = f"{short[row.preferred]}>{short[row.dispreferred]}"
     for id in _numbered(name):
@@ -122,26 +129,18 @@ def merge(table: Table, skipped: list[str] | None) -> tuple[list[SourcePair], in
     present[slot] = row.caption
     first_row.setdefault(id, row)
     tags.setdefault(id, set()).update(_normalise(row))
-  pairs, keys = {}, {}
+  pairs = []
   for id in sorted(captions):
-    row, names = first_row[id], frozenset(tags[id])
+    row = first_row[id]
     sides = (row.preferred, row.dispreferred)
     if lost := [side for side in sides if side not in table.images]:
       report(f"{row.where}: image {table.folder}/{lost[0]} does not exist", skipped)
       continue
     preferred, dispreferred = (table.images[side] for side in sides)
-    texts = tuple(captions[id])
-    short_sides = (short[sides[0]], short[sides[1]])
-    found = tuple(sorted(names))
-    pair = SourcePair(id, preferred, dispreferred, texts, found, short_sides)
-    key = _same_prompts(pair)
-    first = pairs.get(keys.setdefault(key, id)) if key else None
-    if first:
-      both = tuple(sorted(names.union(first.categories)))
-      pair = dataclasses.replace(first, categories=both)
-      repeated += sum(caption is not None for caption in texts)
-    pairs[pair.id] = pair
-  return list(pairs.values()), repeated
+    texts, found = tuple(captions[id]), tuple(sorted(tags[id]))
+    names = (short[sides[0]], short[sides[1]])
+    pairs.append(SourcePair(id, preferred, dispreferred, texts, found, names))
+  return pairs, repeated
 
 
 def fingerprint(pairs: Sequence[SourcePair]) -> str:
@@ -193,6 +192,15 @@ def text(where: str, what: str, value: object) -> str:
   return value
 
 
+def caption(where: str, value: object) -> str | None:
+  """A row's caption, None where it has none; what that means, `merge` decides.
+
+  Raises:
+    InputError: it is something else than text.
+  """
+  return None if value is None else text(where, "caption", value)
+
+
 def preferred_side(where: str, label: object) -> int | None:
   """0 or 1: which of jpg_0 and jpg_1 `label_0` prefers; None for a tie.
 
@@ -213,12 +221,6 @@ def _short_names(rows: Sequence[Row]) -> dict[str, str]:
     path: base if sharing[base := os.path.basename(path)] == 1 else path
     for path in paths
   }
-
-
-def _same_prompts(pair: SourcePair) -> tuple | None:
-  """Equal for CoProV2's pairs that repeat each other under other numbers."""
-  name = COPRO_IMAGE.fullmatch(os.path.basename(pair.names[0]))
-  return (*pair.captions, name.group(3)) if name and None not in pair.captions else None
 
 
 def _numbered(id: str) -> Iterator[str]:

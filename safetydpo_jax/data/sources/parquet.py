@@ -10,95 +10,27 @@
               the official CSV).
   Pick-a-Pic  `jpg_0` and `jpg_1` hold the bytes (binary, or a struct {bytes, path}).
               An image's name is its `image_0_uid` / `image_1_uid`, else the path in the
-              struct, else "sha256-" and 16 digits of its bytes. Which image's
-              prompt the caption is: `file_name` says it, as in the folder layout; else
-              the official CSV, if it has the prompt; else it is the unsafe one's.
+              struct, else (and where images that differ have the same path: `datasets`
+              keeps its last part only) "sha256-" and 16 digits of its bytes. Which
+              image's prompt the caption is: `file_name` says it, as in the folder
+              layout; else the official CSV, if it has the prompt; else it is the
+              unsafe one's.
 
 Both have `label_0` (1, 0, or a tie) and `caption`, and may have `category`.
 """
 
-import bisect
-import functools
+import collections
 import hashlib
-import itertools
 import os
-import re
-import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from etils import epath
 
-from safetydpo_jax.data.sources import pairs
+from safetydpo_jax.data.sources import pairs, parquet_files
 from safetydpo_jax.data.sources.pairs import SLOTS, Row, SourcePair, Table
+from safetydpo_jax.data.sources.parquet_files import ParquetImage, Shard
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.runtime import storage
-
-_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.parquet")
-_NEEDED = ("jpg_0", "jpg_1", "label_0", "caption")
-_OPTIONAL = ("file_name", "category", "image_0_uid", "image_1_uid")
-_reading = threading.Lock()  # a ParquetFile is not thread-safe
-
-
-class ParquetImage(NamedTuple):
-  """An image in a row of a parquet file; `row` counts from 0."""
-
-  file: str
-  row: int
-  column: str
-
-  def read_bytes(self) -> bytes:
-    """Its bytes; neighbouring rows cost little."""
-    with _reading:
-      starts = _row_groups(self.file)
-      group = bisect.bisect_right(starts, self.row) - 1
-      value = _read_column(self.file, group, self.column)[self.row - starts[group]]
-      content = value.as_py()
-    if content is None:
-      raise InputError("the row holds no bytes")
-    return content
-
-  def __str__(self) -> str:
-    return f"{self.file} row {self.row} column {self.column}"
-
-
-class _Shard(NamedTuple):
-  """The small columns of a file, and whether jpg_0 and jpg_1 are names."""
-
-  file: str
-  rows: list[dict[str, Any]]
-  named: bool
-  columns: dict[str, str]  # where the bytes are: jpg_0, jpg_1, image → leaf
-
-
-@functools.lru_cache(maxsize=16)
-def _open(file: str) -> pq.ParquetFile:
-  return pq.ParquetFile(storage.as_path(file).open("rb"))
-
-
-@functools.lru_cache(maxsize=64)
-def _row_groups(file: str) -> list[int]:
-  """The first row of each row group."""
-  about = _open(file).metadata
-  sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
-  return list(itertools.accumulate(sizes, initial=0))[:-1]
-
-
-@functools.lru_cache(maxsize=4)  # two halves of the file are read side by side
-def _read_column(file: str, group: int, column: str) -> pa.Array:
-  return _leaf(_open(file).read_row_group(group, columns=[column]), column)
-
-
-def _leaf(table: pa.Table, column: str) -> pa.Array:
-  """A column, or the field of a struct column, by its dotted name."""
-  name, *field = column.split(".")
-  array = table.column(name).combine_chunks()
-  if isinstance(array, pa.ChunkedArray):  # no rows at all
-    array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.nulls(0)
-  return pc.struct_field(array, field[0]) if field else array
 
 
 def read_parquet(
@@ -116,12 +48,13 @@ def read_parquet(
   Raises:
     InputError: a column is missing or of the wrong type, or pairs cannot be rebuilt.
   """
-  for cached in (_open, _row_groups, _read_column):
-    cached.cache_clear()  # files may have been replaced since
+  parquet_files.forget()
   before = len(skipped or ())
-  if lost := _lost_shards(files):
+  if lost := parquet_files.lost_shards(files):
     pairs.report(f"{files[0].parent} lacks {', '.join(lost)}", skipped)
-  shards = [shard for file in files if (shard := _read_shard(str(file), skipped))]
+  shards = [
+    shard for file in files if (shard := parquet_files.read_shard(str(file), skipped))
+  ]
   whole = len(skipped or ()) == before
   if len({shard.named for shard in shards}) > 1:
     raise InputError(
@@ -132,57 +65,19 @@ def read_parquet(
   return _read_pick_a_pic(str(files[0].parent), shards, official)
 
 
-def _lost_shards(files: Sequence[epath.Path]) -> list[str]:
-  """Files that `x-00000-of-00003.parquet` implies and that are missing."""
-  there = {file.name for file in files}
-  promised = set()
-  for name in map(_NUMBERED.fullmatch, there):
-    if name:
-      stem, _, count = name.groups()
-      promised |= {f"{stem}-{i:05d}-of-{count}.parquet" for i in range(int(count))}
-  return sorted(promised - there)
-
-
-def _read_shard(file: str, skipped: list[str] | None) -> _Shard | None:
-  """The columns without bytes of a file; None if it is damaged and skipped."""
-  try:
-    schema = _open(file).schema_arrow
-    if missing := [name for name in _NEEDED if name not in schema.names]:
-      raise InputError(f"{file} has no column {', '.join(missing)}")
-    columns, named = {}, False
-    small = [name for name in (*_NEEDED[2:], *_OPTIONAL) if name in schema.names]
-    for name in ("jpg_0", "jpg_1", "image"):
-      kind = schema.field(name).type if name in schema.names else None
-      if kind is None:
-        continue
-      if pa.types.is_struct(kind) and {field.name for field in kind} >= {"bytes"}:
-        columns[name] = f"{name}.bytes"
-        small += [f"{name}.path"] * ("path" in {field.name for field in kind})
-      elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        columns[name] = name
-      else:
-        small.append(name)
-        named = named or name != "image"
-    if named and "image" not in columns:
-      raise InputError(f"{file} names its images but has no column image with bytes")
-    table = _open(file).read(columns=small)
-  except (OSError, pa.ArrowException) as error:
-    pairs.report(f"{file} is not a readable parquet file: {error}", skipped)
-    return None
-  lists = {name: _leaf(table, name).to_pylist() for name in small}
-  rows = [dict(zip(lists, values)) for values in zip(*lists.values())]
-  return _Shard(file, rows, named, columns)
-
-
 def _read_hub(
   folder: str,
-  shards: Sequence[_Shard],
+  shards: Sequence[Shard],
   official: Sequence[SourcePair] | None,
   whole: bool,
 ) -> Table:
   """Names in jpg_0 and jpg_1, bytes of the row's own image."""
   entries = [
-    (f"{shard.file} row {number}", ParquetImage(shard.file, number, "image.bytes"), row)
+    (
+      f"{shard.file} row {number}",
+      ParquetImage(shard.file, number, shard.columns["image"]),
+      row,
+    )
     for shard in shards
     for number, row in enumerate(shard.rows)
   ]
@@ -228,7 +123,9 @@ def _read_halves(
   official: Sequence[SourcePair] | None,
 ) -> Table:
   """Pairs by the order of rows: safe ones, then the unsafe ones."""
-  known = {pair.captions: pair.names for pair in official or ()}
+  known = collections.defaultdict(collections.deque)
+  for pair in official or ():
+    known[pair.captions].append(pair.names)
   half, odd = divmod(len(entries), 2)
   rows, images, ties = [], {}, 0
   for safe, unsafe in zip(entries[:half], entries[half:]):
@@ -241,15 +138,19 @@ def _read_halves(
     others = [unsafe[2]["jpg_0"], unsafe[2]["jpg_1"]]
     agree = None not in names and len({*names}) == 2 and {*names} == {*others}
     captions = (unsafe[2]["caption"], safe[2]["caption"])
-    if odd or not (captions in known if official else agree):
+    by_prompts = official and None not in captions
+    fits = captions in known if by_prompts else agree
+    if odd or not fits or not (agree or known[captions]):
       raise InputError(
         f"{where}: image.path does not tell the images apart, and by their order these "
-        f"are not a pair; {'the CSV has no such prompts' if official else ''}"
+        f"are not a pair; "
+        f"{'the CSV has no such prompts, or not as often' if official else ''}"
         f"{'' if official else 'give the official CSV with --categories'}"
       )
     preferred, dispreferred = names[side], names[1 - side]
     if not agree:
-      preferred, dispreferred = known[captions]
+      # Pairs that share their prompts, in the order of both files.
+      preferred, dispreferred = known[captions].popleft()
     images |= {preferred: safe[1], dispreferred: unsafe[1]}
     rows += [
       _row(entry[0], preferred, dispreferred, slot, entry[2])
@@ -259,11 +160,12 @@ def _read_halves(
 
 
 def _read_pick_a_pic(
-  folder: str, shards: Sequence[_Shard], official: Sequence[SourcePair] | None
+  folder: str, shards: Sequence[Shard], official: Sequence[SourcePair] | None
 ) -> Table:
   """Bytes in jpg_0 and jpg_1."""
   prompts = [{pair.captions[slot] for pair in official or ()} for slot in (0, 1)]
   safe_only = prompts[1] - prompts[0]
+  named = _name_images(shards)
   rows, images, ties = [], {}, 0
   for shard in shards:
     for number, row in enumerate(shard.rows):
@@ -273,10 +175,10 @@ def _read_pick_a_pic(
         ties += 1
         continue
       names = []
-      for name in ("jpg_0", "jpg_1"):
-        image = ParquetImage(shard.file, number, shard.columns[name])
-        names.append(_image_name(row, name, image))
-        images.setdefault(names[-1], image)
+      for column in ("jpg_0", "jpg_1"):
+        image = ParquetImage(shard.file, number, shard.columns[column])
+        names.append(named[image])
+        images.setdefault(named[image], image)
       own = row.get("file_name")
       safe = own == names[side] if own else row["caption"] in safe_only
       slot = "safe" if safe else "unsafe"
@@ -284,17 +186,39 @@ def _read_pick_a_pic(
   return Table(folder, rows, images, ties)
 
 
-def _image_name(row: dict[str, Any], column: str, image: ParquetImage) -> str:
-  name = row.get(f"image_{column[-1]}_uid") or row.get(f"{column}.path")
-  if isinstance(name, str):
-    return name
-  digest = hashlib.sha256(pairs.read_image(image, str(image).encode()))
-  return f"sha256-{digest.hexdigest()[:16]}"
+def _name_images(shards: Sequence[Shard]) -> dict[ParquetImage, str]:
+  """The name of every image, see the module's docstring."""
+  names: dict[ParquetImage, str] = {}
+  paths: dict[ParquetImage, str] = {}
+  digests: dict[ParquetImage, str] = {}
+  cells = [
+    (ParquetImage(shard.file, number, shard.columns[column]), column, row)
+    for shard in shards
+    for number, row in enumerate(shard.rows)
+    for column in ("jpg_0", "jpg_1")
+    if row["label_0"] in (0, 1)
+  ]
+  for image, column, row in cells:
+    if isinstance(uid := row.get(f"image_{column[-1]}_uid"), str) and uid:
+      names[image] = uid
+    elif isinstance(path := row.get(f"{column}.path"), str) and path:
+      paths[image] = path
+  shared = collections.Counter(paths.values())
+  for image, _, _ in cells:  # in the files' order, which reads each row group once
+    if image not in names and shared.get(paths.get(image, ""), 0) != 1:
+      digest = hashlib.sha256(pairs.read_image(image, str(image).encode()))
+      digests[image] = f"sha256-{digest.hexdigest()[:16]}"
+  contents = collections.defaultdict(set)
+  for image, path in paths.items():
+    contents[path].add(digests.get(image))
+  unclear = {path for path, found in contents.items() if len(found) > 1}
+  trusted = {image: path for image, path in paths.items() if path not in unclear}
+  return {**digests, **trusted, **names}
 
 
 def _row(
   where: str, preferred: str, dispreferred: str, slot: str, row: dict[str, Any]
 ) -> Row:
-  caption = pairs.text(where, "caption", row["caption"])
+  caption = pairs.caption(where, row["caption"])
   tags = (row["category"],) if row.get("category") else ()
   return Row(where, preferred, dispreferred, slot, caption, tags)

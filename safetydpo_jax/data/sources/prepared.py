@@ -16,6 +16,7 @@ from etils import epath
 from safetydpo_jax.data.sources import pairs
 from safetydpo_jax.data.sources.pairs import SLOTS, Row, Table
 from safetydpo_jax.runtime import storage
+from safetydpo_jax.runtime.files import NOT_FETCHED, is_lfs_pointer
 
 _IMAGE = {"name": tfds.features.Text(), "image": tfds.features.Image()}
 
@@ -94,5 +95,7 @@ def read_prepared(files: Sequence[epath.Path], skipped: list[str] | None) -> Tab
         ]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
       message = f"{file} is not a readable ArrayRecord file of coprov2: {error}"
+      if is_lfs_pointer(local):
+        message = f"{file} {NOT_FETCHED}"
       pairs.report(message, skipped)
   return Table(str(files[0].parent), rows, images)

@@ -22,6 +22,7 @@ from etils import epath
 from safetydpo_jax.data.sources import pairs
 from safetydpo_jax.data.sources.pairs import Row, Table
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.runtime.files import NOT_FETCHED, is_lfs_content
 
 METADATA = "metadata.jsonl"
 CSV_COLUMNS = ("prompt", "image", "category")
@@ -54,7 +55,7 @@ def read_jsonl(file: epath.Path) -> Table:
     preferred, dispreferred = images[side], images[1 - side]
     named = row.get("file_name")
     slot = "safe" if named and inside(where, named) == preferred else "unsafe"
-    caption = pairs.text(where, "caption", row.get("caption"))
+    caption = pairs.caption(where, row.get("caption"))
     category = row.get("category")
     tags = () if category in (None, "") else (category,)
     rows.append(Row(where, preferred, dispreferred, slot, caption, tags))
@@ -77,7 +78,12 @@ def read_csv(file: epath.Path) -> Table:
       )
     kind, *digits = name.groups()
     number = (os.path.dirname(image), *map(int, digits))
-    kinds.setdefault(number, {})[kind] = image
+    first = kinds.setdefault(number, {}).setdefault(kind, image)
+    if first != image:
+      raise InputError(
+        f"{where}: images {first!r} and {image!r} have the same number, so their "
+        "partners are unknown; rename one"
+      )
     images.append((where, number, kind, row))
   rows = []
   for where, number, kind, row in images:
@@ -88,7 +94,7 @@ def read_csv(file: epath.Path) -> Table:
       partner = os.path.join(folder, partner + name[1:])
       raise InputError(f"{where}: image {pair[kind]} has no partner {partner}")
     slot = "unsafe" if kind == "u" else "safe"
-    caption = pairs.text(where, "prompt", row["prompt"])
+    caption = pairs.caption(where, row["prompt"])
     tags = (row["category"],) if row["category"] else ()
     rows.append(Row(where, pair["s"], pair["u"], slot, caption, tags))
   beside, below = (
@@ -114,7 +120,10 @@ def inside(where: str, name: object) -> str:
 
 def _read_text(file: epath.Path, what: str) -> str:
   try:
-    return file.read_bytes().decode("utf-8-sig")  # Excel writes a BOM
+    content = file.read_bytes()
+    if is_lfs_content(content):
+      raise InputError(f"{file} {NOT_FETCHED}")
+    return content.decode("utf-8-sig")  # Excel writes a BOM
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(f"{file} is not a readable {what} in UTF-8: {error}") from error
 

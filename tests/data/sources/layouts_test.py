@@ -123,6 +123,7 @@ def test_the_official_csv_has_the_published_counts(tmp_path):
     assert sum(1 for _ in csv.DictReader(lines)) == 32086
   pairs = layouts.read_official(file)
   assert len(pairs) == 15690
+  assert len({pair.captions for pair in pairs}) == 15690 - 3
   assert sum(len(pair.categories) > 1 for pair in pairs) == 321
 
 
@@ -132,7 +133,7 @@ def test_published_sizes_are_counted_by_fate_and_by_category(tmp_path):
   tags = collections.defaultdict(set)  # counted without what is tested
   with open(file, newline="") as lines:
     for row in csv.DictReader(lines):
-      tags[row["prompt"]].add(row["category"])
+      tags[row["image"]].add(row["category"])
   expected = collections.Counter(name for names in tags.values() for name in names)
   lookalike.write_published_hub(tmp_path / "data", file)
   pairs, counts = read_pairs(tmp_path)
@@ -196,6 +197,50 @@ def test_a_pair_with_one_prompt_is_found_by_it(hub, tmp_path):
     (tmp_path / name).touch()
   pairs, _ = read_pairs(tmp_path / "metadata.jsonl", categories_csv=hub[1])
   assert [pair.categories for pair in pairs] == [("sexual",)] * 2
+
+
+ODD_WORDS = ["Null", "NA", "nan", "None", "NULL", "n/a", "-", "0", "true", ""]
+
+
+@pytest.mark.parametrize("name", ["folder", "csv", "hub", "prepared"])
+def test_a_prompt_that_reads_like_no_value_is_a_prompt(tmp_path, monkeypatch, name):
+  def write_scenes(*arguments):
+    scenes = original(*arguments)[: len(ODD_WORDS)]
+    return [s._replace(unsafe_caption=w) for s, w in zip(scenes, ODD_WORDS)]
+
+  original = lookalike._write_scenes
+  monkeypatch.setattr(lookalike, "_write_scenes", write_scenes)
+  dataset = LAYOUTS[name](tmp_path / name, pairs=len(ODD_WORDS))
+  assert [pair.captions[0] for pair in read_pairs(dataset)[0]] == ODD_WORDS
+
+
+def test_a_table_without_any_image_is_counted_if_images_are_not_needed(
+  datasets, tmp_path
+):
+  _, expected = read_pairs(datasets["csv"])
+  shutil.copy(datasets["csv"] / "train.csv", tmp_path)
+  pairs, counts = read_pairs(tmp_path, need_images=False)
+  assert counts == expected
+  assert not pairs[0].preferred.exists()
+  (tmp_path / "s_idx_0000001_0.jpg").touch()
+  with pytest.raises(InputError, match="does not exist"):
+    read_pairs(tmp_path, need_images=False)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_git_lfs_pointer_is_said_to_be_one(tmp_path, name):
+  dataset = LAYOUTS[name](tmp_path / name, pairs=2)
+  endings = (".jsonl", ".csv", ".parquet")
+  files = [f for f in dataset.rglob("*") if f.suffix in endings or "record-" in f.name]
+  files = [f for f in files if name in ("folder", "csv") or f.suffix != ".csv"]
+  assert files
+  for file in files:
+    file.write_bytes(POINTER)
+  with pytest.raises(InputError, match=r"[\w-]+\.\S+ is a Git LFS pointer.* pull"):
+    read_pairs(dataset)
 
 
 def test_the_csv_of_another_dataset_is_refused(hub, tmp_path):

@@ -60,25 +60,21 @@ def test_a_pair_under_two_categories_keeps_both(table):
   assert pairs[1].categories == ("sexual",)
 
 
-def test_a_csv_pair_repeated_under_another_number_is_a_repeat(table):
-  images = table / "images"
-  for kind in "us":
-    shutil.copy(images / f"{kind}_idx_0000001_0.jpg", images / f"{kind}_idx_9_0.jpg")
-    shutil.copy(images / f"{kind}_idx_0000001_0.jpg", images / f"{kind}_idx_9_1.jpg")
-
-  def repeat(rows, k):
-    rows += [
-      [prompt, f"{image[0]}_idx_9_{k}.jpg", "Shocking"]
-      for prompt, image, _ in rows[3:5]
-    ]
-
-  before = read_pairs(table)[1]
-  change_csv(table, lambda rows: repeat(rows, 0))
-  pairs, counts = read_pairs(table)
-  assert counts == before._replace(rows=before.rows + 2, repeated=before.repeated + 2)
-  assert pairs[1].categories == ("sexual", "shocking")
-  change_csv(table, lambda rows: repeat(rows, 1))
-  assert read_pairs(table)[1].pairs == counts.pairs + 1, "K tells samples apart"
+def test_a_pair_is_its_images_and_not_its_prompts(tmp_path):
+  rows = [("an apple", "u_idx_1_0.jpg"), ("a pear", "s_idx_1_0.jpg")]
+  rows += [("an apple", "u_idx_2_0.jpg"), ("a pear", "s_idx_2_0.jpg")]
+  rows += rows[2:]
+  lines = ["prompt,image,category"]
+  for number, (prompt, image) in enumerate(rows):
+    lines.append(f"{prompt},{image},{'Hate' if number < 4 else 'Violence'}")
+    (tmp_path / image).touch()
+  (tmp_path / "train.csv").write_text("\n".join(lines))
+  pairs, counts = read_pairs(tmp_path)
+  assert [(pair.id, pair.categories) for pair in pairs] == [
+    ("s_idx_1_0.jpg>u_idx_1_0.jpg", ("hate",)),
+    ("s_idx_2_0.jpg>u_idx_2_0.jpg", ("hate", "violence")),
+  ]
+  assert (counts.rows, counts.captions, counts.repeated) == (6, 4, 2)
 
 
 def test_a_second_caption_for_a_slot_makes_a_second_pair(folder):
@@ -114,6 +110,22 @@ def test_a_name_is_the_last_part_of_the_path_where_that_is_enough(folder):
   file.write_text(text)
   ids = {pair.id for pair in read_pairs(folder)[0]}
   assert {"new.jpg>u_idx_0000000_0.jpg", "s/1.jpg>u/1.jpg"} <= ids
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_rows_without_a_caption_are_left_out_and_counted(folder, both):
+  def edit(rows):
+    rows[0]["caption"] = None
+    if both:
+      del rows[1]["caption"]
+
+  change(folder, edit)
+  _, counts = read_pairs(folder, skipped=(skipped := []))
+  assert counts.without_caption == len(skipped) == 1 + both
+  assert "line 1: caption is None" in skipped[0]
+  assert (counts.pairs, counts.captions, counts.skipped) == (6 - both, 11 - both, 0)
+  left = counts.captions + counts.ties + counts.repeated + counts.without_caption
+  assert counts.rows == left
 
 
 BAD_ROWS = {
@@ -178,6 +190,10 @@ BAD_CELLS = {
   "a number of 5,000 digits": (
     lambda rows: rows[1].__setitem__(1, f"u_idx_{'1' * 5000}_0.jpg"),
     "is neither u_idx",
+  ),
+  "a number twice": (
+    lambda rows: rows.append(["x", "u_idx_0_0.jpg", "Hate"]),
+    "images 'u_idx_0000000_0.jpg' and 'u_idx_0_0.jpg' have the same number",
   ),
   "column": (lambda rows: rows[0].__setitem__(2, "kind"), "has no column category"),
   "short row": (lambda rows: rows[1].__delitem__(slice(1, 3)), "image path is None"),

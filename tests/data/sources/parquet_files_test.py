@@ -1,0 +1,90 @@
+"""Parquet files: every type that text and bytes may have, images in lists."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from safetydpo_jax.data.sources.layouts import read_pairs
+from safetydpo_jax.data.sources.pairs import read_image
+from safetydpo_jax.errors import InputError
+from tests.support.lookalike import write_folder_layout, write_hub_layout
+from tests.support.lookalike import write_pick_a_pic_layout as write_pick_a_pic
+
+PAIRS = 6
+
+
+def content(pairs):
+  return [
+    (p.about(), p.names, read_image(p.preferred), read_image(p.dispreferred))
+    for p in pairs
+  ]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+  folder = write_folder_layout(tmp_path_factory.mktemp("folder") / "pairs", PAIRS)
+  return content(read_pairs(folder)[0])
+
+
+@pytest.fixture
+def hub(tmp_path):
+  return write_hub_layout(tmp_path / "hub", PAIRS, ties=0)
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+VIEWS = pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())])
+LARGE = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
+KINDS = {
+  "views": (VIEWS, pa.string_view()),
+  "large": (LARGE, pa.large_string()),
+  "dictionaries": (IMAGE, pa.dictionary(pa.int32(), pa.string())),
+  "a list of one": (pa.list_(IMAGE), pa.string()),
+  "a large list of one": (pa.large_list(LARGE), pa.string()),
+  "a list of fixed size": (pa.list_(IMAGE, 1), pa.string()),
+}
+
+
+@pytest.mark.parametrize(("image", "text"), KINDS.values(), ids=KINDS)
+def test_every_type_of_text_and_bytes_is_read(hub, expected, image, text):
+  for file in sorted((hub / "data").glob("*.parquet")):
+    rows = pq.read_table(file).to_pylist()
+    for row in rows:
+      row["image"] = row["image"] if pa.types.is_struct(image) else [row["image"]]
+    names = ("jpg_0", "jpg_1", "caption")
+    schema = pa.schema(
+      [("image", image), ("label_0", pa.int8()), *((name, text) for name in names)]
+    )
+    pq.write_table(pa.Table.from_pylist(rows, schema), file)
+  assert content(read_pairs(hub)[0]) == expected
+
+
+BYTES = {
+  "view": pa.binary_view(),
+  "large": pa.large_binary(),
+  "dictionary": pa.dictionary(pa.int32(), pa.binary()),
+  "list": pa.list_(pa.binary()),
+}
+
+
+@pytest.mark.parametrize("kind", BYTES.values(), ids=BYTES)
+def test_every_type_of_bytes_is_read(tmp_path, expected, kind):
+  dataset = write_pick_a_pic(tmp_path / "pairs", PAIRS, ties=0)
+  for file in dataset.glob("*.parquet"):
+    table = pq.read_table(file)
+    for name in ("jpg_0", "jpg_1"):
+      cells = table[name].to_pylist()
+      if pa.types.is_list(kind):
+        cells = [[cell] for cell in cells]
+      place = table.column_names.index(name)
+      table = table.set_column(place, name, pa.array(cells, kind))
+    pq.write_table(table, file)
+  assert content(read_pairs(dataset)[0]) == expected
+
+
+def test_a_list_of_several_images_is_refused(tmp_path):
+  image = {"bytes": b"x", "path": "a.jpg"}
+  row = {"jpg_0": "a.jpg", "jpg_1": "b.jpg", "label_0": 1, "caption": "a disc"}
+  row["image"] = [image, image]
+  pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
+  with pytest.raises(InputError, match=r"row 0: image.path is a list of 2 images"):
+    read_pairs(tmp_path)
