@@ -57,6 +57,11 @@ def test_text_to_image_is_read(kind, tmp_path, capsys):
   assert capsys.readouterr().err == ""
 
 
+def test_a_setting_may_be_a_list(tmp_path):
+  index = index_of("MyPipeline", words=["a", "b", "c"], sizes=[1, 2])
+  assert list(check_index(tmp_path, index)) == ["text_encoder"]
+
+
 def test_there_are_as_many_classes_as_diffusers_has():
   assert (len(PLAIN), len(STEERED)) == (14, 13)
 
