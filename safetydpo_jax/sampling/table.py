@@ -121,7 +121,7 @@ def run_table(
   clipped = bool(np.isfinite(table.limit).any())
   corrected = bool(table.correct.any())
 
-  def step(carry: Any, numbered: tuple[jax.Array, Any]) -> tuple[Any, None]:
+  def step(carry: Any, numbered: Any) -> tuple[Any, None]:
     number, row = numbered
     latents, start, history, draw = carry
     prediction = predict(row.scale * latents, row.timesteps).astype(jnp.float32)
@@ -143,7 +143,7 @@ def run_table(
   history = (jnp.zeros_like(latents),) * table.history.shape[1]
   draw = jnp.zeros_like(latents) if noisy else None
   numbers = np.arange(len(table.timesteps))
-  carry = (latents, latents, history, draw)
+  carry: Any = (latents, latents, history, draw)
   (latents, *_), _ = jax.lax.scan(step, carry, (numbers, rows))
   return latents
 
