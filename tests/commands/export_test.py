@@ -21,7 +21,7 @@ from safetydpo_jax.formats.base_model import verify
 from safetydpo_jax.formats.loras import expert, kohya
 from safetydpo_jax.formats.loras import write as lora_files
 from safetydpo_jax.models.unet import UNet2DCondition
-from tests.support import dialects, lookalike, runs, twins
+from tests.support import dialects, drawn, lookalike, runs, twins
 from tests.support.checkpoints import save_tiny_checkpoint, save_tiny_sdxl_checkpoint
 
 
@@ -312,7 +312,7 @@ def dora(tmp_path_factory):
 
   def draw(weight):
     norms = weight.ndim == 1
-    return (dialects.draw_full if norms else dialects.draw_dora_in)(weight)
+    return (drawn.draw_full if norms else drawn.draw_dora_in)(weight)
 
   torch.manual_seed(0)
   write = dialects.by_twin(dialects.omi, draw, norms=True)

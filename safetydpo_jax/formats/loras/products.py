@@ -30,14 +30,14 @@ Sources: LyCORIS (lycoris/modules), A1111 (extensions-builtin/Lora/network_*.py)
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from safetydpo_jax.errors import InputError
 
 Parts = Mapping[str, np.ndarray]
-Shape = tuple[int, int, int, int]  # of ΔW: out, in, kh, kw
+Shape = tuple[int, ...]  # of ΔW: out, in, kh, kw
 
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _LOKR_1 = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
@@ -70,8 +70,8 @@ def kind_of(parts: Parts, where: str) -> str:
   if parts.keys() in ({"down"}, {"up"}):
     raise InputError(f"{where} has only one of its two factors")
   raise InputError(
-    f"{where} has {', '.join(sorted(parts))}, which make no LoRA, LoHa, LoKr or full "
-    "difference of a layer; fetch the file again, or save it as a plain LoRA"
+    f"{where} has {', '.join(sorted(parts)) or 'no factors'}, which make no LoRA, LoHa, "
+    "LoKr or full difference; fetch the file again, or save it as a plain LoRA"
   )
 
 
@@ -119,7 +119,7 @@ def _shape(parts: Parts, side: int) -> Shape:
     return _pair(parts["up"], parts["down"], parts.get("mid"))
   if "hada_w1_a" in parts:
     one, two = (
-      _pair(*_tucker(parts, f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}"), side=side)
+      _pair(*_tucker(parts, f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}"), side)
       for n in (1, 2)
     )
     _need(one == two)
@@ -133,37 +133,44 @@ def _lokr_shapes(parts: Parts, side: int) -> tuple[Shape, Shape]:
   """Shapes of LoKr's two matrices."""
   if "lokr_w1" in parts:
     a, c = parts["lokr_w1"].shape
-    first = (a, c, 1, 1)
+    first: Shape = (a, c, 1, 1)
   else:
     first = _pair(parts["lokr_w1_a"], parts["lokr_w1_b"])
   if "lokr_w2" in parts:
     b, d, *size = parts["lokr_w2"].shape
     return first, (b, d, *_size(size))
   pair = _tucker(parts, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-  return first, _pair(*pair, side=side)
+  return first, _pair(*pair, side)
 
 
-def _tucker(parts, first, second, core):
+def _tucker(
+  parts: Parts, first: str, second: str, core: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
   """up, down and mid of (2) or (1): with a core, up is given transposed."""
   mid = parts.get(core)
   return parts[first] if mid is None else parts[first].T, parts[second], mid
 
 
-def _pair(up, down, mid=None, side: int | None = None) -> Shape:
+def _pair(
+  up: np.ndarray,
+  down: np.ndarray,
+  mid: np.ndarray | None = None,
+  side: int | None = None,
+) -> Shape:
   """The shape of a product (1) or (2); `side`: a 2-D `down` is flattened."""
   out, rank, *unit = up.shape
   first, inputs, *size = down.shape
   _need(_size(unit) == (1, 1) and first == rank > 0)
   if mid is not None:
     _need(_size(size) == (1, 1) and mid.shape[:2] == (rank, rank))
-    size = mid.shape[2:]
-  elif side is not None and not size:
+    return out, inputs, *_size(mid.shape[2:])
+  if side is not None and not size:
     _need(inputs % side**2 == 0)
-    inputs, size = inputs // side**2, (side, side)
+    return out, inputs // side**2, side, side
   return out, inputs, *_size(size)
 
 
-def _size(size) -> tuple[int, int]:
+def _size(size: Sequence[int]) -> tuple[int, int]:
   """(kh, kw), (1, 1) for a linear layer."""
   height, width = size or (1, 1)
   return height, width
@@ -229,7 +236,7 @@ def dense(parts: Parts, shape: Shape) -> np.ndarray:
   return np.kron(first, second).reshape(shape)
 
 
-def _loha_factors(parts):
+def _loha_factors(parts: Parts) -> list[tuple[np.ndarray, np.ndarray]]:
   """The two products of (3): (u1, d1), (u2, d2)."""
   return [
     _matrices(*_tucker(parts, f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}"))
@@ -237,7 +244,7 @@ def _loha_factors(parts):
   ]
 
 
-def _lokr_factors(parts):
+def _lokr_factors(parts: Parts) -> list[tuple[np.ndarray, np.ndarray]]:
   """The two matrices of (4) as products: (u1, d1), (u2, d2)."""
   pairs = []
   for n in (1, 2):
@@ -249,7 +256,7 @@ def _lokr_factors(parts):
   return pairs
 
 
-def _with_identity(matrix):
+def _with_identity(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """A matrix as a product with the identity on its shorter side."""
   rows, columns = matrix.shape
   if rows < columns:
@@ -257,7 +264,9 @@ def _with_identity(matrix):
   return matrix, np.eye(columns, dtype=np.float32)
 
 
-def _matrices(up, down, mid=None):
+def _matrices(
+  up: np.ndarray, down: np.ndarray, mid: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
   """up (o, r) and down (r, i·kh·kw) of (1), or of (2)."""
   up, down = _flat(up), _flat(down)
   if mid is not None:
@@ -265,6 +274,6 @@ def _matrices(up, down, mid=None):
   return up, down.reshape(up.shape[1], -1)
 
 
-def _flat(array):
+def _flat(array: np.ndarray) -> np.ndarray:
   """(first axis, all others) in float32."""
   return np.asarray(array, np.float32).reshape(len(array), -1)
