@@ -24,7 +24,8 @@ def test_the_table_names_every_method_and_only_options_that_exist():
   fields = {field.name for field in dataclasses.fields(MergeOptions)}
   read = {name for names in options.OPTIONS.values() for name in names}
   assert {*read, *options.DEFAULTS, *options.RECORDED} <= fields
-  assert fields - read == {"experts", "method", "out", "model", "variant"}
+  every = {"experts", "method", "out", "model", "variant", "any_base"}
+  assert fields - read == every
 
 
 @pytest.mark.parametrize("method", typing.get_args(options.Method))

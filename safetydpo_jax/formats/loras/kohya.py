@@ -59,7 +59,12 @@ _RESNET_SGM = {ours: name for name, ours in _SGM_RESNET.items()}
 
 
 def module_name(path: tuple[str, ...], sgm: bool = False) -> str:
-  """lora_unet_<module> of a path in our tree, in sgm's spelling or in diffusers'."""
+  """lora_unet_<module> of a path in our tree, in sgm's spelling or in diffusers'.
+
+  SDXL's added embedding is spelt as sgm does in any case: diffusers drops its own
+  spelling with no more than a warning.
+  """
+  sgm = sgm or path[0] == "add_embedding"
   return PREFIX + (_write_sgm(path) if sgm else "_".join(path))
 
 
