@@ -149,6 +149,18 @@ def test_pytorch_predicts_with_every_export_what_we_predict(
   assert effect > 4 * difference, "the LoRA must be seen"
 
 
+def test_diffusers_finds_every_layer_of_sdxl_in_sgm_s_spelling(run, tmp_path, capsys):
+  """As published, with two layers a block; the upsampler's convolution too."""
+  base = save_tiny_sdxl_checkpoint(tmp_path / "base", unet={"layers_per_block": 2})
+  model = load_pipeline(str(base), components=())
+  assert kohya.writes_sgm(model.unet.config)
+  tree = twins.random_lora(model.unet_shapes(), 3, twins.EVERY_KIND, size=0.05)
+  name = make_expert(tmp_path / "expert", tree, model.fingerprint)
+  out = run(name, "--verify", model=base, kind="kohya")
+  assert "largest difference between PyTorch" in capsys.readouterr().out
+  chex.assert_trees_all_equal(load_lora(str(out)), jax.device_get(tree))
+
+
 def test_the_number_type_of_the_base_is_kept_unless_another_is_asked_for(
   tiny_checkpoint, pipeline, run, tmp_path, capsys
 ):

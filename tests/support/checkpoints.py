@@ -206,9 +206,10 @@ def save_tiny_checkpoint(
   return path
 
 
-def save_tiny_sdxl_checkpoint(path, *, seed=0) -> Path:
+def save_tiny_sdxl_checkpoint(path, *, seed=0, unet=None) -> Path:
   """Writes a tiny Stable Diffusion XL pipeline; see `save_tiny_checkpoint`."""
-  path = save_tiny_checkpoint(path, seed=seed, **SDXL)
+  changed = {**SDXL, "unet": {**SDXL["unet"], **(unet or {})}}
+  path = save_tiny_checkpoint(path, seed=seed, **changed)
   size = save_tokenizer(path / "tokenizer_2", pad_token="!")
   config = transformers.CLIPTextConfig(vocab_size=size, eos_token_id=size - 1, **TEXT_2)
   encoder = transformers.CLIPTextModelWithProjection(config)
