@@ -21,8 +21,12 @@ from safetydpo_jax.formats import export_lora, verify
 from safetydpo_jax.formats.loras import expert, kohya
 from safetydpo_jax.formats.loras import write as lora_files
 from safetydpo_jax.models.unet import UNet2DCondition
-from tests.support import dialects, lookalike, runs, twins
-from tests.support.checkpoints import save_tiny_checkpoint, save_tiny_sdxl_checkpoint
+from tests.support import dialects, drawn, lookalike, runs, twins
+from tests.support.checkpoints import (
+  SDXL,
+  save_tiny_checkpoint,
+  save_tiny_sdxl_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,19 @@ def test_pytorch_predicts_with_every_export_what_we_predict(
   close = {None: 1e-4, "float16": 5e-3, "bfloat16": 5e-2}[dtype]
   assert difference < close * max(1, deviation)
   assert effect > 4 * difference, "the LoRA must be seen"
+
+
+def test_diffusers_finds_every_layer_of_sdxl_in_sgm_s_spelling(run, tmp_path, capsys):
+  """As published, with two layers a block; the upsampler's convolution too."""
+  parts = {**SDXL, "unet": {**SDXL["unet"], "layers_per_block": 2}}
+  base = save_tiny_sdxl_checkpoint(tmp_path / "base", parts=parts)
+  model = load_pipeline(str(base), components=())
+  assert kohya.writes_sgm(model.unet.config)
+  tree = twins.random_lora(model.unet_shapes(), 3, twins.EVERY_KIND, size=0.05)
+  name = make_expert(tmp_path / "expert", tree, model.fingerprint)
+  out = run(name, "--verify", model=base, kind="kohya")
+  assert "largest difference between PyTorch" in capsys.readouterr().out
+  chex.assert_trees_all_equal(load_lora(str(out)), jax.device_get(tree))
 
 
 def test_the_number_type_of_the_base_is_kept_unless_another_is_asked_for(
@@ -327,7 +344,7 @@ def dora(tmp_path_factory):
 
   def draw(weight):
     norms = weight.ndim == 1
-    return (dialects.draw_full if norms else dialects.draw_dora_in)(weight)
+    return (drawn.draw_full if norms else drawn.draw_dora_in)(weight)
 
   torch.manual_seed(0)
   write = dialects.by_twin(dialects.omi, draw, norms=True)

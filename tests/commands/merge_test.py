@@ -33,7 +33,7 @@ from safetydpo_jax.merging import (
   merge_experts,
   options,
 )
-from tests.support import buckets, dialects, lookalike, runs
+from tests.support import buckets, dialects, drawn, lookalike, runs
 
 CATEGORIES = ("hate", "sexual", "violence")
 CO_MERGE = ("--batch_size", 1, "--pairs", 1, "--timesteps", "100,700")
@@ -342,7 +342,7 @@ def test_experts_of_a_fine_tune_are_merged_knowingly(
 
 def test_what_is_not_a_lora_is_not_merged(experts, tmp_path):
   config = dialects.TINY["SD1"]
-  write = dialects.by_twin(dialects.kohya, dialects.draw_dora)
+  write = dialects.by_twin(dialects.kohya, drawn.draw_dora)
   file, _ = write(dialects.make_unet("SD1"), config, tmp_path)
   with pytest.raises(InputError, match=r"lora\.safetensors holds DoRA magnitudes"):
     run([experts[0], file], tmp_path / "out", "linear")

@@ -59,10 +59,10 @@ def test_a_value_may_begin_with_a_minus(value):
   assert parse("--lora", f"{value}", "--lora", "b")[0].lora == (value, "b")
 
 
-@pytest.mark.parametrize("words", [("--lora", "--stesp"), ("--compare", "-x")])
+@pytest.mark.parametrize("words", [("--lora", "--stesp=30"), ("--compare", "-x")])
 def test_an_option_is_not_taken_for_a_value(words):
   with pytest.raises(SystemExit):
-    parse(*words, "30")
+    parse(*words)
 
 
 def test_hosts_have_flags_of_their_own():

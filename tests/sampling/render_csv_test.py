@@ -21,7 +21,7 @@ from safetydpo_jax.formats.loras.write import write_diffusers
 from safetydpo_jax.sampling import render_csv as rendering
 from safetydpo_jax.sampling.render_csv import RenderOptions, render_csv
 from safetydpo_jax.sampling.renderer import initial_noise
-from tests.support import dialects
+from tests.support import dialects, drawn
 
 HEIGHT, WIDTH = 16, 24
 PROMPTS = ['the "red" one, and the blue', "in the sand\non an ant", ""]
@@ -317,7 +317,7 @@ def test_what_is_not_a_lora_is_in_the_images_and_not_in_the_base_s(
   unet = diffusers.UNet2DConditionModel.from_pretrained(tiny_checkpoint / "unet")
 
   def draw(weight):
-    parts = dialects.draw_full(weight)
+    parts = drawn.draw_full(weight)
     return {name: 0.1 * part for name, part in parts.items()}
 
   torch.manual_seed(0)

@@ -20,10 +20,9 @@ import peft
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from flax.core import freeze
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.torch import save_file
 
-from safetydpo_jax import lora
 from safetydpo_jax.formats.base_model import weights
 from safetydpo_jax.formats.base_model.pipeline import parameter_shapes
 from safetydpo_jax.formats.loras import adapter as adapters
@@ -31,7 +30,8 @@ from safetydpo_jax.formats.loras import names
 from safetydpo_jax.formats.loras.load import load_adapter
 from safetydpo_jax.models import published
 from safetydpo_jax.models.unet import UNet2DCondition
-from tests.support import checkpoints, webuis
+from tests.support import checkpoints, drawn, webuis
+from tests.support.drawn import RANK
 
 # As the published models, two layers a block: sgm's names count on it.
 _SD = checkpoints.UNET | {"layers_per_block": 2}
@@ -41,10 +41,8 @@ FULL = {
   "SD2": published.SD21_UNET,
   "SDXL": published.SDXL_UNET,
 }
-RANK = 3  # no axis has the size of another
 LAYERS = torch.nn.Linear, torch.nn.Conv2d
 NORMS = torch.nn.GroupNorm, torch.nn.LayerNorm
-State = dict[str, torch.Tensor]
 
 
 def make_unet(family: str) -> diffusers.UNet2DConditionModel:
@@ -82,157 +80,6 @@ def comfyui(module, config):
 
 def dotted(module, config):
   return f"unet.{module}"
-
-
-# Tensors of a layer, given its weight (out, in[, kh, kw]).
-
-
-def draw(*shape):
-  return torch.randn(shape) / max(shape[-1], 1) ** 0.5
-
-
-def draw_lora(weight):
-  out, inputs, *size = weight.shape
-  unit = [1] * len(size)
-  return {
-    "lora_down.weight": draw(RANK, inputs, *size),
-    "lora_up.weight": draw(out, RANK, *unit),
-    "alpha": torch.tensor(1.5),
-  }
-
-
-def draw_tucker(weight):
-  parts = draw_lora(weight)
-  _, inputs, *size = weight.shape
-  if size in ([], [1, 1]):
-    return parts
-  parts["lora_down.weight"] = draw(RANK, inputs, 1, 1)
-  return parts | {"lora_mid.weight": draw(RANK, RANK, *size)}
-
-
-def draw_loha(weight, tucker=False):
-  out, inputs, *size = weight.shape
-  parts = {"alpha": torch.tensor(2.0)}
-  for n in (1, 2):
-    if tucker and size not in ([], [1, 1]):
-      parts[f"hada_t{n}"] = draw(RANK, RANK, *size)
-      parts[f"hada_w{n}_a"] = draw(RANK, out)
-      parts[f"hada_w{n}_b"] = draw(RANK, inputs)
-    else:
-      parts[f"hada_w{n}_a"] = draw(out, RANK)
-      parts[f"hada_w{n}_b"] = draw(RANK, int(np.prod([inputs, *size])))
-  return parts
-
-
-def draw_loha_tucker(weight):
-  return draw_loha(weight, tucker=True)
-
-
-def draw_lokr(weight, whole=(True, False), tucker=False):
-  """w1 (a, c) and w2 (b, d) with out = a b and in = c d, each whole or factored."""
-  out, inputs, *size = weight.shape
-  a, c = (next(n for n in (4, 3, 2, 1) if side % n == 0) for side in (out, inputs))
-  b, d = out // a, inputs // c
-  parts = {"alpha": torch.tensor(2.0)}
-  if whole[0]:
-    parts["lokr_w1"] = draw(a, c)
-  else:
-    parts |= {"lokr_w1_a": draw(a, RANK), "lokr_w1_b": draw(RANK, c)}
-  if whole[1]:
-    return parts | {"lokr_w2": draw(b, d, *size)}
-  if tucker and size not in ([], [1, 1]):
-    parts |= {"lokr_w2_a": draw(RANK, b), "lokr_w2_b": draw(RANK, d)}
-    return parts | {"lokr_t2": draw(RANK, RANK, *size)}
-  flattened = int(np.prod([d, *size]))
-  return parts | {"lokr_w2_a": draw(b, RANK), "lokr_w2_b": draw(RANK, flattened)}
-
-
-def draw_lokr_whole(weight):
-  return draw_lokr(weight, (True, True))
-
-
-def draw_lokr_factored(weight):
-  return draw_lokr(weight, (False, False))
-
-
-def draw_lokr_tucker(weight):
-  return draw_lokr(weight, tucker=True)
-
-
-def draw_dora(weight):
-  """LyCORIS: norms of the output channels."""
-  norms = draw(len(weight), *[1] * (weight.ndim - 1)).abs() + 0.5
-  return draw_lora(weight) | {"dora_scale": norms}
-
-
-def draw_dora_in(weight):
-  """OneTrainer, and LyCORIS with wd_on_out=False: norms of the input channels."""
-  norms = draw(1, weight.shape[1], *[1] * (weight.ndim - 2)).abs() + 0.5
-  return draw_lora(weight) | {"dora_scale": norms}
-
-
-def draw_full(weight):
-  if weight.ndim == 1:
-    return {"w_norm": draw(len(weight)), "b_norm": draw(len(weight))}
-  return {"diff": draw(*weight.shape), "diff_b": draw(len(weight))}
-
-
-def draw_comfyui(weight):
-  """LoraSave: factors of kernels, differences of everything else."""
-  if weight.ndim == 1:
-    return {"diff": draw(len(weight)), "diff_b": draw(len(weight))}
-  return draw_lora(weight) | {"diff_b": draw(len(weight))}
-
-
-def draw_float8(weight):
-  return {
-    name: part.to(torch.float8_e4m3fn) for name, part in draw_lora(weight).items()
-  }
-
-
-def merged(weight: torch.Tensor, parts: State) -> torch.Tensor:
-  """The weight with its tensors merged in, as LyCORIS, OneTrainer and A1111 do it."""
-  parts = {name: part.float() for name, part in parts.items()}
-  if "w_norm" in parts or "diff" in parts:
-    return weight + parts.get("w_norm", parts.get("diff"))
-  rank = None
-  if "lora_up.weight" in parts:
-    up, down = parts["lora_up.weight"], parts["lora_down.weight"]
-    rank = len(down)
-    if "lora_mid.weight" in parts:
-      mid = parts["lora_mid.weight"]
-      delta = torch.einsum("nmkl,in,mj->ijkl", mid, up[:, :, 0, 0], down[:, :, 0, 0])
-    else:
-      delta = up.flatten(1) @ down.flatten(1)
-  elif "hada_w1_a" in parts:
-    rank, delta = RANK, 1
-    for n in (1, 2):
-      a, b = parts[f"hada_w{n}_a"], parts[f"hada_w{n}_b"]
-      if f"hada_t{n}" in parts:
-        one = torch.einsum("ijkl,jr,ip->prkl", parts[f"hada_t{n}"], b, a)
-      else:
-        one = a @ b
-      delta = delta * one
-  else:
-    first, second = parts.get("lokr_w1"), parts.get("lokr_w2")
-    if first is None:
-      rank, first = RANK, parts["lokr_w1_a"] @ parts["lokr_w1_b"]
-    if second is None:
-      rank, a, b = RANK, parts["lokr_w2_a"], parts["lokr_w2_b"]
-      if "lokr_t2" in parts:
-        second = torch.einsum("ijkl,jr,ip->prkl", parts["lokr_t2"], b, a)
-      else:
-        second = a @ b
-    if second.ndim == 4:
-      first = first[:, :, None, None]
-    delta = torch.kron(first, second.contiguous())
-  scale = parts["alpha"] / rank if rank else 1.0
-  moved = weight + scale * delta.reshape(weight.shape)
-  if "dora_scale" not in parts:
-    return moved
-  norms = parts["dora_scale"]
-  axes = [n for n in range(moved.ndim) if norms.shape[n] == 1]
-  return norms * moved / moved.square().sum(axes, keepdim=True).sqrt()
 
 
 # Files, and the UNet that their tool makes of the base.
@@ -276,7 +123,7 @@ def by_twin(naming, parts_of, norms=False, more=()):
         start = naming(name, config)
         state |= {f"{start}.{part}": t.contiguous() for part, t in parts.items()}
         bias = parts.pop("diff_b", parts.pop("b_norm", None))
-        module.weight.copy_(merged(module.weight, parts))
+        module.weight.copy_(drawn.merged(module.weight, parts))
         if bias is not None:
           module.bias += bias
     save_file(state, folder / "lora.safetensors")
@@ -300,7 +147,7 @@ def by_peft(settings, where="peft"):
         if "magnitude" in name:
           parameter.copy_(parameter * (1 + 0.2 * torch.rand_like(parameter)))
         elif ".lora_" in name or ".lokr_" in name or ".hada_" in name:
-          parameter.copy_(draw(*parameter.shape))
+          parameter.copy_(drawn.draw(*parameter.shape))
     model.save_pretrained(folder / "peft")
     if where == "diffusers":
       state = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(model))
@@ -375,22 +222,22 @@ DIALECTS = [
     dotted,
     by="PEFT",
   ),
-  _twin("kohya", "LoRA, LoCon", kohya, draw_lora),
-  _twin("kohya", "LoRA in float8", kohya, draw_float8),
-  _twin("LyCORIS", "LoCon with a core", kohya, draw_tucker),
-  _twin("LyCORIS", "LoHa", kohya, draw_loha),
-  _twin("LyCORIS", "LoHa with cores", kohya, draw_loha_tucker),
-  _twin("LyCORIS", "LoKr", kohya, draw_lokr),
-  _twin("LyCORIS", "LoKr, both factored", kohya, draw_lokr_factored),
-  _twin("LyCORIS", "LoKr, both whole", kohya, draw_lokr_whole),
-  _twin("LyCORIS", "LoKr with a core", kohya, draw_lokr_tucker),
-  _twin("LyCORIS", "DoRA", kohya, draw_dora),
-  _twin("LyCORIS", "full, with norms", kohya, draw_full, norms=True),
-  _twin("LyCORIS alone", "LoKr", lycoris, draw_lokr),
-  _twin("OneTrainer", "LoRA (OMI)", omi, draw_lora),
-  _twin("OneTrainer", "DoRA (OMI)", omi, draw_dora_in),
-  _twin("OneTrainer", "LoRA (legacy)", flat, draw_lora),
-  _twin("ComfyUI", "LoRA with differences", comfyui, draw_comfyui, norms=True),
+  _twin("kohya", "LoRA, LoCon", kohya, drawn.draw_lora),
+  _twin("kohya", "LoRA in float8", kohya, drawn.draw_float8),
+  _twin("LyCORIS", "LoCon with a core", kohya, drawn.draw_tucker),
+  _twin("LyCORIS", "LoHa", kohya, drawn.draw_loha),
+  _twin("LyCORIS", "LoHa with cores", kohya, drawn.draw_loha_tucker),
+  _twin("LyCORIS", "LoKr", kohya, drawn.draw_lokr),
+  _twin("LyCORIS", "LoKr, both factored", kohya, drawn.draw_lokr_factored),
+  _twin("LyCORIS", "LoKr, both whole", kohya, drawn.draw_lokr_whole),
+  _twin("LyCORIS", "LoKr with a core", kohya, drawn.draw_lokr_tucker),
+  _twin("LyCORIS", "DoRA", kohya, drawn.draw_dora),
+  _twin("LyCORIS", "full, with norms", kohya, drawn.draw_full, norms=True),
+  _twin("LyCORIS alone", "LoKr", lycoris, drawn.draw_lokr),
+  _twin("OneTrainer", "LoRA (OMI)", omi, drawn.draw_lora),
+  _twin("OneTrainer", "DoRA (OMI)", omi, drawn.draw_dora_in),
+  _twin("OneTrainer", "LoRA (legacy)", flat, drawn.draw_lora),
+  _twin("ComfyUI", "LoRA with differences", comfyui, drawn.draw_comfyui, norms=True),
 ]
 
 
@@ -416,13 +263,25 @@ def measure(dialect: Dialect, family: str, folder: Path) -> Measured:
   params = weights.convert(base.items(), shapes)
   adapter, _ = load_adapter(str(file))
   adapters.check_shapes(params, adapter)
-  ours = flatten_dict(lora.fuse(adapters.fold(params, adapter.rest), adapter.lora))
+  ours = flatten_dict(with_adapter(params, adapter))
   wanted = flatten_dict(weights.convert(theirs_state(theirs), shapes))
   before = flatten_dict(params)
   worst = max(np.abs(np.asarray(ours[path]) - wanted[path]).max() for path in wanted)
   change = max(np.abs(before[path] - wanted[path]).max() for path in wanted)
   read = {path[:-1] for path in (*flatten_dict(adapter.lora), *adapter.rest)}
   return Measured(len(read), there, float(worst / change))
+
+
+def with_adapter(params, adapter):
+  """Weights with all of an adapter in them; without JAX, which compiles every shape."""
+  found = flatten_dict(adapters.fold(params, adapter.rest))
+  factors = flatten_dict(adapter.lora)
+  for *path, part in factors:
+    if part == "a":
+      product = np.asarray(factors[*path, "a"]) @ np.asarray(factors[*path, "b"])
+      kernel = found[*path, "kernel"]
+      found[*path, "kernel"] = kernel + product.reshape(kernel.shape)
+  return unflatten_dict(found)
 
 
 def tree_shapes(state):

@@ -12,17 +12,17 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model import weights
 from safetydpo_jax.formats.loras import adapter as adapters
 from safetydpo_jax.formats.loras.load import load_adapter
-from tests.support import dialects
+from tests.support import dialects, drawn
 
 DRAWN = {
-  "LoRA": dialects.draw_lora,
-  "LoHa": dialects.draw_loha,
-  "LoKr": dialects.draw_lokr,
-  "whole LoKr": dialects.draw_lokr_whole,
-  "LoKr with a core": dialects.draw_lokr_tucker,
-  "full kernels": lambda weight: {"diff": dialects.draw(*weight.shape)},
-  "DoRA": dialects.draw_dora,
-  "norms": dialects.draw_full,
+  "LoRA": drawn.draw_lora,
+  "LoHa": drawn.draw_loha,
+  "LoKr": drawn.draw_lokr,
+  "whole LoKr": drawn.draw_lokr_whole,
+  "LoKr with a core": drawn.draw_lokr_tucker,
+  "full kernels": lambda weight: {"diff": drawn.draw(*weight.shape)},
+  "DoRA": drawn.draw_dora,
+  "norms": drawn.draw_full,
 }
 PURE = [name for name in DRAWN if name not in ("DoRA", "norms")]
 
@@ -41,8 +41,7 @@ def read(kind, folder, seed=1):
   return load_adapter(str(file))[0], str(file)
 
 
-def result(params, adapter):
-  return lora.fuse(adapters.fold(params, adapter.rest), adapter.lora)
+result = dialects.with_adapter
 
 
 @pytest.mark.parametrize("kind", PURE)
@@ -52,7 +51,7 @@ def test_what_can_be_a_lora_is_one_exactly(kind, params, tmp_path):
   lora.check_shapes(params, tree)
   assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(tree))
   chex.assert_trees_all_close(
-    lora.fuse(params, tree), result(params, adapter), atol=3e-6
+    result(params, adapters.of_lora(tree)), result(params, adapter), atol=3e-6
   )
   for path, leaf in flatten_dict(tree).items():  # no rank beyond what it takes
     if path[-1] == "b":

@@ -313,7 +313,7 @@ BROKEN = {
   "half a LoHa": ({f"{FLAT}.hada_w1_a": A}, "has hada_w1_a, which make no LoRA"),
   "half a LoKr": ({f"{FLAT}.lokr_w1": A}, "has lokr_w1, which make no LoRA"),
   "a core alone": ({f"{FLAT}.lora_mid.weight": A}, "has mid, which make no LoRA"),
-  "magnitudes alone": ({f"{FLAT}.dora_scale": A}, "which make no LoRA"),
+  "magnitudes alone": ({f"{FLAT}.dora_scale": A}, "has no factors, which make no"),
   "magnitudes of a norm": (
     {
       f"{FLAT}.lora_down.weight": A,
