@@ -5,6 +5,9 @@ was rendered in (`renderer.py`). Unless the options name a sampler, it is that o
 checkpoint's scheduler (`methods.py`). There is no safety checker. With `compare` the
 base model renders the same rows from the same noise into OUT/base.
 
+Prompts longer than the text encoder reads are cut, counted and said, unless the options
+ask for chunks; rows with as many chunks are rendered together (`prompt_text.py`).
+
 Existing images are kept and the missing ones rendered; a folder that holds images of
 other settings is refused (`folders.py`).
 """
@@ -15,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -31,20 +34,26 @@ from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.runtime import hosts, sharding
 from safetydpo_jax.runtime.command_line import Repeated
 from safetydpo_jax.sampling import folders as folders_lib
-from safetydpo_jax.sampling import methods
+from safetydpo_jax.sampling import methods, prompt_checks, text_settings
 from safetydpo_jax.sampling.folders import BASE, Folder
-from safetydpo_jax.sampling.inputs import make_inputs, read_index, read_latents
+from safetydpo_jax.sampling.inputs import (
+  make_inputs,
+  read_index,
+  read_latents,
+  wanted_of,
+)
 from safetydpo_jax.sampling.renderer import (
   Inputs,
   fix_schedule,
   make_renderer,
   save_image,
 )
+from safetydpo_jax.sampling.text_settings import TextSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class RenderOptions:
-  """Renders the prompts of a CSV, with or without LoRAs."""
+class RenderTask:
+  """What is rendered, and where to."""
 
   model: str
   """a diffusers directory, a hub id, or toy, sd15, sd21, sdxl, …"""
@@ -54,6 +63,12 @@ class RenderOptions:
   """folder for the images, generate.json and sheet.jpg"""
   lora: Repeated[tuple[str, ...]] = ()
   """L[:SCALE], a run, a merge or a LoRA file; may be repeated: LoRAs add up"""
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderOptions(TextSettings, RenderTask):  # --help lists the task first
+  """Renders the prompts of a CSV, with or without LoRAs."""
+
   compare: bool = False
   """also render without the LoRAs, into OUT/base"""
   sampler: methods.Name | None = None
@@ -82,6 +97,7 @@ class RenderOptions:
   """do not blur the contact sheet"""
 
   def __post_init__(self):
+    super().__post_init__()
     if self.compare and not self.lora:
       raise InputError(
         "--compare renders with the LoRAs and without; it needs at least one --lora"
@@ -108,6 +124,8 @@ def render_csv(options: RenderOptions) -> int:
   sharding.use_precision(options.dtype)
   table = read_table(options.prompts)
   rows = table.in_folder(options.out)  # errors in the CSV come before the slow model
+  wanted = [wanted_of(r, options.guidance, options.negative_prompt) for r in rows]
+  prompts = prompt_checks.gather(options.prompts, rows, wanted, options.prompt_style)
   pipeline = fix_schedule(
     load_pipeline(options.model, dtype=options.dtype, variant=options.variant)
   )
@@ -131,6 +149,10 @@ def render_csv(options: RenderOptions) -> int:
   if jax.process_index() == 0:
     for folder in folders:
       folders_lib.mark_incomplete(folder)
+  cut = prompt_checks.find_cut(pipeline, prompts)
+  if jax.process_index() == 0:
+    for note in prompt_checks.notes(prompts, cut):
+      print(note)
   prepare = partial(
     make_inputs,
     pipeline=pipeline,
@@ -138,11 +160,13 @@ def render_csv(options: RenderOptions) -> int:
     latents=latents,
     guidance=options.guidance,
     negative_prompt=options.negative_prompt,
+    style=options.prompt_style,
   )
-  render_share(options, pipeline, folders, prepare)
+  chunks = prompt_checks.chunks_of(pipeline, prompts)
+  render_share(options, pipeline, folders, prepare, chunks)
   hosts.wait_for_all("all images are there")
   if jax.process_index() == 0:
-    write_summary(options, pipeline, folders)
+    write_summary(options, pipeline, folders, cut)
   return sum(len(set(folder.rows)) for folder in folders)
 
 
@@ -166,6 +190,7 @@ def fill_from_checkpoint(options: RenderOptions, pipeline: Pipeline) -> RenderOp
         f"--{name} is {pixels}; expected a multiple of {pipeline.vae_scale} pixels"
       )
   methods.make_sampler(sampler, pipeline.schedule, options.steps)  # checks the steps
+  text_settings.check_fits(options, pipeline)
   return options
 
 
@@ -206,8 +231,9 @@ def make_folder(
     "width": options.width,
     "sampler": options.sampler,
     "negative_prompt": options.negative_prompt,
-    # None for 0: folders from before there was rescaling do not have the field.
+    # None if neutral: folders from before there were these do not have the fields.
     "guidance_rescale": options.guidance_rescale or None,
+    "conditioning": text_settings.to_manifest(options, options.height, options.width),
   }
   return Folder(path, rows, lora, settings)
 
@@ -217,8 +243,11 @@ def render_share(
   pipeline: Pipeline,
   folders: list[Folder],
   prepare: Callable[[list[Row]], Inputs],
+  chunks: dict[int, int],
 ) -> None:
   """Renders and saves this host's missing images, with this host's devices.
+
+  `chunks` has each row's, by its number; those of one batch have as many.
 
   Which host renders a row depends on the CSV alone: which images exist changes while
   the hosts look.
@@ -227,7 +256,13 @@ def render_share(
   replicated = NamedSharding(mesh, sharding.REPLICATED)
   params = sharding.place(pipeline.params, replicated)
   renderer = make_renderer(
-    pipeline, options.sampler, options.steps, options.guidance_rescale, mesh
+    pipeline,
+    options.sampler,
+    options.steps,
+    options.guidance_rescale,
+    mesh,
+    text_settings.clip_skips(options),
+    text_settings.time_ids(options, options.height, options.width),
   )
   host, count = jax.process_index(), jax.process_count()
   shares = [
@@ -237,12 +272,13 @@ def render_share(
   devices = jax.local_device_count()
   with tqdm(total=sum(map(len, shares)), unit="image", disable=host > 0) as progress:
     for folder, todo in zip(folders, shares):
-      lora = sharding.place(folder.lora, replicated)
-      size = devices * min(options.batch_size, -(-len(todo) // devices))
-      render = partial(renderer, params, lora)
-      for row, image in render_rows(todo, size or 1, render, prepare):
-        save_image(row.file, image)
-        progress.update()
+      render = partial(renderer, params, sharding.place(folder.lora, replicated))
+      for length in sorted({chunks[row.number] for row in todo}):
+        alike = [row for row in todo if chunks[row.number] == length]
+        size = devices * min(options.batch_size, -(-len(alike) // devices))
+        for row, image in render_rows(alike, size, render, prepare):
+          save_image(row.file, image)
+          progress.update()
 
 
 def render_rows(
@@ -259,7 +295,10 @@ def render_rows(
 
 
 def write_summary(
-  options: RenderOptions, pipeline: Pipeline, folders: list[Folder]
+  options: RenderOptions,
+  pipeline: Pipeline,
+  folders: list[Folder],
+  cut: dict[str, Any] | None,
 ) -> None:
   """The contact sheet, the manifests, and a printed line for each folder."""
   folders_lib.write_contact_sheet(folders, blur=not options.no_blur)
@@ -268,6 +307,7 @@ def write_summary(
       "model": pipeline.name,
       "lora": list(options.lora) if folder.lora else [],
       "prompts": str(options.prompts),
+      **({"cut_prompts": cut} if cut else {}),
     }
     count = folders_lib.mark_complete(folder, about)
     print(f"{count} images in {folder.path}")
