@@ -29,10 +29,10 @@ WEIGHT = re.compile(r":\s*[+-]?[.\d]*\d\s*\)")
 
 _STEP = re.compile(r":\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*\]")
 # Of the web UI, and not read here: in any prompt, and in those that are not negative.
-_ANYWHERE = {"# for a comment": re.compile("#")}
+_ANYWHERE = {"a comment after #": re.compile("#")}
 _NOT_NEGATIVE = {
   "AND, which composes prompts": re.compile(r"\bAND\b"),
-  "<lora:…>, for which there is --lora": re.compile(r"<\w+:[^>]+>"),
+  "a network in angle brackets, given here by --lora": re.compile(r"<\w+:[^>]+>"),
 }
 
 
@@ -73,6 +73,7 @@ def parse(text: str) -> list[tuple[str, float]]:
 
 
 def _number(text: str) -> float:
+  """A weight; raises `InputError` if it is not a finite number."""
   try:
     number = float(text)
   except ValueError:
@@ -101,13 +102,14 @@ def check(text: str, *, negative: bool = False) -> None:
     InputError: it composes prompts with AND, changes between steps, names a network or
       has a comment; or a weight is not a number.
   """
-  parse(text)
+  for _, weight in parse(text):
+    _number(str(weight))  # nested, they may have become infinite
   unread = _ANYWHERE | ({} if negative else _NOT_NEGATIVE)
   found = next((name for name, pattern in unread.items() if pattern.search(text)), None)
   if found := found or _in_brackets(re.sub(r"\\.", "", text, flags=re.DOTALL)):
     raise InputError(
-      f"the web UI's {found}, is not supported; leave it out, or choose --prompt_style "
-      "long, which takes every character as text"
+      f"the prompt has {found}; this part of the web UI's syntax is not read: leave it "
+      "out, or choose --prompt_style long, which takes every character as text"
     )
 
 

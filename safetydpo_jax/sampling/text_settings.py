@@ -30,7 +30,7 @@ class TextSettings:
   target_size: str | None = None
   """of SDXL, H,W in pixels; None: the image's own"""
   negative_original_size: str | None = None
-  """of the negative prompt; None: --original_size"""
+  """of the negative prompt; None: all its sizes are the prompt's"""
   negative_crop_top_left: str = "0,0"
   """of the negative prompt, with --negative_original_size"""
   negative_target_size: str | None = None
@@ -46,8 +46,8 @@ class TextSettings:
       not negative and read_size(self, "negative_crop_top_left") != (0, 0)
     ):
       raise InputError(
-        "--negative_original_size and --negative_target_size are needed together, and "
-        "for --negative_crop_top_left"
+        "--negative_original_size and --negative_target_size are needed together; "
+        "--negative_crop_top_left needs both"
       )
 
 
@@ -75,7 +75,7 @@ def read_size(options: TextSettings, name: str) -> Size | None:
 
 
 def check_fits(options: TextSettings, pipeline: Pipeline) -> None:
-  """Raises `InputError` if the model has too few layers, or no sizes."""
+  """Raises `InputError` if the model has too few layers, or takes no sizes."""
   layers = min(
     clip.read_config(encoder.config).num_hidden_layers
     for encoder in pipeline.text_encoders
@@ -88,7 +88,7 @@ def check_fits(options: TextSettings, pipeline: Pipeline) -> None:
   given = [name for name in SIZES if read_size(options, name) not in (None, (0, 0))]
   if given and len(pipeline.text_encoders) < 2:
     raise InputError(
-      f"--{given[0]} is for Stable Diffusion XL; {pipeline.name} is not told of sizes"
+      f"--{given[0]} is for Stable Diffusion XL; leave it out for {pipeline.name}"
     )
 
 

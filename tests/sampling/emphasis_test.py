@@ -66,6 +66,7 @@ def test_any_prompt_is_read_as_by_the_twin():
     ("a cat # and a dog", "comment"),
     ("a (cat:1.2.3)", r"'1\.2\.3' is no weight"),
     ("a (cat:" + "9" * 400 + ")", "is no weight"),
+    ("a ((cat:" + "9" * 200 + "):" + "9" * 200 + ")", "'inf' is no weight"),
   ],
 )
 def test_what_is_not_read_is_refused(prompt, message):
