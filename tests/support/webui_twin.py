@@ -98,6 +98,11 @@ def read(tokenizer, prompt: str, weighted: bool) -> list[list]:
   return chunk(sections, tokenizer.convert_tokens_to_ids(",</w>"))
 
 
+def text_model(encoder):
+  """Where a text encoder's layers are: transformers 5 has taken a level out."""
+  return getattr(encoder, "text_model", encoder)
+
+
 def embed(tokenizer, encoder, chunks, skip: int, norm: bool):
   """Embeddings (1, 77 k, d) of a prompt's chunks, and the pooled ones of the first.
 
@@ -113,7 +118,7 @@ def embed(tokenizer, encoder, chunks, skip: int, norm: bool):
     with torch.no_grad():
       found = encoder(torch.tensor([ids]), output_hidden_states=True)
       z = found.hidden_states[-1 - skip]
-      z = encoder.text_model.final_layer_norm(z) if norm else z
+      z = text_model(encoder).final_layer_norm(z) if norm else z
     mean = z.mean()
     z = z * weights[None, :, None]
     parts.append(z * (mean / z.mean()))
