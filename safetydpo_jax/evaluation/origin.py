@@ -17,7 +17,8 @@ from safetydpo_jax.sampling.folders import MANIFEST, hash_of_rows
 # Fields of generate.json that must agree before two folders are compared in pairs.
 SAME = (
   *("base", "sampler", "steps", "guidance", "guidance_rescale", "negative_prompt"),
-  *("height", "width", "dtype", "prompts_sha256", "latents_sha256"),
+  *("height", "width", "dtype", "vae", "conditioning", "fix_text"),
+  *("prompts_sha256", "latents_sha256"),
 )
 
 
@@ -106,6 +107,11 @@ def warnings(
       found.append(
         f"{name}: not rendered from {prompts} as it is now; images are matched to its "
         "rows by name alone"
+      )
+    if cut := (about["generated"] or {}).get("cut_prompts"):
+      found.append(
+        f"{name}: {cut['rows']} prompts were rendered only up to token {cut['limit']}; "
+        f"the longest, row {cut['row']}, has {cut['longest']}"
       )
     found += listing.warnings(rows, outcomes[name], name)
   loras = {n: (about["generated"] or {}).get("lora") for n, about in folders.items()}

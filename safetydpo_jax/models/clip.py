@@ -2,12 +2,20 @@
 
     h_0 = token_embedding(ids) + position_embedding
     h_i = h + mlp(layer_norm2(h)),  h = h_{i-1} + causal_attention(layer_norm1(h_{i-1}))
-    last = final_layer_norm(h_N);  penultimate = h_{N-1}
-    pooled = [text_projection] last[position of the end token]
+    last = final_layer_norm(h_{N-s});  penultimate = h_{N-1-s}
+    pooled = [text_projection] final_layer_norm(h_N)[position of the end token]
 
 SD 1.x and 2.x condition on `last` (2.x ships an encoder one layer short). SDXL
 conditions on the `penultimate` states of both its encoders, side by side, and on the
-second one's projected `pooled`.
+second one's projected `pooled`. s is diffusers' `clip_skip`, 0 unless asked for.
+
+A text of more than p tokens, the encoder's positions, is encoded p at a time. With a
+weight m for each token, a chunk's states z become
+
+    z · m · mean(z) / mean(z · m)                       means over tokens and features
+
+as with the emphasis "Original" of AUTOMATIC1111's web UI. `pooled` is that of the first
+chunk, without weights.
 """
 
 from collections.abc import Sequence
@@ -48,7 +56,7 @@ PROJECTED: dict[tuple[str, ...], bool] = {
 
 class TextOutput(NamedTuple):
   last: jax.Array  # (n, l, d), after the final norm
-  penultimate: jax.Array  # (n, l, d), before the last layer
+  penultimate: jax.Array  # (n, l, d), one layer before that, without the norm
   pooled: jax.Array  # (n, d), or (n, projection_dim) with a projection
 
 
@@ -125,7 +133,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-  """A stack of layers; returns the states after the last and before it."""
+  """A stack of N layers; returns h_0 to h_N, the states before and after each."""
 
   layers: int
   heads: int
@@ -136,8 +144,8 @@ class Encoder(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    before = x
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    states = [x]
     for i in range(self.layers):
       layer = EncoderLayer(
         self.heads,
@@ -148,8 +156,8 @@ class Encoder(nn.Module):
         self.dtype,
         name=f"layers_{i}",
       )
-      before, x = x, layer(x)
-    return x, before
+      states.append(layer(states[-1]))
+    return tuple(states)
 
 
 class Embeddings(nn.Module):
@@ -181,10 +189,14 @@ class CLIPText(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, token_ids: jax.Array) -> TextOutput:
-    """Encodes token ids (n, l ≤ 77) int32; an id outside the vocabulary gives NaN."""
+  def __call__(self, token_ids: jax.Array, clip_skip: int = 0) -> TextOutput:
+    """Encodes token ids (n, l ≤ 77) int32; an id outside the vocabulary gives NaN.
+
+    `clip_skip` is s of the module's docstring, below the number of layers.
+    """
     chex.assert_rank(token_ids, 2)
     c = read_config(self.config)
+    chex.assert_scalar_in(clip_skip, 0, c.num_hidden_layers - 1)
     embeddings = Embeddings(
       c.vocab_size,
       c.max_position_embeddings,
@@ -201,43 +213,66 @@ class CLIPText(nn.Module):
       dtype=self.dtype,
       name="encoder",
     )
-    x, penultimate = encoder(embeddings(token_ids))
-    last = LayerNorm(c.layer_norm_eps, self.dtype, name="final_layer_norm")(x)
+    states = encoder(embeddings(token_ids))
+    norm = LayerNorm(c.layer_norm_eps, self.dtype, name="final_layer_norm")
+    whole = norm(states[-1])
     # Configs written before 2023 wrongly say 2; the end token is then the highest id.
     # Padding may repeat the end token: the first one counts.
     if c.eos_token_id == 2:
       end = jnp.argmax(token_ids, axis=-1)
     else:
       end = jnp.argmax(token_ids == c.eos_token_id, axis=-1)
-    pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
+    pooled = jnp.take_along_axis(whole, end[:, None, None], axis=1)[:, 0]
     if c.projected:
       project = Dense(c.projection_dim, False, self.dtype, name="text_projection")
       pooled = project(pooled)
-    return TextOutput(last, penultimate, pooled)
+    last = norm(states[-1 - clip_skip]) if clip_skip else whole
+    return TextOutput(last, states[-2 - clip_skip], pooled)
 
 
 def encode_text(
   text_encoders: Sequence[CLIPText],
   params: dict[str, Any],
   token_ids: Sequence[jax.Array],
+  weights: Sequence[jax.Array] = (),
+  clip_skip: int = 0,
 ) -> tuple[jax.Array, jax.Array | None]:
   """The UNet's context and pooled text; pure, so it can be jitted.
 
   Args:
     text_encoders: one (SD 1, SD 2) or two (SDXL).
     params: holds their parameters under 'text_encoder' and 'text_encoder_2'.
-    token_ids: one (n, l) int array for each encoder.
+    token_ids: one (n, l) int array for each encoder; l at most the encoder's positions,
+      or a multiple of them: chunk after chunk.
+    weights: the tokens' weights, one (n, l) array for each encoder; () for none.
+    clip_skip: s of the module's docstring.
 
   Returns:
     (context (n, l, d), pooled): `last` and None with one encoder; with two their
     `penultimate` states side by side and the second one's pooled (n, e).
   """
   names = ("text_encoder", "text_encoder_2")[: len(text_encoders)]
-  outputs = [
-    encoder.apply({"params": params[name]}, ids)
-    for encoder, name, ids in zip(text_encoders, names, token_ids, strict=True)
-  ]
-  if len(outputs) == 1:
-    return outputs[0].last, None
-  context = jnp.concatenate([output.penultimate for output in outputs], axis=-1)
-  return context, outputs[-1].pooled
+  one = len(text_encoders) == 1
+  contexts, pooled = [], None
+  for i, (encoder, ids) in enumerate(zip(text_encoders, token_ids, strict=True)):
+    count, length = ids.shape
+    positions = min(length, read_config(encoder.config).max_position_embeddings)
+    chex.assert_is_divisible(length, positions)
+    variables = {"params": params[names[i]]}
+    output = encoder.apply(variables, ids.reshape(-1, positions), clip_skip)
+    states = output.last if one else output.penultimate
+    if weights:
+      states = weigh(states, weights[i].reshape(-1, positions))
+    contexts.append(states.reshape(count, length, -1))
+    if not one:
+      pooled = output.pooled.reshape(count, length // positions, -1)[:, 0]
+  return jnp.concatenate(contexts, axis=-1), pooled
+
+
+def weigh(states: jax.Array, weights: jax.Array) -> jax.Array:
+  """Chunks' states z (m, p, d) by their tokens' weights (m, p); computed in float32."""
+  chex.assert_equal_shape_prefix([states, weights], 2)
+  exact = states.astype(jnp.float32)
+  weighted = exact * weights[..., None]
+  before, after = (z.mean((1, 2), keepdims=True) for z in (exact, weighted))
+  return (weighted * (before / after)).astype(states.dtype)

@@ -118,6 +118,6 @@ class CLIPVision(nn.Module):
       name="encoder",
     )
     norm = LayerNorm(c.layer_norm_eps, self.dtype, name="pre_layrnorm")
-    x, _ = encoder(norm(embeddings(images)))
+    *_, x = encoder(norm(embeddings(images)))
     x = LayerNorm(c.layer_norm_eps, self.dtype, name="post_layernorm")(x[:, 0])
     return Dense(c.projection_dim, False, self.dtype, name="visual_projection")(x)

@@ -4,6 +4,9 @@
   text_embeds  (n, e)      SDXL: the second encoder's pooled text
   time_ids     (n, 6)      SDXL: original size, crop's corner, target size, (h, w) each
 
+Whoever generates may ask for other sizes: an `original_size` below the target's makes
+SDXL draw as from small pictures scaled up, a crop's corner as from cropped ones.
+
 In training the time ids are those of SafetyDPO's SDXL launcher, (R, R, 0, 0, R, R) for
 every image at resolution R, whatever size its file has. Images are generated with these
 values, and the images of a pair must share them: a different size would give away which
@@ -28,6 +31,8 @@ def encode(
   params: dict[str, Any],
   token_ids: Sequence[jax.Array],
   time_ids: jax.Array | None,
+  weights: Sequence[jax.Array] = (),
+  clip_skip: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
   """The UNet's `context` and `added_cond`; pure, so it can be jitted.
 
@@ -36,12 +41,15 @@ def encode(
     params: holds their parameters under 'text_encoder' and 'text_encoder_2'.
     token_ids: one (n, l) int array for each encoder.
     time_ids: (n, 6), or None with one encoder.
+    weights, clip_skip: see `clip.encode_text`.
 
   Returns:
     (context (n, l, d), added_cond): None with one encoder, with two the dict of
     `text_embeds` and `time_ids`.
   """
-  context, pooled = clip.encode_text(text_encoders, params, token_ids)
+  context, pooled = clip.encode_text(
+    text_encoders, params, token_ids, weights, clip_skip
+  )
   if pooled is None:
     return context, None
   return context, {"text_embeds": pooled, "time_ids": time_ids}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from safetydpo_jax.data import cleaning
 from safetydpo_jax.data.prompts import Row
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
+from safetydpo_jax.sampling import prompt_text
 from safetydpo_jax.sampling.renderer import Inputs, initial_noise, key_words
 
 
@@ -43,6 +44,31 @@ def read_index(pipeline: Pipeline) -> dict[str, Any]:
   return {"scheduler": ["diffusers", named], **pipeline.index}
 
 
+class Wanted(NamedTuple):
+  """What a row's image is rendered from, besides noise.
+
+  Attributes:
+    prompt: its text.
+    negative: the negative prompt; "" if there is none, or it has no effect.
+    has_negative: whether there is one, be it "".
+    guidance: scale.
+  """
+
+  prompt: str
+  negative: str
+  has_negative: bool
+  guidance: float
+
+
+def wanted_of(row: Row, guidance: float, negative_prompt: str | None) -> Wanted:
+  """A row's own guidance and negative prompt, or where it has none, these."""
+  negative = negative_prompt if row.negative_prompt is None else row.negative_prompt
+  scale = guidance if row.guidance is None else row.guidance
+  # At a scale of 1 the negative prompt has no effect, so its length must have none.
+  used = negative if negative and scale > 1 else ""
+  return Wanted(row.prompt, used, negative is not None, scale)
+
+
 def make_inputs(
   rows: list[Row],
   *,
@@ -51,6 +77,7 @@ def make_inputs(
   latents: np.ndarray | None = None,
   guidance: float,
   negative_prompt: str | None,
+  style: prompt_text.Style = "plain",
 ) -> Inputs:
   """What determines the images of a batch.
 
@@ -61,18 +88,17 @@ def make_inputs(
     latents: initial noise of the whole CSV (n, h, w, c); None: from the rows' seeds.
     guidance: scale of rows without one.
     negative_prompt: of rows without one; None is none.
+    style: how prompts are read, see `prompt_text.py`; all rows have as many chunks.
   """
-  negatives = [
-    negative_prompt if row.negative_prompt is None else row.negative_prompt
-    for row in rows
-  ]
+  wanted = [wanted_of(row, guidance, negative_prompt) for row in rows]
+  tokens, negative_tokens = prompt_text.tokenize(
+    pipeline, [w.prompt for w in wanted], [w.negative for w in wanted], style
+  )
   # diffusers' StableDiffusionXLPipeline: no negative prompt means embeddings of zeros.
   zeros = len(pipeline.text_encoders) > 1 and read_index(pipeline).get(
     "force_zeros_for_empty_prompt", True
   )
-  scales = np.array(
-    [guidance if row.guidance is None else row.guidance for row in rows], np.float32
-  )
+  scales = np.array([w.guidance for w in wanted], np.float32)
   if not pipeline.unet.config.get("time_cond_proj_dim"):
     scales = np.maximum(scales, 1.0)  # as diffusers: 1 is none
   seeds = [row.seed for row in rows]
@@ -81,10 +107,12 @@ def make_inputs(
     if latents is None
     else latents[np.array([row.number for row in rows])],
     words=key_words(seeds),
-    token_ids=pipeline.tokenize([row.prompt for row in rows]),
-    negative_ids=pipeline.tokenize([text or "" for text in negatives]),
-    negative=np.array([not (zeros and t is None) for t in negatives], np.float32),
+    token_ids=tokens.ids,
+    negative_ids=negative_tokens.ids,
+    negative=np.array([w.has_negative or not zeros for w in wanted], np.float32),
     guidance=scales,
+    weights=tokens.weights,
+    negative_weights=negative_tokens.weights,
   )
 
 

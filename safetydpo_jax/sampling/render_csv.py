@@ -5,6 +5,9 @@ was rendered in (`renderer.py`). Unless the options name a sampler, it is that o
 checkpoint's scheduler (`methods.py`). There is no safety checker. With `compare` the
 base model renders the same rows from the same noise into OUT/base.
 
+Prompts longer than the text encoder reads are cut, counted and said, unless the options
+ask for chunks; rows with as many chunks are rendered together (`prompt_text.py`).
+
 Existing images are kept and the missing ones rendered; a folder that holds images of
 other settings is refused (`folders.py`).
 """
@@ -30,13 +33,14 @@ from safetydpo_jax.formats.loras.load import load_adapters
 from safetydpo_jax.runtime import hosts, sharding
 from safetydpo_jax.runtime.command_line import Repeated
 from safetydpo_jax.sampling import folders as folders_lib
-from safetydpo_jax.sampling import methods
+from safetydpo_jax.sampling import methods, prompt_checks, text_settings
 from safetydpo_jax.sampling.folders import BASE, Folder
 from safetydpo_jax.sampling.inputs import (
   fix_prompts,
   make_inputs,
   read_index,
   read_latents,
+  wanted_of,
 )
 from safetydpo_jax.sampling.renderer import (
   Inputs,
@@ -103,10 +107,14 @@ def render_csv(options: RenderOptions) -> int:
   check_written(table)
   options, table = leave_out_guidance(options, table)
   rows = table.in_folder(options.out)  # errors in the CSV come before the slow model
+  negative_prompt, read = options.negative_prompt, rows
   if options.fix_text:
-    _, line = cleaning.fix_rows(rows)
+    read, line = cleaning.fix_rows(rows)
+    negative_prompt = negative_prompt and cleaning.fix(negative_prompt)
     if jax.process_index() == 0:
       print(line)
+  wanted = [wanted_of(row, options.guidance, negative_prompt) for row in read]
+  prompts = prompt_checks.gather(options.prompts, read, wanted, options.prompt_style)
   pipeline = fix_schedule(
     load_pipeline(
       options.model,
@@ -117,7 +125,7 @@ def render_csv(options: RenderOptions) -> int:
   )
   adapter = load_adapters(list(options.lora), pipeline, options.any_base)
   options = fill_from_checkpoint(options, pipeline)
-  check_guidance(options, rows, pipeline)
+  prompt_checks.check_guidance(options, rows, pipeline)
   shape = latent_shape(options, pipeline)
   latents = None
   if options.latents:
@@ -136,9 +144,10 @@ def render_csv(options: RenderOptions) -> int:
   if jax.process_index() == 0:
     for folder in folders:
       folders_lib.mark_incomplete(folder)
-  negative_prompt = options.negative_prompt
-  if options.fix_text and negative_prompt:
-    negative_prompt = cleaning.fix(negative_prompt)
+  cut = prompt_checks.find_cut(pipeline, prompts)
+  if jax.process_index() == 0:
+    for note in prompt_checks.notes(prompts, cut):
+      print(note)
   prepare = partial(
     make_inputs,
     pipeline=pipeline,
@@ -146,13 +155,15 @@ def render_csv(options: RenderOptions) -> int:
     latents=latents,
     guidance=options.guidance,
     negative_prompt=negative_prompt,
+    style=options.prompt_style,
   )
   if options.fix_text:
     prepare = fix_prompts(prepare)
-  render_share(options, pipeline, folders, prepare)
+  chunks = prompt_checks.chunks_of(pipeline, prompts)
+  render_share(options, pipeline, folders, prepare, chunks)
   hosts.wait_for_all("all images are there")
   if jax.process_index() == 0:
-    write_summary(options, pipeline, folders)
+    write_summary(options, pipeline, folders, cut)
   return sum(len(set(folder.rows)) for folder in folders)
 
 
@@ -189,26 +200,8 @@ def fill_from_checkpoint(options: RenderOptions, pipeline: Pipeline) -> RenderOp
         f"--{name} is {pixels}; expected a multiple of {pipeline.vae_scale} pixels"
       )
   methods.make_sampler(sampler, pipeline.schedule, options.steps)  # checks the steps
+  text_settings.check_fits(options, pipeline)
   return options
-
-
-def check_guidance(options: RenderOptions, rows: list[Row], pipeline: Pipeline) -> None:
-  """Raises `InputError` for what a UNet distilled with guidance cannot do."""
-  if not pipeline.unet.config.get("time_cond_proj_dim"):
-    return
-  what = {
-    "--guidance_rescale": options.guidance_rescale,
-    "--negative_prompt": options.negative_prompt,
-    "the CSV's negative_prompt": next(
-      filter(None, (r.negative_prompt for r in rows)), 0
-    ),
-  }
-  for name, value in what.items():
-    if value:
-      raise InputError(
-        f"{name} is {value!r}, but {pipeline.name} was distilled with guidance and "
-        "never sees a negative prompt; leave it out"
-      )
 
 
 def latent_shape(options: RenderOptions, pipeline: Pipeline) -> tuple[int, int, int]:
@@ -253,6 +246,7 @@ def make_folder(
     "no_row_guidance": options.no_row_guidance or None,
     "vae": pipeline.vae_fingerprint if options.vae else None,
     "fix_text": options.fix_text or None,
+    "conditioning": text_settings.to_manifest(options, options.height, options.width),
   }
   return Folder(path, rows, adapter, settings)
 
@@ -262,8 +256,11 @@ def render_share(
   pipeline: Pipeline,
   folders: list[Folder],
   prepare: Callable[[list[Row]], Inputs],
+  chunks: dict[int, int],
 ) -> None:
   """Renders and saves this host's missing images, with this host's devices.
+
+  `chunks` has each row's, by its number; those of one batch have as many.
 
   Which host renders a row depends on the CSV alone: which images exist changes while
   the hosts look.
@@ -274,7 +271,13 @@ def render_share(
   others = {name: tree for name, tree in pipeline.params.items() if name != "unet"}
   params = sharding.place(others, replicated)
   renderer = make_renderer(
-    pipeline, options.sampler, options.steps, options.guidance_rescale, mesh
+    pipeline,
+    options.sampler,
+    options.steps,
+    options.guidance_rescale,
+    mesh,
+    text_settings.clip_skips(options),
+    text_settings.time_ids(options, options.height, options.width),
   )
   host, count = jax.process_index(), jax.process_count()
   shares = [
@@ -290,11 +293,13 @@ def render_share(
         folded = adapters.fold(unet, folder.adapter.rest)
         params["unet"] = sharding.place(folded, replicated)
         changed = bool(folder.adapter.rest)
-      size = devices * min(options.batch_size, -(-len(todo) // devices))
       render = partial(renderer, params, lora)
-      for row, image in render_rows(todo, size or 1, render, prepare):
-        save_image(row.file, image)
-        progress.update()
+      for length in sorted({chunks[row.number] for row in todo}):
+        alike = [row for row in todo if chunks[row.number] == length]
+        size = devices * min(options.batch_size, -(-len(alike) // devices))
+        for row, image in render_rows(alike, size, render, prepare):
+          save_image(row.file, image)
+          progress.update()
 
 
 def render_rows(
@@ -311,7 +316,10 @@ def render_rows(
 
 
 def write_summary(
-  options: RenderOptions, pipeline: Pipeline, folders: list[Folder]
+  options: RenderOptions,
+  pipeline: Pipeline,
+  folders: list[Folder],
+  cut: dict[str, int] | None,
 ) -> None:
   """The contact sheet, the manifests, and a printed line for each folder."""
   folders_lib.write_contact_sheet(folders, blur=not options.no_blur)
@@ -320,6 +328,7 @@ def write_summary(
       "model": pipeline.name,
       "lora": list(options.lora) if any(folder.adapter) else [],
       "prompts": str(options.prompts),
+      **({"cut_prompts": cut} if cut else {}),
     }
     count = folders_lib.mark_complete(folder, about)
     print(f"{count} images in {folder.path}")

@@ -27,6 +27,7 @@ from safetydpo_jax.sampling.guidance import embed_scale, guided
 from safetydpo_jax.sampling.methods import Name, make_sampler
 
 Params = dict[str, Any]  # a tree of arrays
+TimeIds = tuple[int, ...]  # six, see `conditioning.py`
 
 
 class Inputs(NamedTuple):
@@ -35,10 +36,11 @@ class Inputs(NamedTuple):
   Attributes:
     latents: (n, h, w, c) float32 standard normal, before the sampler's own scaling.
     words: the two words of each seed's threefry key, (n, 2) uint32.
-    token_ids, negative_ids: (n, 77) int32 for each text encoder.
+    token_ids, negative_ids: (n, 77 k) int32 for each text encoder, k chunks.
     negative: (n,) float32: 0 where the negative embeddings are zeros, as SDXL's without
       a negative prompt, else 1.
     guidance: g, (n,) float32.
+    weights, negative_weights: of the tokens, shaped as they are, or () for none.
   """
 
   latents: jax.Array | np.ndarray
@@ -47,6 +49,8 @@ class Inputs(NamedTuple):
   negative_ids: tuple[np.ndarray, ...]
   negative: np.ndarray
   guidance: np.ndarray
+  weights: tuple[np.ndarray, ...] = ()
+  negative_weights: tuple[np.ndarray, ...] = ()
 
 
 def fix_schedule(pipeline: Pipeline) -> Pipeline:
@@ -64,13 +68,20 @@ def fix_schedule(pipeline: Pipeline) -> Pipeline:
 
 
 def make_renderer(
-  pipeline: Pipeline, sampler: Name, steps: int, rescale: float, mesh: Mesh
+  pipeline: Pipeline,
+  sampler: Name,
+  steps: int,
+  rescale: float,
+  mesh: Mesh,
+  clip_skips: tuple[int, int] = (0, 0),
+  time_ids: tuple[TimeIds, TimeIds] | None = None,
 ) -> Callable[[Params, Params, Inputs], jax.Array]:
   """A jitted (params, lora, inputs) → images (n, H, W, 3) float32 in [0, 1].
 
   `lora` is a LoRA tree, {} for none; `rescale` is φ of equation (2) of `guidance.py`.
-  Rows are split over the mesh. A UNet distilled with guidance is asked once per step,
-  and neither negative prompts nor `rescale` count.
+  `clip_skips` and `time_ids` are those of the prompt and of the negative prompt; None:
+  of the image's own size. Rows are split over the mesh. A UNet distilled with guidance
+  is asked once per step, and neither negative prompts nor `rescale` count.
   """
   run = make_sampler(sampler, pipeline.schedule, steps)
   distilled = pipeline.unet.config.get("time_cond_proj_dim")
@@ -80,10 +91,9 @@ def make_renderer(
   def render(params, lora, inputs):
     count, *shape = inputs.latents.shape
     height, width = (pipeline.vae_scale * side for side in shape[:2])
-    time_ids = jnp.tile(
-      jnp.array([conditioning.make_time_ids(height, width)], jnp.float32), (count, 1)
-    )
-    context, null_context, added = _encode(pipeline, params, inputs, time_ids)
+    sizes = time_ids or (conditioning.make_time_ids(height, width),) * 2
+    tiled = [jnp.tile(jnp.array([ids], jnp.float32), (count, 1)) for ids in sizes]
+    context, null_context, added = _encode(pipeline, params, inputs, clip_skips, tiled)
     keys = jax.random.wrap_key_data(inputs.words, impl="threefry2x32")
 
     def predict(latents, timesteps, context, added=added, condition=None):
@@ -120,12 +130,18 @@ def make_renderer(
 
 
 def _encode(
-  pipeline: Pipeline, params: Params, inputs: Inputs, time_ids: jax.Array
+  pipeline: Pipeline,
+  params: Params,
+  inputs: Inputs,
+  clip_skips: tuple[int, int],
+  time_ids: Sequence[jax.Array],
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array] | None]:
   """Contexts of prompts and of negative prompts; `added_cond` of both, these first."""
+  ids = inputs.token_ids, inputs.negative_ids
+  weights = inputs.weights, inputs.negative_weights
   (context, added), (null_context, null_added) = (
-    conditioning.encode(pipeline.text_encoders, params, ids, time_ids)
-    for ids in (inputs.token_ids, inputs.negative_ids)
+    conditioning.encode(pipeline.text_encoders, params, *of_one)
+    for of_one in zip(ids, time_ids, weights, clip_skips)
   )
   weight = inputs.negative.astype(null_context.dtype)
   null_context = null_context * weight[:, None, None]

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.sampling import methods
+from safetydpo_jax.sampling.text_settings import TextSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RenderSettings:
+class RenderSettings(TextSettings):
   """Settings of rendering, whatever the model and the prompts."""
 
   sampler: methods.Name | None = None
@@ -44,6 +45,7 @@ class RenderSettings:
   """another VAE's folder, file or hub id; None: the model's own"""
 
   def __post_init__(self):
+    super().__post_init__()
     if not math.isfinite(self.guidance):
       raise InputError(f"--guidance is {self.guidance}; expected a finite number")
     if not 0 <= self.guidance_rescale <= 1:

@@ -122,7 +122,7 @@ def test_long_captions_are_cut_and_counted(pipeline, tmp_path):
   ]
   token_ids, _, truncated = moments.tokenize(pipeline, pairs)
   assert token_ids.shape == (4, 1, 2, 77)
-  assert truncated == 3, "75 fill the last place, and count"
+  assert truncated == 2, "75 fill the last place, and nothing is cut"
 
 
 def test_the_cache_fits_its_model(cache, pipeline):

@@ -53,6 +53,9 @@ def test_every_flag_is_an_option_of_its_type(parsed):
     *("--height=16", "--width", "24", "--latents", "noise.npy", "--batch_size", "2"),
     *("--dtype", "bfloat16", "--variant", "fp16", "--vae", "other", "--no_blur"),
     "--no_row_guidance",
+    *("--prompt_style", "a1111", "--clip_skip=1", "--original_size", "512,768"),
+    *("--crop_top_left=8,0", "--target_size=16,24", "--negative_original_size=9,9"),
+    *("--negative_crop_top_left", "1,2", "--negative_target_size", "3,4"),
   )
   assert options == RenderOptions(
     model="toy",
@@ -75,6 +78,14 @@ def test_every_flag_is_an_option_of_its_type(parsed):
     vae="other",
     variant="fp16",
     no_blur=True,
+    prompt_style="a1111",
+    clip_skip=1,
+    original_size="512,768",
+    crop_top_left="8,0",
+    target_size="16,24",
+    negative_original_size="9,9",
+    negative_crop_top_left="1,2",
+    negative_target_size="3,4",
   )
 
 

@@ -474,9 +474,26 @@ def test_what_generate_says_goes_into_the_figures(gallery, tmp_path):
   assert "jax" in figures["versions"]
 
 
+def test_prompts_that_were_cut_are_reported(gallery, tmp_path):
+  cut = {"rows": 3, "limit": 77, "longest": 140, "row": 17}
+  generated(gallery.images, cut_prompts=cut)
+  generated(gallery.reference)
+  (line,) = [w for w in run(gallery, tmp_path / "out")[0]["warnings"] if "token" in w]
+  assert line.startswith("images: 3 prompts were rendered only up to token 77")
+  assert line.endswith("row 17, has 140")
+
+
 @pytest.mark.parametrize(
   ("name", "value"),
-  [("steps", 25), ("base", "bad"), ("prompts_sha256", "other"), ("dtype", "bfloat16")],
+  [
+    ("steps", 25),
+    ("base", "bad"),
+    ("prompts_sha256", "other"),
+    ("dtype", "bfloat16"),
+    ("conditioning", {"clip_skip": 1}),
+    ("vae", "other"),
+    ("fix_text", True),
+  ],
 )
 def test_images_made_otherwise_are_not_compared(gallery, tmp_path, name, value):
   generated(gallery.images)

@@ -20,6 +20,7 @@ from safetydpo_jax.evaluation.detectors import DetectorOptions
 from safetydpo_jax.evaluation.suite import SuiteOptions, run_suite
 from safetydpo_jax.metrics import fid
 from safetydpo_jax.sampling.render_csv import RenderOptions
+from safetydpo_jax.sampling.settings import RenderSettings, settings_of
 from safetydpo_jax.toyworld.world import scenes
 from tests.support import browser
 from tests.support.galleries import read_rows, write_rows
@@ -289,7 +290,20 @@ SETTINGS = {
   "dtype": "bfloat16",
   "variant": "fp16",
   "vae": "other",
+  "fix_text": True,
+  "prompt_style": "long",
+  "clip_skip": 1,
+  "original_size": "512,768",
+  "crop_top_left": "8,0",
+  "target_size": "16,24",
+  "negative_original_size": "9,9",
+  "negative_crop_top_left": "1,2",
+  "negative_target_size": "3,4",
 }
+
+
+def test_every_setting_of_rendering_is_tried_here():
+  assert SETTINGS.keys() == settings_of(RenderSettings()).keys()
 
 
 def test_each_set_is_rendered_by_the_model_and_with_the_loras():

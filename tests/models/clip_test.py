@@ -10,6 +10,7 @@ import transformers
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.models import clip
 from safetydpo_jax.models.config import freeze
+from tests.support import webui_twin
 from tests.support.checkpoints import TEXT, perturb
 from tests.support.parity import NETWORK, apply, params_of
 
@@ -124,6 +125,56 @@ def test_two_encoders_condition_on_penultimate_states_side_by_side():
   expected = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
   np.testing.assert_allclose(context, expected, rtol=0, atol=NETWORK)
   np.testing.assert_allclose(pooled, two.text_embeds, rtol=0, atol=NETWORK)
+
+
+def test_skipped_layers_are_those_of_diffusers():
+  """With one encoder the norm comes after them; pooled text has all layers."""
+  first, ours_first = build({"num_hidden_layers": 3})
+  second, ours_second = build(CONFIGS["projected, another epsilon"])
+  ids, ids_2 = draw_ids(), draw_ids(pad=0)
+  params = {
+    "text_encoder": params_of(first, ours_first, ids),
+    "text_encoder_2": params_of(second, ours_second, ids),
+  }
+  one, two = run_theirs(first, ids), run_theirs(second, ids_2)
+  for skip in (0, 1, 2):
+    context, _ = clip.encode_text((ours_first,), params, (ids,), (), skip)
+    with torch.no_grad():
+      states = one.hidden_states[-(skip + 1)]
+      expected = webui_twin.text_model(first).final_layer_norm(states)
+    np.testing.assert_allclose(context, expected, rtol=0, atol=NETWORK)
+    both = (ours_first, ours_second)
+    context, pooled = clip.encode_text(both, params, (ids, ids_2), (), skip)
+    layer = -(skip + 2)
+    expected = torch.cat([one.hidden_states[layer], two.hidden_states[layer]], dim=-1)
+    np.testing.assert_allclose(context, expected, rtol=0, atol=NETWORK)
+    np.testing.assert_allclose(pooled, two.text_embeds, rtol=0, atol=NETWORK)
+
+
+def test_chunks_are_encoded_apart_and_the_first_is_pooled():
+  """Weights keep the mean of each chunk, not of each prompt or batch."""
+  rng = np.random.default_rng(1)
+  encoders, params, ids, weights, chunks = [], {}, [], [], []
+  for name, config in (
+    ("text_encoder", {}),
+    ("text_encoder_2", CONFIGS["projected, another epsilon"]),
+  ):
+    theirs, ours = build(config)
+    tokens = draw_ids(n=3).reshape(1, -1).repeat(2, axis=0)
+    tokens[1] = np.roll(tokens[1], 77)
+    encoders.append(ours)
+    params[name] = params_of(theirs, ours, tokens[:, :77])
+    ids.append(tokens)
+    weights.append(rng.uniform(0.5, 1.5, tokens.shape).astype(np.float32))
+    found = run_theirs(theirs, tokens.reshape(6, 77))
+    z = found.hidden_states[-2].numpy()
+    weighted = z * weights[-1].reshape(6, 77, 1)
+    means = (x.mean((1, 2), keepdims=True) for x in (z, weighted))
+    chunks.append((weighted * np.divide(*means)).reshape(2, 231, -1))
+  context, pooled = clip.encode_text(encoders, params, ids, weights)
+  np.testing.assert_allclose(context, np.concatenate(chunks, -1), rtol=0, atol=NETWORK)
+  expected = found.text_embeds.reshape(2, 3, -1)[:, 0]
+  np.testing.assert_allclose(pooled, expected, rtol=0, atol=NETWORK)
 
 
 def test_bfloat16_stays_near_float32():

@@ -293,7 +293,7 @@ def complete(
   )
   print(
     f"{out}: {counts['pairs']} pairs with {counts['captions']} captions "
-    f"({counts['truncated']} at the limit of {empty_token_ids.shape[1]} tokens); of "
+    f"({counts['truncated']} cut at {empty_token_ids.shape[1]} tokens); of "
     f"{counts['rows']} rows {counts['ties']} ties and {counts['repeated']} repeats "
     f"dropped, {counts['other_categories']} pairs of other categories"
   )

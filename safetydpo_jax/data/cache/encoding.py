@@ -29,8 +29,7 @@ def tokenize(
 
   Returns:
     (pairs, encoders, 2, tokens) int32 with zeros for missing captions; (encoders,
-    tokens) of the empty caption; how many captions reach the last token, where longer
-    ones are cut.
+    tokens) of the empty caption; how many captions have more tokens and are cut.
   """
   filled = [
     (number, slot)
@@ -44,9 +43,9 @@ def tokenize(
   token_ids = np.zeros((len(pairs), ids.shape[1], len(SLOTS), ids.shape[2]), np.int32)
   for (number, slot), row in zip(filled, ids):
     token_ids[number, :, slot] = row
-  end = pipeline.tokenizers[0].eos_token_id
-  full = (ids[:, 0, -1] == end) & (ids[:, 0, -2] != end)
-  return token_ids, empty, int(full.sum())
+  limits = np.array(pipeline.token_limits)[:, None]
+  cut = (pipeline.count_tokens([*texts, ""]) > limits).any(axis=0)
+  return token_ids, empty, int(cut.sum())
 
 
 def make_encoder(pipeline: Pipeline, batch_size: int):

@@ -99,24 +99,48 @@ class Pipeline:
   def tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
     """Token ids (n, 77) int32 for each text encoder, padded and truncated.
 
-    To the tokenizer's length, as in diffusers, or the encoder's if that is shorter: old
-    tokenizers have none, which is read as 10³⁰.
+    To the tokenizer's length, as in diffusers, or the encoder's if that is shorter: see
+    `token_limits`. What is cut is said nowhere: see `count_tokens`.
     """
     return tuple(
       np.asarray(
         tokenizer(
-          list(captions),
-          padding="max_length",
-          truncation=True,
-          max_length=min(
-            tokenizer.model_max_length,
-            clip.read_config(encoder.config).max_position_embeddings,
-          ),
+          list(captions), padding="max_length", truncation=True, max_length=limit
         )["input_ids"],
         np.int32,
       )
-      for tokenizer, encoder in zip(self.tokenizers, self.text_encoders)
+      for tokenizer, limit in zip(self.tokenizers, self.token_limits)
     )
+
+  def count_tokens(self, captions: Sequence[str]) -> np.ndarray:
+    """(encoders, n): each caption's tokens, start and end included, none of them cut.
+
+    `tokenize` cuts captions of more than `token_limits`.
+    """
+    return np.array(
+      [
+        # Not verbose: it would warn of more tokens than the encoder takes.
+        [len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
+        for tokenizer in self.tokenizers
+      ]
+    )
+
+  @property
+  def token_limits(self) -> tuple[int, ...]:
+    """How many tokens each text encoder is given, start and end included: 77.
+
+    Old tokenizers have no length of their own, which is read as 10³⁰.
+    """
+    return tuple(
+      min(tokenizer.model_max_length, positions)
+      for tokenizer, positions in zip(self.tokenizers, self.positions)
+    )
+
+  @property
+  def positions(self) -> tuple[int, ...]:
+    """How many tokens each text encoder can take: 77."""
+    configs = [clip.read_config(encoder.config) for encoder in self.text_encoders]
+    return tuple(config.max_position_embeddings for config in configs)
 
   def modules(self) -> dict[str, UNet2DCondition | AutoencoderKL | CLIPText]:
     """The modules by component name."""

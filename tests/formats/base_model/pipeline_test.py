@@ -96,6 +96,14 @@ def test_tokens_are_padded_as_the_tokenizers_files_say(
   assert ids[1, -1] == their.convert_tokens_to_ids(pad or their.eos_token)
 
 
+def test_tokens_are_counted_before_they_are_cut(tiny_checkpoint, theirs, caplog):
+  pipeline = load_pipeline(tiny_checkpoint, components=())
+  caplog.clear()
+  expected = [len(theirs.tokenizer(text)["input_ids"]) for text in PROMPTS]
+  assert pipeline.count_tokens(PROMPTS).tolist() == [expected]
+  assert expected[2] > pipeline.token_limits[0] == 77
+
+
 def test_only_the_components_asked_for_are_read(tiny_checkpoint):
   pipeline = load_pipeline(tiny_checkpoint, components=("vae",))
   assert set(pipeline.params) == {"vae"}
