@@ -29,15 +29,18 @@ def load_pipeline(model: str, **options: Any) -> "Pipeline":
   return pipeline.load_pipeline(model, **options)
 
 
-def load_lora(lora: str) -> "LoraTree":
+def load_lora(lora: str, unet_config: Any = None) -> "LoraTree":
   """The LoRA tree of a run directory or a LoRA file, scale folded in; numpy float32.
+
+  `unet_config` is the base UNet's (`pipeline.unet.config`). A file that names layers by
+  their number in another UNet than the published ones, as tiny-sd's, needs it.
 
   Raises:
     safetydpo_jax.errors.InputError: if it is neither, or damaged.
   """
   from safetydpo_jax.formats.loras import load as loras
 
-  return loras.load_lora(lora)[0]
+  return loras.load_lora(lora, unet_config)[0]
 
 
 __all__ = ["__version__", "load_lora", "load_pipeline"]

@@ -139,10 +139,10 @@ def read_source(options: ExportOptions) -> Source:
     InputError: there is none, or they do not fit each other.
   """
   name, factor = split_scale(options.lora)
-  adapter, about = load_adapter(name)
   if options.format in WHOLE:
     hub.locate(options.model, _FETCHED, options.variant, None)
   base = load_pipeline(options.model, components=(), variant=options.variant)
+  adapter, about = load_adapter(name, base.unet.config)
   check_fits(name, about, base.fingerprint, options.any_base)
   adapters.check_shapes(base.unet_shapes(), adapter)
   adapter = adapters.scale(adapter, factor)

@@ -40,6 +40,10 @@ _DTYPES = {
   "U8": np.uint8,
   "BOOL": np.bool_,
 }
+# Types of 2 or 3 binary digits, which weights are kept in to save memory.
+FLOAT8 = frozenset(
+  np.dtype(dtype) for dtype in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+)
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 _PICKLES = (b"PK\x03\x04", b"\x80\x02")  # how torch.save's files begin, new and old

@@ -1,7 +1,7 @@
 """Experts to merge: read, and checked against each other."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +25,17 @@ class Expert(NamedTuple):
   sha256: str
 
 
-def read_experts(names: Sequence[str], any_base: bool = False) -> list[Expert]:
+def read_experts(
+  names: Sequence[str],
+  any_base: bool = False,
+  unet_config: Mapping[str, Any] | None = None,
+) -> list[Expert]:
   """The LoRAs, each checked by itself and against the ones before it.
 
   Args:
     names: L each.
     any_base: they may have been trained on different models.
+    unet_config: the base UNet's config.json, if it is known; see `load_lora`.
 
   Raises:
     InputError: one is missing, is damaged, holds NaN, or is listed twice.
@@ -39,7 +44,7 @@ def read_experts(names: Sequence[str], any_base: bool = False) -> list[Expert]:
   for name in names:
     if not name:
       raise InputError("--experts has an empty name; expected L,L,… without spaces")
-    tree, about = load_lora(name)
+    tree, about = load_lora(name, unet_config)
     check_is_lora(name, tree)
     for path, leaf in flatten_dict(tree).items():
       if not np.isfinite(leaf).all():

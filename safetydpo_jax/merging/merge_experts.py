@@ -65,10 +65,11 @@ def merge_experts(options: MergeOptions) -> None:
   options = with_defaults(options)
   sharding.use_precision(options.dtype or "float32")
   check_out_is_ours(options.out, options.names)
-  loaded = experts.read_experts(options.names, options.any_base)
   pipeline = None
   if options.model:
     pipeline = load_pipeline(options.model, components=(), variant=options.variant)
+  config = pipeline.unet.config if pipeline else None
+  loaded = experts.read_experts(options.names, options.any_base, config)
   base = experts.find_base(loaded, pipeline, options.any_base)
 
   read = OPTIONS[options.method]

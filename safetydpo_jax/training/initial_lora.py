@@ -57,7 +57,7 @@ def first_lora(settings: LoraConfig, pipeline: Pipeline) -> InitialLora:
   lora.alphas(wanted, settings.alpha, settings.alpha_pattern)
   if not settings.init:
     return InitialLora(fresh, None)
-  read, about = loras.load_lora(settings.init)
+  read, about = loras.load_lora(settings.init, pipeline.unet.config)
   tree = LoraTree(read)
   loras.check_fits(settings.init, about, pipeline.fingerprint)
   check_fits(tree, wanted, settings.init)

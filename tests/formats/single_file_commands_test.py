@@ -28,13 +28,6 @@ from safetydpo_jax.models.unet import UNet2DCondition
 from safetydpo_jax.planning import shapes
 from tests.support import lookalike, runs, single_files
 
-DISTILLED = {
-  "layers_per_block": 2,
-  "mid_block_type": "UNetMidBlock2D",
-  "transformer_layers_per_block": [1, [1, 2]],
-  "reverse_transformer_layers_per_block": [[2, 1, 1], 1],
-}
-
 pytestmark = pytest.mark.slow
 
 
@@ -42,7 +35,7 @@ pytestmark = pytest.mark.slow
 def models(tmp_path_factory):
   """A diffusers directory, its single file, and its VAE's file."""
   folder = tmp_path_factory.mktemp("models")
-  base = single_files.save_sdxl(folder / "base", **DISTILLED)
+  base = single_files.DISTILLED["ssd-1b"](folder / "base")
   tensors = single_files.original_tensors(base, "sdxl")
   vae = {n: x for n, x in tensors.items() if n.startswith("first_stage_model.")}
   single_files.save(folder / "vae.safetensors", vae)

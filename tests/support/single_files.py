@@ -5,6 +5,7 @@ of sgm's modules: blocks are enumerated from the config and renamed one by one. 
 the package's own maps are used.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -63,6 +64,23 @@ def save_sdxl(path, seed=0, **unet) -> Path:
 
 
 FAMILIES = {"sd1": save_sd1, "sd2": save_sd2, "sdxl": save_sdxl}
+# Distilled models, as in `distilled.py`.
+_SSD_1B = {
+  "layers_per_block": 2,
+  "mid_block_type": "UNetMidBlock2D",
+  "transformer_layers_per_block": [1, [1, 2]],
+  "reverse_transformer_layers_per_block": [[2, 1, 1], 1],
+}
+_TINY_SD = {
+  "mid_block_type": None,
+  "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+  "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+}
+DISTILLED = {
+  "ssd-1b": functools.partial(save_sdxl, **_SSD_1B),
+  "koala": functools.partial(save_sdxl, mid_block_type=None),
+  "tiny-sd": functools.partial(save_sd1, **_TINY_SD),
+}
 
 
 def unet_modules(config) -> list[tuple[str, str]]:

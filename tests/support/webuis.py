@@ -35,15 +35,13 @@ _OUTSIDE = {
 
 def sgm_table(config) -> dict[str, str]:
   """{diffusers' name of a module: sgm's}, of every module that the UNet could have."""
-  levels = len(config["block_out_channels"])
-  depths = config.get("transformer_layers_per_block", 1)
-  depths = [depths] * levels if isinstance(depths, int) else list(depths)
+  levels, depth = len(config["block_out_channels"]), _deepest(config)
   table = dict(_OUTSIDE)
 
   def resnet(theirs, sgm):
     table.update({f"{theirs}.{a}": f"{sgm}.{b}" for a, b in _RESNET.items()})
 
-  def attention(theirs, sgm, depth):
+  def attention(theirs, sgm):
     ends = [*_ATTENTION]
     ends += [f"transformer_blocks.{n}.{e}" for n in range(depth) for e in _TRANSFORMER]
     table.update({f"{theirs}.{end}": f"{sgm}.{end}" for end in ends})
@@ -55,12 +53,12 @@ def sgm_table(config) -> dict[str, str]:
       here, there = f"down_blocks.{level}", f"input_blocks.{number}"
       resnet(f"{here}.resnets.{layer}", f"{there}.0")
       if kind.startswith("Cross"):
-        attention(f"{here}.attentions.{layer}", f"{there}.1", depths[level])
+        attention(f"{here}.attentions.{layer}", f"{there}.1")
     if level < levels - 1:
       number += 1
       table[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
   resnet("mid_block.resnets.0", "middle_block.0")
-  attention("mid_block.attentions.0", "middle_block.1", depths[-1])
+  attention("mid_block.attentions.0", "middle_block.1")
   resnet("mid_block.resnets.1", "middle_block.2")
   number = -1
   for level, kind in enumerate(config["up_block_types"]):
@@ -69,11 +67,22 @@ def sgm_table(config) -> dict[str, str]:
       here, there = f"up_blocks.{level}", f"output_blocks.{number}"
       resnet(f"{here}.resnets.{layer}", f"{there}.0")
       if kind.startswith("Cross"):
-        attention(f"{here}.attentions.{layer}", f"{there}.1", depths[-1 - level])
+        attention(f"{here}.attentions.{layer}", f"{there}.1")
     if level < levels - 1:
       inner = 2 if kind.startswith("Cross") else 1
       table[f"up_blocks.{level}.upsamplers.0.conv"] = f"{there}.{inner}.conv"
   return table
+
+
+def _deepest(config) -> int:
+  """The most layers that a transformer of the UNet has."""
+  fields = ("transformer_layers_per_block", "reverse_transformer_layers_per_block")
+  left, most = [config.get(field) or 1 for field in fields], 1
+  while left:
+    value = left.pop()
+    left += [] if isinstance(value, int) else list(value)
+    most = max(most, value) if isinstance(value, int) else most
+  return most
 
 
 def comfyui(config) -> dict[str, str]:

@@ -38,7 +38,7 @@ from safetydpo_jax.formats.base_model.component_files import (
   PICKLES,
   weight_files,
 )
-from safetydpo_jax.formats.tensors import cast, write_safetensors
+from safetydpo_jax.formats.tensors import FLOAT8, cast, write_safetensors
 from safetydpo_jax.runtime import files
 from safetydpo_jax.runtime.manifest import read_json, write_json
 
@@ -172,7 +172,7 @@ def write_unet(
     lora: LoRA tree, scale folded in, which fits the UNet (`lora.check_shapes`).
     changes: {PyTorch name of a weight: what is added to it, of it}, besides the LoRA.
     variant: of the base's weight files, and in the name of the new ones.
-    dtype: of the new weights; None keeps each tensor's own.
+    dtype: of the new weights; None keeps each tensor's own, but see `new_dtype`.
     shard_bytes: the largest size of one file.
 
   Raises:
@@ -285,6 +285,12 @@ def _bytes(entry: tuple[Any, tuple[int, ...]]) -> int:
 
 
 def new_dtype(tensor: np.ndarray, dtype: DTypeLike | None) -> np.dtype:
-  """The type a tensor is written in; only floats are converted."""
+  """The type a tensor is written in; only floats are converted.
+
+  float8 becomes float16, which holds all its numbers: rounded to two or three binary
+  digits, a sum would lose the LoRA.
+  """
+  if dtype is None and tensor.dtype in FLOAT8:
+    return np.dtype(np.float16)
   whole = np.issubdtype(tensor.dtype, np.integer) or tensor.dtype == np.bool_
   return tensor.dtype if dtype is None or whole else np.dtype(dtype)

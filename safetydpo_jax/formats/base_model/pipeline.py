@@ -250,6 +250,8 @@ def load_pipeline(
       folders[name], shapes[name], dtype=dtype, variant=variants.get(name)
     )
 
+  weights.note_float8(read("unet"), f"{path}: the UNet", dtype)
+
   return Pipeline(
     name=str(model),
     path=path,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model import hub_errors
 from safetydpo_jax.formats.base_model.hub import PRESETS
 from safetydpo_jax.formats.base_model.single_file_families import Encoder
 
@@ -89,7 +90,6 @@ def find_folder(file: Path, component: str) -> Path:
       return file.parent / name
   # Imported here: it takes a second.
   import huggingface_hub
-  from huggingface_hub.errors import HfHubHTTPError
 
   places = [(REPOSITORY, "vocab.json")]
   places += [(name, "tokenizer/vocab.json") for name in PRESETS.values() if "/" in name]
@@ -103,11 +103,11 @@ def find_folder(file: Path, component: str) -> Path:
     return Path(
       huggingface_hub.snapshot_download(REPOSITORY, allow_patterns=list(_FILES))
     )
-  except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+  except Exception as error:  # the library's own, and those of its HTTP client
     raise InputError(
-      f"{file} has no tokenizer in it, and {REPOSITORY} cannot be downloaded "
-      f"({reason}); put CLIP's vocab.json and merges.txt into {file.parent}/tokenizer"
+      f"{file} has no tokenizer in it, and {REPOSITORY} cannot be downloaded from the "
+      f"Hugging Face hub: {hub_errors.explain(error, REPOSITORY, None)}; or put CLIP's "
+      f"vocab.json and merges.txt into {file.parent}/tokenizer"
     ) from error
 
 

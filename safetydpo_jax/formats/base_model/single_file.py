@@ -122,6 +122,11 @@ def _understand(
 ) -> SingleFile:
   if what := kinds.relative(there):
     raise InputError(f"this is {what}; only Stable Diffusion 1, 2 and XL are supported")
+  if kinds.is_scaled_float8(there):
+    raise InputError(
+      "its weights are float8 with scales beside them (ComfyUI's scaled_fp8), which is "
+      "not supported; give the checkpoint in float16, or in float8 without scales"
+    )
   tensors = _ema_as_unet(there)
   if f"{UNET}input_blocks.0.0.weight" not in tensors:
     what = kinds.describe(tensors, header)

@@ -38,6 +38,7 @@ _OTHERS = (
   (r"(text_model|transformer\.resblocks|embeddings)\.", "a text encoder alone"),
   (r"input_blocks\.", "a UNet alone"),
 )
+_SCALES = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|scale_input|weight_scale)")
 # By the channels that a UNet takes, where the latents have 4.
 _UNETS = {
   5: "a depth-guided model",
@@ -66,6 +67,11 @@ def _first(rows: Iterable[tuple[str, str]], names: list[str]) -> str | None:
     if any(re.match(pattern, name) for name in names):
       return kind
   return None
+
+
+def is_scaled_float8(names: Iterable[str]) -> bool:
+  """Whether weights are float8 with scales beside them, as ComfyUI's scaled_fp8."""
+  return any(map(_SCALES.fullmatch, names))
 
 
 def describe_unet(channels: int) -> str | None:

@@ -24,7 +24,8 @@ from jax.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.component_files import weight_files
-from safetydpo_jax.formats.tensors import open_safetensors
+from safetydpo_jax.formats.tensors import FLOAT8, open_safetensors
+from safetydpo_jax.runtime.log import note
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _INDEX = re.compile(r"_(\d+)$")
@@ -153,6 +154,21 @@ def load_component(
   files = weight_files(folder, variant)
   source = str(files[0] if len(files) == 1 else folder)
   return convert(read_tensors(files), shapes, dtype=dtype, source=source)
+
+
+def note_float8(
+  tensors: Iterable[tuple[str, np.ndarray]], whose: str, dtype: DTypeLike
+) -> None:
+  """Says so where weights are float8; `whose` names them.
+
+  They are read as any others, but a model is not what it was before they were rounded.
+  """
+  narrow = {tensor.dtype.name for _, tensor in tensors if tensor.dtype in FLOAT8}
+  if narrow:
+    note(
+      f"{whose} has weights in {min(narrow)}, numbers of one or two decimal digits; "
+      f"they are computed with in {np.dtype(dtype).name}"
+    )
 
 
 def fingerprint(tensors: Iterable[tuple[str, np.ndarray]]) -> str:

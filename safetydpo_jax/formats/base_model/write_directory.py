@@ -96,5 +96,8 @@ def _write_weights(file: Path, single: SingleFile, name: str) -> None:
       key: x[:, :, 0, 0] if ".attentions." in key and x.ndim == 4 else x
       for key, x in tensors.items()
     }
+  tensors = {
+    key: x.astype(fused.new_dtype(x, None), copy=False) for key, x in tensors.items()
+  }
   layout = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
   write_safetensors(file, layout, tensors.items(), {"format": "pt"})

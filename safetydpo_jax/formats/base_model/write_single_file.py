@@ -70,7 +70,7 @@ def write_single_file(
     header: texts for the file's header.
     changes: of the UNet's weights besides the LoRA, see `fused.write_unet`.
     variant: of the base's weight files, if it is a directory.
-    dtype: of the weights; None keeps each tensor's own.
+    dtype: of the weights; None keeps each tensor's own, but see `fused.new_dtype`.
 
   Raises:
     InputError: the base cannot be read or has no place in such a file, the file cannot

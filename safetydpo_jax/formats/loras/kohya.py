@@ -7,7 +7,11 @@
 <module> is one of two spellings, with every dot written as an underscore:
   diffusers'  down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q
   sgm's       input_blocks_4_1_transformer_blocks_0_attn1_to_q, what kohya's trainer
-              calls the layers of SDXL; all published models have two layers a block
+              calls the layers of SDXL
+
+sgm numbers a UNet's entries from its input to its output, so what a number means
+depends on how many resnets each level has (`resnets_of`): two in SD 1, SD 2, SDXL and
+SSD-1B, one in small-sd, tiny-sd and KOALA.
 
 Both are parsed by an exact grammar, so that a name that is not a module of a Stable
 Diffusion UNet is refused; nothing is guessed. We write what all readers know every
@@ -22,10 +26,15 @@ diffusers (loaders/lora_conversion_utils.py).
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from safetydpo_jax.models.unet import read_levels
 
 PREFIX = "lora_unet_"
 FILE_NAME = "safetydpo_lora.safetensors"
+# Resnets of each level on the way down, where no model says it; its levels are at most
+# four.
+TWO_EACH = (2, 2, 2, 2)
 
 # The parts of a module's path in our tree; joined by underscores they are its name.
 _PART = re.compile(
@@ -107,10 +116,18 @@ def _write_sgm(path: tuple[str, ...]) -> str:
   return "_".join((side, str(first + index), str(inner), *rest))
 
 
-def module_path(name: str) -> tuple[str, ...] | None:
-  """The path in our tree of lora_unet_<module>, None if it is not in a UNet."""
+def resnets_of(unet_config: Mapping) -> tuple[int, ...]:
+  """Resnets of each level on the way down; the way up has one more in each."""
+  return tuple(level.resnets for level in read_levels(unet_config)[1])
+
+
+def module_path(name: str, resnets: Sequence[int] = TWO_EACH) -> tuple[str, ...] | None:
+  """The path in our tree of lora_unet_<module>, None if it is not in a UNet.
+
+  `resnets` are those of the UNet's levels, which decide what sgm's numbers mean.
+  """
   flat = name.removeprefix(PREFIX)
-  return _read_sgm(flat) or _read_parts(flat)
+  return _read_sgm(flat, resnets) or _read_parts(flat)
 
 
 def _read_parts(flat: str) -> tuple[str, ...] | None:
@@ -119,7 +136,7 @@ def _read_parts(flat: str) -> tuple[str, ...] | None:
   return parts if parts and "_".join(parts) == flat else None
 
 
-def _read_sgm(flat: str) -> tuple[str, ...] | None:
+def _read_sgm(flat: str, resnets: Sequence[int]) -> tuple[str, ...] | None:
   """A path from sgm's name of the module."""
   if flat in _SGM_OUTSIDE:
     return _SGM_OUTSIDE[flat]
@@ -134,15 +151,24 @@ def _read_sgm(flat: str) -> tuple[str, ...] | None:
     rest = found[7]
   else:
     down, inner, rest = found[1] == "input_blocks", int(found[3]), found[4]
-    # Three entries a block; the first of the input is conv_in.
-    block, layer = divmod(int(found[2]) - down, 3)
+    # The first entry of the input is conv_in. Then each level has its resnets, and on
+    # the way down its downsampler; on the way up it has one resnet more.
+    entries = [
+      (level, layer, layer == count)
+      for level, count in enumerate(resnets if down else reversed(resnets))
+      for layer in range(count + 1)
+    ]
+    number = int(found[2]) - down
+    if not 0 <= number < len(entries):
+      return None
+    block, layer, last = entries[number]
     where = (f"{'down' if down else 'up'}_blocks_{block}",)
     if rest in ("op", "conv"):
-      right = (layer, inner) == (2, 0) if down else layer == 2 and inner in (1, 2)
+      right = last and (inner == 0 if down else inner in (1, 2))
       if not right or (rest == "op") != down:
         return None
       return (*where, "downsamplers_0" if down else "upsamplers_0", "conv")
-    if block < 0 or inner > 1 or (down and layer == 2):
+    if inner > 1 or (down and last):
       return None
     kind = f"{('resnets', 'attentions')[inner]}_{layer}"
   if kind.startswith("resnets"):

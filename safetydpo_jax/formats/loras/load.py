@@ -13,6 +13,7 @@
 import math
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,14 @@ def split_scale(text: str) -> tuple[str, float]:
   return name or text, factor
 
 
-def load_lora(name: str) -> tuple[LoraTree, dict[str, Any]]:
+def load_lora(
+  name: str, unet_config: Mapping[str, Any] | None = None
+) -> tuple[LoraTree, dict[str, Any]]:
   """The LoRA tree (scale folded in) and what is known about it.
 
   Args:
     name: L, see the module's docstring.
+    unet_config: the base UNet's config.json, see `read.read_lora_file`.
 
   Returns:
     The tree, numpy float32, and expert.json's content; {} for a foreign file, which
@@ -67,40 +71,46 @@ def load_lora(name: str) -> tuple[LoraTree, dict[str, Any]]:
     InputError: there is none, it is damaged, or it holds what a LoRA does not
       (`adapter.as_lora`).
   """
-  adapter, about = load_adapter(name)
+  adapter, about = load_adapter(name, unet_config)
   return adapters.as_lora(adapter, name), about
 
 
-def load_adapter(name: str) -> tuple[Adapter, dict[str, Any]]:
+def load_adapter(
+  name: str, unet_config: Mapping[str, Any] | None = None
+) -> tuple[Adapter, dict[str, Any]]:
   """As `load_lora`, with what a file changes besides: DoRA, norms, biases, kernels."""
   path = Path(name)
   if not path.exists() and _ON_HUB.fullmatch(name):
     path = hub.locate_lora(name)
   if path.is_file():
-    return read_lora_file(path), {}
+    return read_lora_file(path, unet_config=unet_config), {}
   if path.is_dir():
-    return _read_folder(path)
+    return _read_folder(path, unet_config)
   raise InputError(
     f"there is no LoRA at {name}; give a run directory, a .safetensors file or a hub id"
   )
 
 
-def _read_folder(folder: Path) -> tuple[Adapter, dict[str, Any]]:
+def _read_folder(
+  folder: Path, unet_config: Mapping[str, Any] | None
+) -> tuple[Adapter, dict[str, Any]]:
   if (folder / expert.MANIFEST).is_file():  # also with an export of it in the folder
     lora, about = expert.read_expert(folder)
     return adapters.of_lora(lora), about
   if (folder / PEFT_CONFIG).is_file():
-    return read_peft_folder(folder), {}
+    return read_peft_folder(folder, unet_config), {}
   for file in (folder / FILE_NAME, folder / kohya.FILE_NAME):
     if file.is_file():
-      return read_lora_file(file), {}
+      return read_lora_file(file, unet_config=unet_config), {}
   there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
   if files := [path for path in there if path.suffix == ".safetensors"]:
-    return read_lora_file(_only(files, folder, "LoRA files")), {}
+    file = _only(files, folder, "LoRA files")
+    return read_lora_file(file, unet_config=unet_config), {}
   inside = [path for path in there if (path / PEFT_CONFIG).is_file()]
   if inside:
     unets = [path for path in inside if path.name == "unet"]
-    return read_peft_folder(_only(unets or inside, folder, "PEFT adapters")), {}
+    inner = _only(unets or inside, folder, "PEFT adapters")
+    return read_peft_folder(inner, unet_config), {}
   if pickles := [path.name for path in there if path.suffix in PICKLES]:
     raise InputError(
       f"{folder} has its LoRA only as {pickles[0]}: pickles can run code and are not "
@@ -164,7 +174,7 @@ def load_adapters(
   """
   found = []
   for name, factor in map(split_scale, names):
-    adapter, about = load_adapter(name)
+    adapter, about = load_adapter(name, pipeline.unet.config)
     check_fits(name, about, pipeline.fingerprint, any_base)
     adapters.check_shapes(pipeline.params["unet"], adapter)
     found.append(adapters.scale(adapter, factor))

@@ -17,6 +17,7 @@ dots. Who writes what:
 """
 
 import re
+from collections.abc import Sequence
 
 from safetydpo_jax.formats.base_model.weights import tree_path
 from safetydpo_jax.formats.loras import kohya
@@ -55,6 +56,7 @@ _DIFFUSERS_ROOT = re.compile(
 _SGM_ROOT = re.compile(
   r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\."
 )
+_NUMBERED = re.compile(r"(in|out)put_blocks[._]\d")
 # What a file may hold besides the UNet, by whose it is.
 _OTHERS = {
   "text encoders": re.compile(
@@ -71,22 +73,40 @@ def owner(name: str) -> str | None:
   return next((who for who, form in _OTHERS.items() if form.match(name)), None)
 
 
-def parse(name: str) -> tuple[LayerPath, str] | None:
+def parse(
+  name: str, resnets: Sequence[int] = kohya.TWO_EACH
+) -> tuple[LayerPath, str] | None:
   """A UNet tensor's layer, as a path in our tree, and its part of `_PARTS`.
 
-  None: it is not a part of a LoRA, or not in a layer of a Stable Diffusion UNet.
+  Args:
+    name: of the tensor.
+    resnets: of the UNet's levels, which decide what sgm's numbers mean.
+
+  Returns:
+    None if it is not a part of a LoRA, or not in a layer of a Stable Diffusion UNet.
   """
-  name = _OLD.sub(r".\1.lora.\2.weight", _ADAPTER.sub("", name))
-  found = _TENSOR.fullmatch(name.replace(".to_out.lora", ".to_out.0.lora"))
-  path = found and _layer(found[1])
+  found = _split(name)
+  path = found and _layer(found[1], resnets)
   return (path, _PART_OF[found[2]]) if found and path else None
 
 
-def _layer(module: str) -> LayerPath | None:
+def is_numbered(name: str) -> bool:
+  """Whether a tensor is part of a layer that is named by its number, as sgm does."""
+  found = _split(name)
+  return bool(found and _NUMBERED.search(found[1]))
+
+
+def _split(name: str) -> re.Match | None:
+  """A tensor's module and part, None if it is not a part of a LoRA."""
+  name = _OLD.sub(r".\1.lora.\2.weight", _ADAPTER.sub("", name))
+  return _TENSOR.fullmatch(name.replace(".to_out.lora", ".to_out.0.lora"))
+
+
+def _layer(module: str, resnets: Sequence[int]) -> LayerPath | None:
   if _FLAT.match(module):
-    return kohya.module_path(_FLAT.sub("", module))
+    return kohya.module_path(_FLAT.sub("", module), resnets)
   module = _DOTTED.sub("", module)
   if _SGM_ROOT.match(module):
-    return kohya.module_path(module.replace(".", "_"))
+    return kohya.module_path(module.replace(".", "_"), resnets)
   path = tree_path(module)
   return path if _DIFFUSERS_ROOT.match(path[0]) else None

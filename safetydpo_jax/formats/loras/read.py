@@ -16,14 +16,16 @@ and a line is printed. A UNet tensor that is not understood is an error.
 import collections
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.weights import torch_name
-from safetydpo_jax.formats.loras import names, peft_config, products
+from safetydpo_jax.formats.loras import kohya, names, peft_config, products
 from safetydpo_jax.formats.loras.adapter import Adapter, Change, low_rank
 from safetydpo_jax.formats.loras.names import LayerPath
 from safetydpo_jax.formats.loras.peft_config import Scaling
@@ -47,7 +49,9 @@ _UNREAD = {
 _WIDE = ("conv_in", "conv_out", "conv1", "conv2", "conv")
 
 
-def read_peft_folder(folder: Path) -> Adapter:
+def read_peft_folder(
+  folder: Path, unet_config: Mapping[str, Any] | None = None
+) -> Adapter:
   """Reads adapter_model.safetensors with adapter_config.json; see `read_lora_file`."""
   config = manifest.read_json(folder / PEFT_CONFIG, "PEFT adapter")
   if not isinstance(config, dict):
@@ -56,15 +60,21 @@ def read_peft_folder(folder: Path) -> Adapter:
   file = folder / PEFT_FILE
   if not file.exists() and (pickled := file.with_suffix(".bin")).is_file():
     file = pickled  # which says how to convert it
-  return read_lora_file(file, scaling)
+  return read_lora_file(file, scaling, unet_config)
 
 
-def read_lora_file(file: Path, scaling: Scaling | None = None) -> Adapter:
+def read_lora_file(
+  file: Path,
+  scaling: Scaling | None = None,
+  unet_config: Mapping[str, Any] | None = None,
+) -> Adapter:
   """Reads a LoRA file of any dialect.
 
   Args:
     file: safetensors.
     scaling: of the products; by default that of the file's header, else alpha = r.
+    unet_config: the base UNet's config.json, which says what sgm's numbers of layers
+      mean; None: two resnets a level, as published models have, see `kohya.py`.
 
   Returns:
     The adapter; its LoRA is float32 numpy, and the rest views of the file.
@@ -83,7 +93,7 @@ def read_lora_file(file: Path, scaling: Scaling | None = None) -> Adapter:
   if scaling is None:
     text = header.get("lora_adapter_metadata", "{}")
     scaling = peft_config.parse_header(text, str(file))
-  layers = _sort(tensors, file)
+  layers = _sort(tensors, file, unet_config)
   lora: dict[LayerPath, np.ndarray] = {}
   rest: dict[LayerPath, tuple[Change, ...]] = {}
   for path, parts in layers.items():
@@ -105,11 +115,12 @@ def read_lora_file(file: Path, scaling: Scaling | None = None) -> Adapter:
 
 
 def _sort(
-  tensors: dict[str, np.ndarray], file: Path
+  tensors: dict[str, np.ndarray], file: Path, unet_config: Mapping[str, Any] | None
 ) -> dict[LayerPath, dict[str, np.ndarray]]:
   """The UNet's tensors by layer and part; what is not the UNet's is counted."""
   layers: dict[LayerPath, dict[str, np.ndarray]] = {}
   left_out: collections.Counter[str] = collections.Counter()
+  resnets = kohya.resnets_of(unet_config) if unet_config else kohya.TWO_EACH
   for name, tensor in tensors.items():
     if who := names.owner(name):
       left_out[who] += 1
@@ -119,7 +130,9 @@ def _sort(
         f"{file} is {kind} ({name}), which is not supported; expected a LoRA, LoHa, "
         "LoKr or DoRA"
       )
-    if not (parsed := names.parse(name)):
+    if not (parsed := names.parse(name, resnets)):
+      if names.is_numbered(name):
+        raise InputError(_no_layer(f"{file}: {name!r}", unet_config))
       raise InputError(
         f"{file}: {name!r} is not a UNet LoRA tensor in the naming of diffusers, PEFT, "
         "kohya, LyCORIS, OneTrainer or ComfyUI"
@@ -138,6 +151,17 @@ def _sort(
       f"{file}: left out are {counts}; only the UNet is adapted here", file=sys.stderr
     )
   return layers
+
+
+def _no_layer(what: str, unet_config: Mapping[str, Any] | None) -> str:
+  """The message for a layer whose number is not one of the UNet's."""
+  of = "a UNet with two resnets on each level, which is assumed without a model"
+  way = "use it with the model it was made for (`merge`: --model)"
+  if unet_config:
+    counts = ", ".join(map(str, kohya.resnets_of(unet_config)))
+    of = f"this model, whose UNet has levels of {counts} resnets"
+    way = "use it with the model it was made for"
+  return f"{what} is no layer of {of}; {way}"
 
 
 def _check_finite(parts: dict[str, np.ndarray], where: str) -> None:

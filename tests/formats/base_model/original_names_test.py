@@ -13,27 +13,16 @@ from safetydpo_jax.formats.base_model import single_file_families as families
 from safetydpo_jax.formats.base_model import single_file_networks as networks
 from safetydpo_jax.models import published
 from safetydpo_jax.models.unet import read_levels
-from tests.support import runs, single_files
+from tests.support import distilled, runs, single_files
 
-# SSD-1B's config.json, where it differs from SDXL's.
-SSD_1B = published.SDXL_UNET | {
-  "mid_block_type": "UNetMidBlock2D",
-  "transformer_layers_per_block": (1, (2, 2), (4, 4)),
-  "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
-}
-SMALL_SD = published.SD15_UNET | {"layers_per_block": 1, "mid_block_type": None}
-TINY_SD = SMALL_SD | {
-  "block_out_channels": (320, 640, 1280),
-  "down_block_types": ("CrossAttnDownBlock2D",) * 3,
-  "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-}
 UNETS = {
   "sd15": (published.SD15_UNET, None, 686),
   "sd21": (published.SD21_UNET, None, 686),
   "sdxl": (published.SDXL_UNET, 1280, 1680),
-  "ssd-1b": (SSD_1B, 1280, None),
-  "small-sd": (SMALL_SD, None, None),
-  "tiny-sd": (TINY_SD, None, None),
+  "ssd-1b": (distilled.SSD_1B, 1280, None),
+  "small-sd": (distilled.SMALL_SD, None, None),
+  "tiny-sd": (distilled.TINY_SD, None, None),
+  "koala": (distilled.KOALA_700M, 1280, None),
 }
 VAE = published.SD15_VAE
 # The text encoders, and how many tensors a file has of them (SD 2's without the last

@@ -18,6 +18,7 @@ from tests.support.parity import NETWORK, array, draw, tensor
 from tests.support.single_files import FAMILIES, RESOLUTION, ema_name, save
 
 UNET = "model.diffusion_model."
+FAMILY_OF = {"ssd-1b": "sdxl", "koala": "sdxl", "tiny-sd": "sd1"}
 CLASSES = {
   "sd1": diffusers.StableDiffusionPipeline,
   "sd2": diffusers.StableDiffusionPipeline,
@@ -27,10 +28,14 @@ CLASSES = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-  """{family: (diffusers directory, its tensors under the original names)}."""
+  """{name: (diffusers directory, its tensors under the original names)}."""
   folder = tmp_path_factory.mktemp("bases")
-  made = {name: build(folder / name) for name, build in FAMILIES.items()}
-  return {n: (base, single_files.original_tensors(base, n)) for n, base in made.items()}
+  both = {**FAMILIES, **single_files.DISTILLED}
+  made = {name: build(folder / name) for name, build in both.items()}
+  return {
+    n: (base, single_files.original_tensors(base, FAMILY_OF.get(n, n)))
+    for n, base in made.items()
+  }
 
 
 @pytest.fixture
@@ -76,10 +81,11 @@ def test_a_file_is_read_as_the_directory_it_was_written_from(family, bases, writ
   assert tuple(ids[0, -1] for ids in single.tokenize(prompt)) == pads
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_reads_the_same_from_the_file(family, bases, write):
+@pytest.mark.parametrize("name", [*FAMILIES, *single_files.DISTILLED])
+def test_diffusers_reads_the_same_from_the_file(name, bases, write):
   """Its `from_single_file`: every tensor of every network, and a prediction."""
-  base, file = bases[family][0], write(family)
+  base, file = bases[name][0], write(name)
+  family = FAMILY_OF.get(name, name)
   ours = load_pipeline(file)
   theirs = CLASSES[family].from_single_file(str(file), config=str(base))
   for name in ours.modules():
@@ -107,8 +113,42 @@ def test_diffusers_reads_the_same_from_the_file(family, bases, write):
 
 def test_half_precision_is_the_same_model(bases, write):
   tensors = {n: x.half() for n, x in bases["sd1"][1].items() if x.is_floating_point()}
-  half = load_pipeline(write(changes=tensors), components=("unet",))
-  assert half.fingerprint == load_pipeline(bases["sd1"][0], components=()).fingerprint
+  half, full = load_pipeline(write(changes=tensors)), load_pipeline(bases["sd1"][0])
+  assert half.fingerprint == full.fingerprint
+  rounded = jax.tree.map(lambda x: x.astype(np.float16).astype(x.dtype), full.params)
+  assert_same_params(half.params, rounded)
+
+
+def test_files_without_position_ids(bases, write):
+  """As current transformers saves text encoders."""
+  ids = [name for name in bases["sdxl"][1] if name.endswith("position_ids")]
+  assert len(ids) == 1
+  single = load_pipeline(write("sdxl", without=ids))
+  assert_same_params(single.params, load_pipeline(bases["sdxl"][0]).params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_read_as_diffusers_reads_it_and_said(dtype, bases, write, capsys):
+  base, tensors = bases["sdxl"]
+  narrow = {n: x.to(dtype) for n, x in tensors.items() if x.is_floating_point()}
+  file = write("sdxl", narrow)
+  single = load_pipeline(file)
+  (line,) = [x for x in capsys.readouterr().err.splitlines() if "weights in" in x]
+  assert f"{file}: the UNet has weights in {str(dtype).split('.')[1]}" in line
+  theirs = CLASSES["sdxl"].from_single_file(str(file), config=str(base))
+  for name in single.modules():
+    state = getattr(theirs, name).state_dict().items()
+    states = ((canonical_name(n), x.float().numpy()) for n, x in state)
+    assert_same_params(single.params[name], convert(states, single.params[name]))
+  load_pipeline(base, components=())
+  assert "weights in" not in capsys.readouterr().err
+
+
+def test_float8_with_scales_beside_it_is_refused(bases, write):
+  name = f"{UNET}input_blocks.1.0.in_layers.2.scale_weight"
+  for more in ("scaled_fp8", name):
+    with pytest.raises(InputError, match=r"scales .*scaled_fp8.*float16"):
+      load_pipeline(write("sd1", {more: torch.ones(1)}))
 
 
 def ema_of(tensors, scale=2.0):

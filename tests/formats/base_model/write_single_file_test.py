@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from safetydpo_jax import export, load_pipeline, lora
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.weights import convert
 from safetydpo_jax.formats.base_model.write_single_file import FILE, write_single_file
 from safetydpo_jax.formats.loras import expert
-from tests.support import single_files, twins
+from tests.support import dialects, drawn, single_files, twins
 from tests.support.checkpoints import save_tiny_checkpoint
 from tests.support.single_files import FAMILIES, RESOLUTION, ema_name, save
 
@@ -214,3 +215,52 @@ def test_a_file_without_a_vae_is_not_a_whole_model(bases, run, tmp_path):
       run(file, kind)
     shutil.rmtree(tmp_path / "expert")
   assert not (tmp_path / "out").exists()
+
+
+def draw_dora(weight):
+  """DoRA of kernels, differences of norms and biases: none of it is a LoRA."""
+  return drawn.draw_full(weight) if weight.ndim == 1 else drawn.draw_dora_in(weight)
+
+
+@pytest.mark.parametrize(
+  ("place", "kind"), [("directory", "single_file"), ("file", "pipeline")]
+)
+def test_what_is_not_a_lora_is_folded_in(place, kind, bases, singles, tmp_path, capsys):
+  """Every weight is what the tool makes of the base, and PyTorch reads it as we do."""
+  model = (bases if place == "directory" else singles)["sdxl"]
+  unet = diffusers.UNet2DConditionModel.from_pretrained(bases["sdxl"] / "unet")
+  torch.manual_seed(0)
+  write = dialects.by_twin(dialects.comfyui, draw_dora, norms=True)
+  file, merged = write(unet, unet.config, tmp_path)
+  options = {"lora": file, "model": model, "format": kind, "out": tmp_path / "out"}
+  words = [word for name, value in options.items() for word in (f"--{name}", value)]
+  export.main([*map(str, words), "--verify"])
+  assert difference(capsys.readouterr().out) < 1e-4
+  out = tmp_path / "out" / FILE if kind == "single_file" else tmp_path / "out"
+  made = load_pipeline(out, components=("unet",)).params["unet"]
+  wanted = convert(dialects.theirs_state(merged), made)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), made, wanted)
+
+
+@pytest.mark.parametrize("kind", ["single_file", "pipeline"])
+def test_a_float8_base_is_written_so_that_the_lora_is_not_rounded_away(
+  kind, bases, run, tmp_path, capsys
+):
+  tensors = single_files.original_tensors(bases["sd1"], "sd1")
+  narrow = {
+    name: x.to(torch.float8_e4m3fn) if x.is_floating_point() else x
+    for name, x in tensors.items()
+  }
+  shutil.copytree(bases["sd1"] / "tokenizer", tmp_path / "tokenizer")
+  file = save(tmp_path / "m.safetensors", narrow, RESOLUTION)
+  out, tree = run(file, kind, "--verify")
+  assert difference(capsys.readouterr().out) < 5e-3
+  assert json.loads((out / "export.json").read_text())["dtype"] == "float16"
+  made = load_pipeline(out / FILE if kind == "single_file" else out)
+  base = load_pipeline(file)
+  fused = lora.fuse(base.params["unet"], tree)
+  for a, b in zip(*map(jax.tree.leaves, (made.params["unet"], fused))):
+    np.testing.assert_array_equal(a, np.asarray(b, np.float16))
+  for name in ("vae", "text_encoder"):
+    for a, b in zip(*map(jax.tree.leaves, (made.params[name], base.params[name]))):
+      np.testing.assert_array_equal(a, b)

@@ -30,7 +30,7 @@ PURE = [name for name in DRAWN if name not in ("DoRA", "norms")]
 @pytest.fixture(scope="module")
 def params():
   base = dialects.theirs_state(dialects.make_unet("SD1"))
-  return weights.convert(base, dialects.tree_shapes(dict(base)))
+  return weights.convert(base, dialects.tree_shapes("SD1"))
 
 
 def read(kind, folder, seed=1):

@@ -8,9 +8,11 @@ from tests.support import dialects, runs
 from tests.support.dialects import DIALECTS
 
 NAMINGS = {dialect.naming: dialect for dialect in reversed(DIALECTS)}
-# The arithmetic is the families' own; SDXL is named differently.
+# The arithmetic is the same in all families; SDXL and KOALA are named differently.
 CASES = [(dialect, "SD1") for dialect in DIALECTS]
-CASES += [(dialect, "SDXL") for dialect in NAMINGS.values()]
+CASES += [
+  (dialect, family) for dialect in NAMINGS.values() for family in ("SDXL", "KOALA")
+]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from safetydpo_jax.formats.base_model.weights import torch_name
 from safetydpo_jax.formats.loras import kohya
 from safetydpo_jax.models import published
 from safetydpo_jax.models.unet import UNet2DCondition
-from tests.support import webuis
+from tests.support import distilled, webuis
 
 UNETS = {
   "sd15": published.SD15_UNET,
@@ -55,12 +55,35 @@ def test_every_reader_finds_every_layer_that_is_written(config):
   assert found == wanted
   found = {module: webuis.a1111(name, config) for module, name in written.items()}
   assert found == wanted
-  state = {f"{name}.lora_down.weight": module for module, name in written.items()}
+  assert diffusers_modules(written.values(), config) == [*written]
+
+
+def diffusers_modules(names, config):
+  """The modules that diffusers takes names for, in their order."""
+  state = {f"{name}.lora_down.weight": name for name in names}
   shape = types.SimpleNamespace(layers_per_block=config["layers_per_block"])
-  for key, module in _maybe_map_sgm_blocks_to_diffusers(state, shape).items():
+  found = {}
+  for key, name in _maybe_map_sgm_blocks_to_diffusers(state, shape).items():
     theirs = _convert_unet_lora_key(key).replace(".processor", "")
     theirs = theirs.replace("to_out_lora", "to_out.0_lora").removesuffix(".weight")
-    assert theirs.replace("_lora.down", "").removesuffix(".lora.down") == module
+    found[name] = theirs.replace("_lora.down", "").removesuffix(".lora.down")
+  return [found[name] for name in names]
+
+
+@pytest.mark.parametrize("config", distilled.UNETS.values(), ids=distilled.UNETS)
+def test_numbers_count_on_the_resnets_of_the_unet_s_own_levels(config):
+  """Every layer of distilled models, as diffusers and the web UIs number them."""
+  table, resnets = webuis.sgm_table(config), kohya.resnets_of(config)
+  wanted = {torch_name(path): path for path in layers(config)}
+  names = {m: f"lora_unet_{table[m].replace('.', '_')}" for m in wanted}
+  found = {module: kohya.module_path(name, resnets) for module, name in names.items()}
+  assert found == wanted
+  # diffusers loses an upsampler that follows a resnet.
+  kept = {m: name for m, name in names.items() if not name.endswith("_1_conv")}
+  assert diffusers_modules(kept.values(), config) == [*kept]
+  # Read as of two resnets, no such file passes for another UNet's.
+  as_usual = {kohya.module_path(name) for name in names.values()}
+  assert (None in as_usual) == (config["layers_per_block"] != 2)
 
 
 def sgm_names():
