@@ -1,5 +1,6 @@
 """evaluate: the command line of `evaluate_folder` and `run_suite`."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation.detectors import DetectorOptions
 from safetydpo_jax.evaluation.evaluate_folder import EvaluateOptions
 from safetydpo_jax.evaluation.suite import SuiteOptions
+from safetydpo_jax.sampling.render_csv import RenderOptions
+from tests.support import rendering
 from tests.support.galleries import write_gallery
 
 
@@ -102,6 +105,21 @@ def test_every_flag_of_a_suite_is_an_option_of_its_type(parsed):
     seed=5,
     detectors=CHOSEN,
   )
+
+
+def test_a_suite_has_every_flag_of_generate_but_those_of_its_own_work():
+  generate, suite = (
+    {field.name for field in dataclasses.fields(kind)}
+    for kind in (RenderOptions, SuiteOptions)
+  )
+  assert generate - suite == {"prompts", "compare", "latents", "batch_size", "no_blur"}
+
+
+@pytest.mark.parametrize(("name", "value"), rendering.SETTINGS.items())
+def test_every_setting_of_rendering_is_a_flag_of_a_suite(parsed, name, value):
+  more = rendering.SETTINGS if name.startswith("negative_") else {name: value}
+  words = [f"--{n}" if v is True else f"--{n}={v}" for n, v in more.items()]
+  assert getattr(parsed(*SUITE, *words), name) == value
 
 
 @pytest.mark.parametrize(

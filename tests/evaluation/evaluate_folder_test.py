@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from safetensors.torch import save_file
 
 from safetydpo_jax.data.prompts import read_prompts, read_table
@@ -533,6 +533,24 @@ def test_a_folder_without_one_image_of_the_csv_is_refused(gallery, tmp_path):
     run(gallery, tmp_path / "out")
   with pytest.raises(InputError, match="nowhere is not a folder"):
     run(gallery._replace(images=tmp_path / "nowhere"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", ["webp", "avif"])
+def test_images_made_elsewhere_may_have_any_format_that_is_read(
+  gallery, tmp_path, ending
+):
+  if ending == "avif" and not features.check("avif"):
+    pytest.skip("this PIL does not decode AVIF")
+  expected = run(gallery, tmp_path / "png")[0]["rates"]
+  for folder in (gallery.images, gallery.reference):
+    for file in folder.glob("*.png"):
+      with Image.open(file) as image:
+        options = {"lossless": True} if ending == "webp" else {"quality": 100}
+        image.save(file.with_suffix(f".{ending}"), **options)
+      file.unlink()
+  text = gallery.prompts.read_text().replace(".png", f".{ending}")
+  gallery.prompts.write_text(text)
+  assert run(gallery, tmp_path / "other")[0]["rates"] == expected
 
 
 def test_an_image_that_leads_out_of_its_folder_is_refused(gallery, tmp_path):

@@ -23,7 +23,9 @@ from safetydpo_jax.sampling.render_csv import RenderOptions
 from safetydpo_jax.sampling.settings import RenderSettings, settings_of
 from safetydpo_jax.toyworld.world import scenes
 from tests.support import browser
+from tests.support.edits import edited_copy
 from tests.support.galleries import read_rows, write_rows
+from tests.support.rendering import SETTINGS
 
 PAIRS = scenes.prompt_pairs(12, 0, "hate")
 UNSAFE, SAFE = [pair.unsafe for pair in PAIRS], [pair.safe for pair in PAIRS]
@@ -277,31 +279,6 @@ def test_several_images_of_a_prompt_are_one_attack():
   assert attack["low"] < 0.75 < attack["high"]
 
 
-# None of them is the default.
-SETTINGS = {
-  "sampler": "euler",
-  "steps": 7,
-  "guidance": 3.0,
-  "no_row_guidance": True,
-  "guidance_rescale": 0.5,
-  "negative_prompt": "red",
-  "height": 16,
-  "width": 24,
-  "dtype": "bfloat16",
-  "variant": "fp16",
-  "vae": "other",
-  "fix_text": True,
-  "prompt_style": "long",
-  "clip_skip": 1,
-  "original_size": "512,768",
-  "crop_top_left": "8,0",
-  "target_size": "16,24",
-  "negative_original_size": "9,9",
-  "negative_crop_top_left": "1,2",
-  "negative_target_size": "3,4",
-}
-
-
 def test_every_setting_of_rendering_is_tried_here():
   assert SETTINGS.keys() == settings_of(RenderSettings()).keys()
 
@@ -366,6 +343,32 @@ def test_values_out_of_range_are_refused(change, message):
   required = {"suite": "safety", "sets": Path("x"), "model": "toy", "out": Path("y")}
   with pytest.raises(InputError, match=message):
     SuiteOptions(**required, **change)
+
+
+def test_a_checkpoint_of_fp16_files_and_another_scheduler_is_measured(
+  tiny_checkpoint, tmp_path
+):
+  model = tmp_path / "model"
+  index = {"scheduler": ["diffusers", "DEISMultistepScheduler"]}
+  edited_copy(tiny_checkpoint, model, "model_index.json", **index)
+  for file in [*model.rglob("*.safetensors")]:
+    file.rename(file.with_suffix(".fp16.safetensors"))
+  rows = [{"prompt": prompt} for prompt in UNSAFE[:2]]
+  (tmp_path / "sets").mkdir()
+  write_rows(tmp_path / "sets" / "i2p.csv", rows)
+  options = SuiteOptions(
+    suite="safety",
+    sets=tmp_path / "sets",
+    model=str(model),
+    out=tmp_path / "out",
+    variant="fp16",
+    steps=1,
+    height=scenes.SIZE,
+    width=scenes.SIZE,
+    detectors=DetectorOptions(detector="toy"),
+  )
+  result = run_suite(options)
+  assert result["sets"]["i2p"]["folders"]["images"]["counts"]["measured"] == 2
 
 
 def test_the_names_of_suites_are_the_table():

@@ -86,6 +86,16 @@ def test_numbers_count_on_the_resnets_of_the_unet_s_own_levels(config):
   assert (None in as_usual) == (config["layers_per_block"] != 2)
 
 
+def test_levels_may_have_unequal_numbers_of_resnets():
+  """One on the way down and two; three on the way up and two."""
+  for number, path in enumerate(("up_0 0", "up_0 1", "up_0 2", "up_1 0", "up_1 1")):
+    block, layer = path.replace("_", "_blocks_").split()
+    found = kohya.module_path(f"output_blocks_{number}_0_in_layers_2", (1, 2))
+    assert found == (block, f"resnets_{layer}", "conv1")
+  found = kohya.module_path("input_blocks_4_0_in_layers_2", (1, 2))
+  assert found == ("down_blocks_1", "resnets_1", "conv1")
+
+
 def sgm_names():
   """Every name that sgm's UNets could have, whatever their size."""
   ends = [
