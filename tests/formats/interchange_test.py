@@ -8,7 +8,7 @@ import pytest
 
 from safetydpo_jax import export, load_pipeline
 from safetydpo_jax.formats.loras import expert
-from tests.support import runs, twins
+from tests.support import interchange, runs, twins
 
 PAGE = (runs.ROOT / "docs" / "interchange.md").read_text()
 
@@ -54,3 +54,27 @@ def test_every_command_and_snippet_works(
 )
 def test_every_option_of_the_command_is_on_the_page(name):
   assert name in PAGE
+
+
+ROWS = list(interchange.rows())
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{r.tool}, {r.file}" for r in ROWS])
+def test_the_table_has_the_rows_that_its_command_prints(row):
+  """Counted again are single files of the usual models; others are tested elsewhere."""
+  (line,) = [line for line in PAGE.splitlines() if line.startswith(row.start())]
+  counts, by, difference = line.removeprefix(row.start()).rstrip(" |").split(" | ")
+  assert by == row.by
+  assert float(difference) < 1e-5
+  found = re.findall(r"([\d,]+) of ([\d,]+)", counts)
+  found = [tuple(int(n.replace(",", "")) for n in pair) for pair in found]
+  assert len(found) == len(row.families)
+  if row.file.startswith("single file") and row.families == interchange.USUAL:
+    assert found == [row.count(name) for name in row.families]
+  else:
+    assert all(read == there for read, there in found if "single" not in row.file)
+
+
+def test_the_table_has_no_other_rows():
+  table = PAGE.split(f"| {interchange.HEADER} |")[1].split("\n\n")[0]
+  assert len(table.strip().splitlines()) == 1 + len(ROWS)

@@ -3,13 +3,10 @@
 `DIALECTS` has a row for each tool and kind of adapter. A file is drawn for a UNet; the
 tool's own result is the UNet with the adapter merged in, by PEFT itself or by a twin of
 the tool's published arithmetic, written apart from the package's. `measure` reads the
-file with the package and compares weights. The table of docs/interchange.md is printed
-by
-
-  python -m tests.support.dialects
+file with the package and compares weights.
 """
 
-import tempfile
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,12 +23,13 @@ from safetensors.torch import save_file
 from safetydpo_jax.formats.base_model import weights
 from safetydpo_jax.formats.base_model.pipeline import parameter_shapes
 from safetydpo_jax.formats.loras import adapter as adapters
+from safetydpo_jax.formats.loras import kohya as kohya_names
 from safetydpo_jax.formats.loras import names
 from safetydpo_jax.formats.loras.load import load_adapter
-from safetydpo_jax.models import published
 from safetydpo_jax.models.unet import UNet2DCondition
 from tests.support import checkpoints, drawn, webuis
 from tests.support.drawn import RANK
+from tests.support.sizes import SIZES
 
 _SD = checkpoints.UNET | {"layers_per_block": 2}
 TINY = {
@@ -39,11 +37,6 @@ TINY = {
   "SDXL": _SD | checkpoints.SDXL["unet"],
   # One resnet a level and no middle, which changes what sgm's numbers mean.
   "KOALA": checkpoints.UNET | checkpoints.SDXL["unet"] | {"mid_block_type": None},
-}
-FULL = {
-  "SD1": published.SD15_UNET,
-  "SD2": published.SD21_UNET,
-  "SDXL": published.SDXL_UNET,
 }
 LAYERS = torch.nn.Linear, torch.nn.Conv2d
 NORMS = torch.nn.GroupNorm, torch.nn.LayerNorm
@@ -243,6 +236,11 @@ DIALECTS = [
   _twin("OneTrainer", "LoRA (legacy)", flat, drawn.draw_lora),
   _twin("ComfyUI", "LoRA with differences", comfyui, drawn.draw_comfyui, norms=True),
 ]
+# One for each naming that calls layers by their number.
+NUMBERED = [
+  next(dialect for dialect in DIALECTS if dialect.naming is naming)
+  for naming in (kohya, omi, comfyui)
+]
 
 
 class Measured(NamedTuple):
@@ -297,43 +295,21 @@ def theirs_state(unet):
   return [(name, tensor.detach().numpy()) for name, tensor in unet.state_dict().items()]
 
 
-def count_names(dialect: Dialect, family: str) -> tuple[int, int]:
-  """Of a published model's modules, how many are read under the dialect's names."""
-  config = FULL[family]
+@functools.cache
+def published_modules(model: str, norms: bool) -> tuple[str, ...]:
+  """The names of a UNet of `sizes.SIZES`, whose weights adapters change."""
   with torch.device("meta"):
-    unet = diffusers.UNet2DConditionModel(**config)
-  modules = modules_of(unet, dialect.norms)
+    unet = diffusers.UNet2DConditionModel(**SIZES[model].unet)
+  return tuple(modules_of(unet, norms))
+
+
+def count_names(dialect: Dialect, model: str) -> tuple[int, int]:
+  """Of a published model's modules, how many are read under the dialect's names."""
+  config, modules = SIZES[model].unet, published_modules(model, dialect.norms)
+  resnets = kohya_names.resnets_of(config)
   read = sum(
-    names.parse(f"{dialect.naming(name, config)}.alpha")
+    names.parse(f"{dialect.naming(name, config)}.alpha", resnets)
     == (weights.tree_path(name), "alpha")
     for name in modules
   )
   return read, len(modules)
-
-
-def table() -> str:
-  """The table of docs/interchange.md."""
-  rows = [
-    "| tool | adapter | layers read of layers there: SD1, SD2, SDXL | verified with "
-    "| largest difference |",
-    "|---|---|---|---|---|",
-  ]
-  for dialect in DIALECTS:
-    counts = (count_names(dialect, family) for family in FULL)
-    with tempfile.TemporaryDirectory() as folder:
-      worst = 0.0
-      for family in TINY:
-        (Path(folder) / family).mkdir()
-        found = measure(dialect, family, Path(folder) / family)
-        assert found.read == found.there, (dialect, family, found)
-        worst = max(worst, found.difference)
-    counts = ", ".join(f"{read} of {there}" for read, there in counts)
-    rows.append(
-      f"| {dialect.tool} | {dialect.kind} | {counts} | {dialect.by} | "
-      f"{f'{worst:.0e}' if worst else 0} |"
-    )
-  return "\n".join(rows)
-
-
-if __name__ == "__main__":
-  print(table())

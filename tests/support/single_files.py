@@ -79,6 +79,7 @@ _TINY_SD = {
 DISTILLED = {
   "ssd-1b": functools.partial(save_sdxl, **_SSD_1B),
   "koala": functools.partial(save_sdxl, mid_block_type=None),
+  "small-sd": functools.partial(save_sd1, mid_block_type=None),
   "tiny-sd": functools.partial(save_sd1, **_TINY_SD),
 }
 
@@ -212,17 +213,24 @@ def read_state(folder: Path) -> tuple[dict, dict]:
 
 def original_tensors(base: Path, family: str) -> dict:
   """All tensors of a diffusers directory under the original code's names."""
+  names = ("unet", "vae", "text_encoder", "text_encoder_2")
+  there = {name: base / name for name in names if (base / name).is_dir()}
+  return arrange({name: read_state(path) for name, path in there.items()}, family)
+
+
+def arrange(states: dict, family: str) -> dict:
+  """Networks, {component: (config, state dict)}, under the original code's names."""
   made = {}
   for name, modules, prefix in (
     ("unet", unet_modules, "model.diffusion_model."),
     ("vae", vae_modules, "first_stage_model."),
   ):
-    config, state = read_state(base / name)
+    config, state = states[name]
     made |= rename(state, modules(config), prefix)
   for name in made:  # the original's attention is made of 1×1 convolutions
     if ".attn_1." in name and made[name].ndim == 2:
       made[name] = made[name][:, :, None, None]
-  _, text = read_state(base / "text_encoder")
+  _, text = states["text_encoder"]
   if family == "sd2":
     made |= open_clip(text, "cond_stage_model.model.", LAYERS_SD2)
     # OpenCLIP has one layer more and a projection, which SD 2 leaves out.
@@ -242,7 +250,7 @@ def original_tensors(base: Path, family: str) -> dict:
     None
   ]
   if family == "sdxl":
-    config, state = read_state(base / "text_encoder_2")
+    config, state = states["text_encoder_2"]
     prefix = "conditioner.embedders.1.model."
     made |= open_clip(state, prefix, config["num_hidden_layers"])
     made[f"{prefix}logit_scale"] = torch.tensor(4.6)
