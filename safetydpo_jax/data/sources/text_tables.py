@@ -6,9 +6,10 @@ folder  metadata.jsonl. One JSON object a line: `jpg_0` and `jpg_1` (paths relat
         `category`. `file_name` says which image's prompt the caption is: the
         preferred one's (slot "safe"); otherwise, also if it is neither or absent, the
         dispreferred one's (slot "unsafe").
-CSV     columns prompt, image, category (CoProV2's files) beside the images or beside
-        a folder `images`. Rows u_idx_N_K.jpg and s_idx_N_K.jpg are a pair: the unsafe
-        and the safe image, each with its own prompt.
+CSV     columns prompt, image, category (CoProV2's files; `columns.py` has their other
+        names) beside the images or beside a folder `images`. Rows u_idx_N_K.jpg and
+        s_idx_N_K.jpg are a pair: the unsafe and the safe image, each with its own
+        prompt.
 """
 
 import csv
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 
 from etils import epath
 
+from safetydpo_jax.data import columns
 from safetydpo_jax.data.sources import pairs
 from safetydpo_jax.data.sources.pairs import Row, Table
 from safetydpo_jax.errors import InputError
@@ -128,20 +130,30 @@ def _read_text(file: epath.Path, what: str) -> str:
     raise InputError(f"{file} is not a readable {what} in UTF-8: {error}") from error
 
 
-def _read_table(file: epath.Path) -> list[tuple[str, dict[str, str]]]:
-  """(where, row) of a CSV with the columns of CoProV2."""
-  lines = io.StringIO(_read_text(file, "CSV"), newline="")
-  reader = csv.DictReader(lines, strict=True)
+def _read_table(file: epath.Path) -> list[tuple[str, dict[str, str | None]]]:
+  """(where, row) of a CSV with the columns of CoProV2, by any of their names.
+
+  A cell that a row lacks is None.
+  """
+  text = _read_text(file, "CSV")
+  table = []
   try:
-    missing = [c for c in CSV_COLUMNS if c not in (reader.fieldnames or ())]
-    if missing:
+    header = next(csv.reader(io.StringIO(text, newline="")), [])
+    # Where a name follows a space, spaces belong to the commas, as in `delimited.py`.
+    spaced = any(name.startswith(" ") for name in header[1:])
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, strict=True, skipinitialspace=spaced)
+    found = columns.find(next(reader, []))
+    if missing := [name for name in CSV_COLUMNS if name not in found.places]:
       raise InputError(f"{file} has no column {', '.join(missing)}")
-    table = [(f"{file} line {reader.line_num}", row) for row in reader]
+    for row in filter(None, reader):
+      where = f"{file} line {reader.line_num}"
+      if len(row) > len(found.names):
+        raise InputError(f"{where} has more columns than the header; quote the commas")
+      cells = found.cells(row, where)
+      table.append((where, {name: cells.get(name) for name in CSV_COLUMNS}))
   except csv.Error as error:
     raise InputError(f"{file} is not a readable CSV: {error}") from error
-  for where, row in table:
-    if None in row:
-      raise InputError(f"{where} has more columns than the header; quote the commas")
   return table
 
 

@@ -225,3 +225,26 @@ def test_an_unclosed_quote_does_not_swallow_the_rest(table):
     file.write('"no end,u_idx_0000001_0.jpg,Hate\n')
   with pytest.raises(InputError, match="is not a readable CSV"):
     read_pairs(table)
+
+
+def test_columns_have_the_names_and_spaces_that_prompts_csvs_may_have(table):
+  expected = read_pairs(table)[0]
+
+  def edit(rows):
+    rows[0] = ["Prompt", " IMAGE", " categories"]
+    for row in rows[1:]:
+      row[1:] = [f" {cell}" for cell in row[1:]]
+
+  change_csv(table, edit)
+  assert read_pairs(table)[0] == expected
+
+
+def test_two_columns_that_contradict_each_other_are_refused(table):
+  def edit(rows):
+    for row in rows:
+      row.append("Violence")
+    rows[0][-1] = "categories"
+
+  change_csv(table, edit)
+  with pytest.raises(InputError, match=r"line 3: category is 'Hate' and categories"):
+    read_pairs(table)
