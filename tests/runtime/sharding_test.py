@@ -1,5 +1,6 @@
 """One device equals eight, and a step communicates once."""
 
+import functools
 import re
 from collections import Counter
 
@@ -71,9 +72,16 @@ def collectives(compiled):
   return found
 
 
+@pytest.fixture(scope="module")
+def step_on_all(pipeline, batch):
+  """A step on eight devices with whole weights, by accumulation; compiled once."""
+  mesh = sharding.make_mesh()
+  return functools.cache(lambda count: compile_step(pipeline, mesh, batch, count))
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_eight_devices_equal_one_with_a_single_all_reduce(
-  pipeline, batch, accumulation
+  pipeline, batch, step_on_all, accumulation
 ):
   one, arguments = compile_step(
     pipeline, sharding.make_mesh(devices=jax.devices()[:1]), batch, accumulation
@@ -81,7 +89,7 @@ def test_eight_devices_equal_one_with_a_single_all_reduce(
   expected, expected_metrics = one(*arguments)
   assert collectives(one) == []
 
-  eight, arguments = compile_step(pipeline, sharding.make_mesh(), batch, accumulation)
+  eight, arguments = step_on_all(accumulation)
   state, metrics = eight(*arguments)
   # In ENTRY: after the accumulation loop, not once for each microbatch.
   assert collectives(eight) == [("all-reduce", "ENTRY")]
@@ -100,9 +108,9 @@ def test_eight_devices_equal_one_with_a_single_all_reduce(
 
 
 @pytest.fixture(scope="module")
-def whole(pipeline, batch):
+def whole(step_on_all):
   """State and metrics after a step with whole weights on eight devices."""
-  step, arguments = compile_step(pipeline, sharding.make_mesh(), batch, 1)
+  step, arguments = step_on_all(1)
   return jax.device_get(step(*arguments))
 
 

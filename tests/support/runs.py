@@ -40,7 +40,8 @@ def start(command: str, arguments: list, devices: int = 1, **environment):
       **os.environ,
       # Level 1: half the time of compiling. At 0, where the tests are, a training run's
       # loops take many times as long.
-      "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=1",
+      "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=1"
+      " --xla_cpu_parallel_codegen_split_count=1",
       **environment,
     },
     stdout=subprocess.PIPE,
