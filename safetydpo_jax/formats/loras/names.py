@@ -18,7 +18,6 @@ dots. Who writes what:
 
 import re
 
-from safetydpo_jax.formats.base_model.weights import tree_path
 from safetydpo_jax.formats.loras import kohya
 
 LayerPath = tuple[str, ...]
@@ -88,5 +87,5 @@ def _layer(module: str) -> LayerPath | None:
   module = _DOTTED.sub("", module)
   if _SGM_ROOT.match(module):
     return kohya.module_path(module.replace(".", "_"))
-  path = tree_path(module)
-  return path if _DIFFUSERS_ROOT.match(path[0]) else None
+  path = kohya.module_path(module.replace(".", "_"))
+  return path if path and _DIFFUSERS_ROOT.match(path[0]) else None
