@@ -29,6 +29,8 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.models.config import freeze
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+_MOST_TIMESTEPS = 100_000  # published models have 1,000
+_SWITCHES = ("set_alpha_to_one", "rescale_betas_zero_snr")
 
 
 def _betas(kind: str, start: float, end: float, steps: int) -> np.ndarray:
@@ -43,6 +45,14 @@ def _betas(kind: str, start: float, end: float, steps: int) -> np.ndarray:
   )
 
 
+def _numbers(values: Any) -> np.ndarray:
+  """A list of numbers, float32; empty if it is none."""
+  try:
+    return np.asarray(values, np.float32)
+  except (TypeError, ValueError, OverflowError):
+    return np.zeros(0, np.float32)
+
+
 def without_terminal_signal(betas: np.ndarray) -> np.ndarray:
   """Equation (5) on β_t, in float32 and in the order of diffusers' arithmetic."""
   signal = np.sqrt(np.cumprod(1.0 - betas, dtype=np.float32))
@@ -53,16 +63,33 @@ def without_terminal_signal(betas: np.ndarray) -> np.ndarray:
 
 
 def read_alphas_cumprod(config: Mapping[str, Any], *, zero_snr: bool) -> np.ndarray:
-  """ᾱ_t of a scheduler_config.json, (T,) float32; by equation (5) if `zero_snr`."""
-  if config.get("trained_betas") is not None:
-    betas = np.asarray(config["trained_betas"], np.float32)
-  else:
-    betas = _betas(
-      config.get("beta_schedule", "linear"),
-      config.get("beta_start", 0.0001),
-      config.get("beta_end", 0.02),
-      config.get("num_train_timesteps", 1000),
+  """ᾱ_t of a scheduler_config.json, (T,) float32; by equation (5) if `zero_snr`.
+
+  Raises:
+    InputError: a field has a value that makes no noise schedule.
+  """
+  steps = config.get("num_train_timesteps", 1000)
+  if type(steps) is not int or not 1 < steps <= _MOST_TIMESTEPS:
+    raise InputError(
+      f"scheduler_config.json: num_train_timesteps = {steps!r}; expected a whole "
+      f"number from 2 to {_MOST_TIMESTEPS:,}"
     )
+  trained, ends = config.get("trained_betas"), ("beta_start", "beta_end")
+  if trained is None:
+    start, end = (config.get(*end) for end in zip(ends, (0.0001, 0.02)))
+    if not all(type(beta) in (int, float) and 0 <= beta <= 1 for beta in (start, end)):
+      raise InputError(
+        f"scheduler_config.json: {' and '.join(ends)} are {start!r} and {end!r}; "
+        "expected numbers from 0 to 1"
+      )
+    betas = _betas(config.get("beta_schedule", "linear"), start, end, steps)
+  else:
+    betas = _numbers(trained)
+    if betas.shape != (steps,) or not ((betas >= 0) & (betas <= 1)).all():
+      raise InputError(
+        f"scheduler_config.json: trained_betas are not {steps:,} numbers from 0 to "
+        "1, as many as num_train_timesteps"
+      )
   if zero_snr:
     betas = without_terminal_signal(betas)
   return np.cumprod(1.0 - betas, dtype=np.float32)
@@ -91,7 +118,8 @@ class Schedule:
     """Reads a diffusers scheduler_config.json.
 
     Raises:
-      InputError: for a beta schedule or prediction type that is not supported.
+      InputError: for a beta schedule or prediction type that is not supported, or a
+        field that has no such value.
     """
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
@@ -99,6 +127,11 @@ class Schedule:
         f"scheduler_config.json: prediction_type {prediction_type!r} is not "
         f"supported; expected one of {', '.join(PREDICTION_TYPES)}"
       )
+    for field in _SWITCHES:
+      if config.get(field) not in (None, False, True):
+        raise InputError(
+          f"scheduler_config.json: {field} = {config[field]!r}; expected true or false"
+        )
     alphas_cumprod = read_alphas_cumprod(
       config, zero_snr=bool(config.get("rescale_betas_zero_snr"))
     )

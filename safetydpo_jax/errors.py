@@ -8,6 +8,7 @@ A process that is one of several must not wait for the others when it fails, sin
 may be waiting for it.
 """
 
+import errno
 import os
 import sys
 import threading
@@ -21,6 +22,12 @@ LEAVE_SECONDS = 10
 # service ends processes with the same (SIGABRT). Launchers such as xpk restart what
 # exits with 128 or more, and do not restart bad input, which is 1.
 BROKEN = 134
+_LONGEST = 2000  # characters of a message; names in foreign files may have a million
+# What the system refuses, and the user can allow.
+_REFUSED = (
+  *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+  *(errno.ENOSPC, errno.EDQUOT, errno.EIO),
+)
 
 
 class InputError(Exception):
@@ -28,17 +35,19 @@ class InputError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-  """Runs a command's `main`; prints an `InputError` as one line and exits 1."""
+  """Runs a command's `main`; prints an `InputError` as one line and exits 1.
+
+  So is a file that the system does not let us use.
+  """
   try:
     main()
-  except InputError as error:
-    line = " ".join(str(error).split())
-    print(f"error: {line}", file=sys.stderr)
-    _leave(1)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     _leave(130)
-  except Exception:
+  except Exception as error:
+    if (message := _message_of(error)) is not None:
+      print(f"error: {_one_line(message)}", file=sys.stderr)
+      _leave(1)
     if not _is_one_of_several():
       raise
     traceback.print_exc()
@@ -49,6 +58,23 @@ def run_command(main: Callable[[], None]) -> None:
       file=sys.stderr,
     )
     _leave(BROKEN)
+
+
+def _message_of(error: Exception) -> str | None:
+  """What the user is told; None for a defect of ours."""
+  if isinstance(error, InputError):
+    return str(error)
+  if isinstance(error, OSError) and error.errno in _REFUSED and error.filename:
+    return f"{error.filename} cannot be used: {error.strerror}; choose another path"
+  return None
+
+
+def _one_line(message: str) -> str:
+  """A message as a terminal may show it: one line, and nothing that steers it."""
+  line = " ".join(message.split())
+  line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+  half = _LONGEST // 2
+  return line if len(line) <= _LONGEST else f"{line[:half]} … {line[-half:]}"
 
 
 def _is_one_of_several() -> bool:

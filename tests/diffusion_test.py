@@ -147,3 +147,26 @@ def test_a_negative_offset_is_refused():
   config = {**SCHEDULER, "steps_offset": -3}
   with pytest.raises(InputError, match="steps_offset -3"):
     diffusion.sampling_timesteps(diffusion.Schedule.from_config(config), 20)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"num_train_timesteps": 10**12}, "from 2 to 100,000"),
+    ({"num_train_timesteps": 1}, "num_train_timesteps = 1"),
+    ({"num_train_timesteps": "1000"}, "num_train_timesteps = '1000'"),
+    ({"beta_start": -0.1}, "beta_start and beta_end are -0.1 and 0.012; .*0 to 1"),
+    ({"beta_end": float("nan")}, "and nan"),
+    ({"beta_end": 10**400}, "expected numbers from 0 to 1"),
+    ({"beta_end": [0.1]}, "expected numbers from 0 to 1"),
+    ({"trained_betas": [0.1, 0.2]}, "trained_betas are not 1,000 numbers"),
+    ({"trained_betas": ["x"] * 1000}, "trained_betas are not 1,000 numbers"),
+    ({"trained_betas": [[0.1]] * 1000}, "trained_betas are not 1,000 numbers"),
+    ({"trained_betas": [2] * 1000}, "trained_betas are not 1,000 numbers"),
+    ({"set_alpha_to_one": "false"}, "set_alpha_to_one = 'false'; expected true"),
+    ({"rescale_betas_zero_snr": "false"}, "rescale_betas_zero_snr = 'false'"),
+  ],
+)
+def test_fields_that_make_no_schedule_are_refused(fields, message):
+  with pytest.raises(InputError, match=message):
+    diffusion.Schedule.from_config({**SCHEDULER, **fields})

@@ -37,3 +37,19 @@ def test_a_defect_of_ours_is_not_hidden(error):
   with pytest.raises(type(error)) as raised:
     run(error)
   assert raised.value is error
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
+  with pytest.raises(SystemExit) as stopped:
+    run_command(lambda: (tmp_path / ("x" * 300)).stat())
+  assert stopped.value.code == 1
+  assert "xxx cannot be used: File name too long; choose" in capsys.readouterr().err
+
+
+def test_a_name_in_a_file_neither_steers_the_terminal_nor_fills_it(capsys):
+  with pytest.raises(SystemExit):
+    run(InputError(f"no place for \x1b[31m\u202e{'x' * 10**6}; fetch it again"))
+  line = capsys.readouterr().err
+  assert r"no place for \x1b[31m\u202exx" in line
+  assert line.endswith("x; fetch it again\n")
+  assert len(line) < 2100

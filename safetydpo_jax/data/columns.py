@@ -65,6 +65,8 @@ class Columns(NamedTuple):
     """
     found = {}
     for key, places in self.places.items():
+      if places[0] >= len(row):  # and so are those that follow
+        break
       there = [place for place in places if place < len(row)]
       told = [place for place in there if row[place].strip()]
       for place in told[1:]:

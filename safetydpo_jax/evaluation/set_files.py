@@ -1,7 +1,8 @@
 """The files of prompt sets, each form as rows of cells.
 
 .csv, .tsv   as every CSV of prompts (`data/delimited.py`, `data/columns.py`)
-.parquet     the same columns; a cell without a value, or with NaN, is empty
+.parquet     the same columns, of text, numbers, or lists of them; a cell without a
+             value, or with NaN, is empty
 .txt         a prompt per line
 .json        COCO's annotations: one caption per image, that of the lowest id, and the
              image's id as its seed
@@ -10,10 +11,12 @@
 import json
 import math
 from collections.abc import Collection
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetydpo_jax.data import columns, delimited
+from safetydpo_jax.data.sources import pairs
 from safetydpo_jax.errors import InputError
 
 
@@ -68,18 +71,22 @@ def _read_csv(file: Path, wanted: frozenset[str]) -> SetFile:
 
 
 def _read_parquet(file: Path, wanted: frozenset[str]) -> SetFile:
-  import pyarrow.parquet  # Imported here: it takes a second, and few sets are parquet.
+  # Imported here: it takes a second, and few sets are parquet.
+  import pyarrow.parquet
 
-  names = pyarrow.parquet.read_schema(file).names
+  from safetydpo_jax.data.sources import parquet_files
+
+  opened = pyarrow.parquet.ParquetFile(file)
+  names = opened.schema_arrow.names
   found = columns.find(names)
   # Names of images do not matter here, and the images themselves would fill memory.
   read = {*wanted, *columns.FIELDS} - {"image"}
   chosen = [name for key in found.places if key in read for name in _of(found, key)]
-  table = pyarrow.parquet.read_table(file, columns=chosen)
   few = columns.find(chosen)
+  cells = parquet_files.read_rows(opened, chosen, str(file))
   rows = [
-    few.cells([_text(row[name]) for name in chosen], f"{file} row {number}")
-    for number, row in enumerate(table.to_pylist(), start=1)
+    few.cells([_text(row[name], name) for name in chosen], f"{file} row {number}")
+    for number, row in enumerate(cells, start=1)
   ]
   return SetFile(names, frozenset(found.places), rows, found.note(file, wanted))
 
@@ -88,12 +95,14 @@ def _of(found: columns.Columns, key: str) -> list[str]:
   return [found.names[place] for place in found.places[key]]
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, column: str) -> str:
   """A parquet cell as a CSV would have it."""
   if value is None or (isinstance(value, float) and math.isnan(value)):
     return ""
   if isinstance(value, list):
-    return ", ".join(map(str, value))
+    return ", ".join(_text(item, column) for item in value)
+  if not isinstance(value, str | int | float | Decimal):
+    raise InputError(f"column {column} holds {type(value).__name__}, expected text")
   return str(value)
 
 
@@ -123,8 +132,11 @@ def _read_coco(file: Path, wanted: frozenset[str]) -> SetFile:
     if image not in first or note["id"] < first[image]["id"]:
       first[image] = note
   rows = [
-    {"prompt": first[image]["caption"].strip(), "evaluation_seed": str(image)}
-    for image in sorted(first)
+    {
+      "prompt": pairs.text(f"{file} image {image}", "caption", note["caption"]).strip(),
+      "evaluation_seed": str(image),
+    }
+    for image, note in sorted(first.items())
   ]
   return SetFile(["caption"], frozenset({"prompt"}), rows)
 

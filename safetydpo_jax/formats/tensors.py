@@ -2,7 +2,8 @@
 
 Format (https://github.com/huggingface/safetensors): 8 bytes, little-endian length N of
 the header; N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}, offsets
-counted from the header's end; the tensors' bytes, row-major and little-endian.
+counted from the header's end; the tensors' bytes, row-major and little-endian. They
+follow one another without gaps, and no name is there twice.
 
 The library's own numpy reader does not know bfloat16, and its writer holds a whole file
 in memory (10 GB for SDXL) and ignores strides; hence these.
@@ -70,18 +71,21 @@ def open_safetensors(
     length = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or 8 + length > len(data) or length > _LARGEST_HEADER:
       raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
-    header = json.loads(data[8 : 8 + length].tobytes())
+    text = data[8 : 8 + length].tobytes()
+    header = json.loads(text, object_pairs_hook=_object)
     metadata = header.pop("__metadata__", None) or {}
     if not all(isinstance(value, str) for value in metadata.values()):
       raise ValueError("metadata that is not text")
     body = data[8 + length :]
     tensors = {name: _view(body, name, entry) for name, entry in header.items()}
+    _check_cover(header, len(body))
   except (
     OSError,
     ValueError,
     KeyError,
     TypeError,
     AttributeError,
+    OverflowError,
     RecursionError,
   ) as error:
     raise InputError(_why_not(path, error)) from error
@@ -102,6 +106,25 @@ def _why_not(path: Path, error: Exception) -> str:
         f"read; {HOW_TO_CONVERT}"
       )
   return f"{path} is not a readable safetensors file ({error}); fetch it again"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object; of two equal names, which one counts would depend on the reader."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    raise ValueError("a name is listed twice")
+  return found
+
+
+def _check_cover(header: Mapping[str, dict], size: int) -> None:
+  """Refuses gaps, and tensors that overlap: a small file would fill the memory."""
+  end = 0
+  for begin, next_end in sorted(entry["data_offsets"] for entry in header.values()):
+    if begin != end:
+      raise ValueError(f"a tensor begins at byte {begin}, where {end} was expected")
+    end = next_end
+  if end != size:
+    raise ValueError(f"{size - end} bytes belong to no tensor")
 
 
 def _view(body: np.ndarray, name: str, entry: dict) -> np.ndarray:
@@ -162,6 +185,11 @@ def _header(layout: Mapping[str, tuple], metadata: Mapping[str, str]) -> bytes:
   text = json.dumps(entries, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)
   return len(text).to_bytes(8, "little") + text
+
+
+def is_whole(array: np.ndarray) -> bool:
+  """Whether it holds integers or truth values, as quantised weights do."""
+  return array.dtype.kind in "biu"  # of bfloat16 and float8 it is "V"
 
 
 def cast(array: np.ndarray, dtype: DTypeLike, what: str) -> np.ndarray:

@@ -73,6 +73,10 @@ def read_config(config):
   c.projected = config_lib.choose(
     PROJECTED, c.architectures, "text encoder", "architectures"
   )
+  if c.projected and c.projection_dim is None:
+    raise InputError(
+      "text encoder config: projection_dim = null; expected the size of the projection"
+    )
   if c.hidden_size % c.num_attention_heads:
     raise InputError(
       f"text encoder config: hidden_size = {c.hidden_size} cannot be split over "

@@ -7,7 +7,7 @@ listed values.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,10 @@ from safetydpo_jax.errors import InputError
 
 _KINDS = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
 _NULL = (("projection_dim", None),)  # of encoders that do not project
+# Far beyond every published network: a larger one takes forever to build.
+_LARGEST, _MOST_LAYERS, _MOST_LEVELS = 10**6, 100, 10
+# Fields that may be 0. Of others nothing would be left, or they are divided by.
+_MAYBE_ZERO = ("eos_token_id", "freq_shift", "transformer_layers_per_block")
 # What diffusers' EMAModel, now and in older versions, writes into the config of a model
 # whose weights are a moving average: how they were averaged, nothing about the network.
 TRAINING = (
@@ -48,6 +52,7 @@ def settle(
   defaults: Mapping[str, Any],
   accepted: Mapping[str, tuple],
   ignored: tuple[str, ...] = (),
+  by_level: tuple[str, ...] = (),
 ) -> SimpleNamespace:
   """Returns `config` over `defaults` as attributes.
 
@@ -57,6 +62,8 @@ def settle(
     defaults: fields the model reads, with the value an absent field has.
     accepted: fields the model does not read, with the values that change nothing.
     ignored: fields that have nothing to do with the network.
+    by_level: fields that may have a list, an entry for each level. Those whose default
+      is a list must have one.
 
   Raises:
     InputError: a field has a value that is not implemented, or of another type.
@@ -74,12 +81,40 @@ def settle(
       )
   read = {field: config.get(field, default) for field, default in defaults.items()}
   for field, value in read.items():
-    if not (_fits(value, defaults[field]) or (field, value) in _NULL):
+    default = defaults[field]
+    listed = isinstance(value, list | tuple)
+    right = listed or value is None if isinstance(default, tuple) else not listed
+    if not (
+      (_fits(value, default) and (right or (listed and field in by_level)))
+      or (field, value) in _NULL
+    ):
       raise InputError(
         f"{what} config: {field} = {as_json(value)} is of the wrong type; expected one "
         f"such as {as_json(defaults[field])}"
       )
+    _check_sizes(value, field, what)
   return SimpleNamespace(**read)
+
+
+def _check_sizes(value: Any, field: str, what: str) -> None:
+  """Refuses numbers, and lists, that are no sizes of a network."""
+  most = _MOST_LAYERS if "layers" in field else _LARGEST
+  zero = field.removeprefix("reverse_") in _MAYBE_ZERO
+  right = all(0 < n <= most or (zero and n == 0) for n in _numbers(value))
+  if not right or (isinstance(value, list | tuple) and len(value) > _MOST_LEVELS):
+    raise InputError(
+      f"{what} config: {field} = {as_json(value)} is no size of a network; expected "
+      f"{'from 0' if zero else 'above 0'} to {most:,}, at most {_MOST_LEVELS} levels"
+    )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+  """The numbers in a value and in its lists."""
+  if isinstance(value, list | tuple):
+    for item in value:
+      yield from _numbers(item)
+  elif type(value) in (int, float):
+    yield value
 
 
 def as_json(value: Any) -> str:
@@ -95,6 +130,16 @@ def _fits(value: Any, default: Any) -> bool:
   if value is None:  # no block, no switch
     return first is None or isinstance(first, str | bool)
   return default is None or type(value) in _KINDS[type(first)]
+
+
+def check_groups(c: SimpleNamespace, what: str) -> None:
+  """Refuses features that cannot be split into groups for the norms."""
+  for features in c.block_out_channels:
+    if features % c.norm_num_groups:
+      raise InputError(
+        f"{what} config: block_out_channels = {as_json(c.block_out_channels)} cannot "
+        f"be split into norm_num_groups = {c.norm_num_groups}"
+      )
 
 
 def per_level(value: Any, levels: int, field: str, what: str = "UNet") -> tuple:

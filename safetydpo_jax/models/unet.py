@@ -78,6 +78,14 @@ ACCEPTED = {
   "time_embedding_type": ("positional",),
   "upcast_attention": (None, False, True),
 }
+# Fields that may be lists: a value for each level.
+_BY_LEVEL = (
+  *("layers_per_block", "attention_head_dim", "cross_attention_dim"),
+  *("transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+)
+# Fields whose default is null, else whole numbers; SDXL's need a value.
+_ADDED = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+_NULL_SIZES = (*_ADDED, "time_embedding_dim", "time_cond_proj_dim")
 IGNORED = ("sample_size", "addition_embed_type_num_heads", *config_lib.TRAINING)
 
 # Whether a block of this type attends to the context.
@@ -210,11 +218,22 @@ def read_levels(config):
   crossed = config.get("only_cross_attention")
   if isinstance(crossed, tuple) and not any(crossed):
     config = {**config, "only_cross_attention": False}  # at none of the levels
-  c = config_lib.settle(config, "UNet", DEFAULTS, ACCEPTED, IGNORED)
+  c = config_lib.settle(config, "UNet", DEFAULTS, ACCEPTED, IGNORED, _BY_LEVEL)
   if c.addition_embed_type not in (None, "text_time"):
     raise InputError(
       f"UNet config: addition_embed_type = {c.addition_embed_type!r} is not supported, "
       "only None or 'text_time'"
+    )
+  for field in _NULL_SIZES:
+    value, needed = getattr(c, field), c.addition_embed_type and field in _ADDED
+    if type(value) is not int and (value is not None or needed):
+      raise InputError(
+        f"UNet config: {field} = {config_lib.as_json(value)}; expected a whole number"
+      )
+  if c.addition_embed_type and getattr(c, _ADDED[1]) <= 6 * getattr(c, _ADDED[0]):
+    raise InputError(
+      f"UNet config: {_ADDED[1]} = {getattr(c, _ADDED[1])}; expected more than six "
+      f"times {_ADDED[0]}, which is {getattr(c, _ADDED[0])}"
     )
   levels = len(c.block_out_channels)
   fields = (
@@ -238,11 +257,7 @@ def read_levels(config):
       "all levels see one context, so all entries must be equal"
     )
   c.cross_attention_dim = spread["cross_attention_dim"][0]
-  if not isinstance(c.norm_num_groups, int):
-    raise InputError(
-      f"UNet config: norm_num_groups = {c.norm_num_groups!r} is not supported, "
-      "expected an integer"
-    )
+  config_lib.check_groups(c, "UNet")
 
   def level(i: int, attends: bool, resnets: int, layers: Any, way="") -> Level:
     features, heads = c.block_out_channels[i], spread["attention_head_dim"][i]

@@ -52,6 +52,7 @@ EPSILON = 1e-6
 def read_config(config):
   """Reads and checks a VAE's config, see `config.settle`."""
   c = config_lib.settle(config, "VAE", DEFAULTS, ACCEPTED, IGNORED)
+  config_lib.check_groups(c, "VAE")
   levels = len(c.block_out_channels)
   for field, known in (
     ("down_block_types", "DownEncoderBlock2D"),

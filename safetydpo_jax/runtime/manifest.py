@@ -39,7 +39,7 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise InputError(f"{path.parent} is no {what}: it has no {path.name}") from None
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     if files.is_lfs_pointer(path):
       raise InputError(f"{path} {files.NOT_FETCHED}") from None
     raise InputError(f"{path} is no readable {what} JSON: {error}") from error

@@ -91,7 +91,7 @@ def read_json(path: epath.Path, what: str) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise InputError(f"{path.parent} is no {what}: it has no {path.name}") from None
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise InputError(f"{path} is no readable {what} JSON: {error}") from error
 
 

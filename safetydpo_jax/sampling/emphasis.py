@@ -8,6 +8,8 @@ r"""Weights in prompts, as AUTOMATIC1111's web UI reads them.
 
 A bracket that is not closed reaches to the end of the prompt, and one that closes none
 is text. The rest of the web UI's syntax is not read; `check` refuses prompts with it.
+So it does what no prompt means: brackets in brackets more than `DEEPEST` times, and
+weights beyond ±`LARGEST`, with which the networks' numbers would overflow.
 
 Source: `parse_prompt_attention` of modules/prompt_parser.py, version 1.10.
 """
@@ -19,15 +21,18 @@ from safetydpo_jax.errors import InputError
 
 BREAK = ("BREAK", -1.0)  # in brackets it gets another weight, and is text
 ROUND = 1.1
+DEEPEST = 100
+LARGEST = 1e6
 
 _PIECE = re.compile(
   r"\\[\\()\[\]]?|[(\[]|:\s*(?P<weight>[+-]?[.\d]+)\s*\)|[)\]]|[^\\()\[\]:]+|:"
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+# Blanks are tried from their first alone: from each of them, many would take hours.
+_BREAK = re.compile(r"(?:(?<!\s)\s+)?\bBREAK\b\s*")
 # What says most clearly that a prompt was written for the web UI.
 WEIGHT = re.compile(r":\s*[+-]?[.\d]*\d\s*\)")
 
-_STEP = re.compile(r":\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*\]")
+_STEP = re.compile(r":\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?\s*\]")
 # Of the web UI, and not read here: in any prompt, and in those that are not negative.
 _ANYWHERE = {"a comment after #": re.compile("#")}
 _NOT_NEGATIVE = {
@@ -40,7 +45,7 @@ def parse(text: str) -> list[tuple[str, float]]:
   """A prompt's pieces and their weights, in order; `BREAK` between chunks.
 
   Raises:
-    InputError: a weight is not a finite number.
+    InputError: a weight is not a number, or brackets are nested too deep.
   """
   pieces: list[tuple[str, float]] = []
   opened: dict[str, list[int]] = {")": [], "]": []}
@@ -53,7 +58,13 @@ def parse(text: str) -> list[tuple[str, float]]:
     if piece.startswith("\\"):
       pieces.append((piece[1:], 1.0))
     elif piece in ("(", "["):
-      opened[")" if piece == "(" else "]"].append(len(pieces))
+      starts = opened[")" if piece == "(" else "]"]
+      starts.append(len(pieces))
+      if len(starts) > DEEPEST:
+        raise InputError(
+          f"the prompt has more than {DEEPEST} brackets {piece} within each other; "
+          "write one with a weight, as in (word:1.3)"
+        )
     elif weight is not None and opened[")"]:
       multiply(opened[")"].pop(), _number(weight))
     elif piece == ")" and opened[")"]:
@@ -73,13 +84,16 @@ def parse(text: str) -> list[tuple[str, float]]:
 
 
 def _number(text: str) -> float:
-  """A weight; raises `InputError` if it is not a finite number."""
+  """A weight; raises `InputError` if it is not a number, or one beyond `LARGEST`."""
   try:
     number = float(text)
   except ValueError:
     number = math.nan
-  if not math.isfinite(number):
-    raise InputError(f"{text[:20]!r} is no weight; expected a number, as in (word:1.3)")
+  if not abs(number) <= LARGEST:
+    raise InputError(
+      f"{text[:20]!r} is no weight; expected a number up to {LARGEST:,.0f}, as in "
+      "(word:1.3)"
+    )
   return number
 
 
@@ -103,7 +117,7 @@ def check(text: str, *, negative: bool = False) -> None:
       has a comment; or a weight is not a number.
   """
   for _, weight in parse(text):
-    _number(str(weight))  # nested, they may have become infinite
+    _number(str(weight))  # nested, they may have become too large
   unread = _ANYWHERE | ({} if negative else _NOT_NEGATIVE)
   found = next((name for name, pattern in unread.items() if pattern.search(text)), None)
   if found := found or _in_brackets(re.sub(r"\\.", "", text, flags=re.DOTALL)):

@@ -57,6 +57,7 @@ DISTILLED = {
   "original_inference_steps": 50,
 }
 
+LARGEST = 1e9  # of numbers; those of published files are below 1e5
 ABSENT = (None, False)
 NOT_SAMPLE = {"prediction_type": ("epsilon", "v_prediction")}
 NO_THRESHOLDING = {"thresholding": ABSENT}
@@ -92,7 +93,8 @@ def check_type(field: str, value: Any, default: Any) -> Any:
   Raises:
     InputError: it is not.
   """
-  number = isinstance(value, int | float) and not isinstance(value, bool)
+  # JSON's integers have no largest, and NaN is none; lambda_min_clipped is -Infinity.
+  number = type(value) in (int, float) and (abs(value) <= LARGEST or value == -np.inf)
   fits = {
     bool: value is None or isinstance(value, bool),
     int: number and np.isfinite(value) and value == int(value),

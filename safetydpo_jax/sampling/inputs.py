@@ -9,6 +9,7 @@ import numpy as np
 from safetydpo_jax.data import cleaning
 from safetydpo_jax.data.prompts import Row
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.parts import class_of
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.sampling import prompt_text
 from safetydpo_jax.sampling.renderer import Inputs, initial_noise, key_words
@@ -18,13 +19,15 @@ def read_latents(file: Path, rows: int, shape: tuple[int, int, int]) -> np.ndarr
   """Reads initial noise (n, c, h, w), PyTorch's layout, as (n, h, w, c) float32.
 
   Raises:
-    InputError: the file is not such an array, with one (c, h, w) for each row.
+    InputError: the file is not such an array, with one (c, h, w) for each row, or has a
+      number that is not finite.
   """
   try:
-    latents = np.load(file, allow_pickle=False)
-  except (OSError, ValueError, EOFError) as error:
+    # Mapped, for the header may name more numbers than there are.
+    latents = np.lib.format.open_memmap(file, mode="r")
+  except Exception as error:  # numpy raises anything for a damaged header
     raise InputError(f"cannot read {file} as a .npy file: {error}") from error
-  if not isinstance(latents, np.ndarray) or latents.dtype.kind != "f":
+  if latents.dtype.kind != "f":
     raise InputError(f"{file} is not a .npy file of floating point numbers")
   height, width, channels = shape
   if latents.shape != (rows, channels, height, width):
@@ -32,7 +35,11 @@ def read_latents(file: Path, rows: int, shape: tuple[int, int, int]) -> np.ndarr
       f"{file} has shape {latents.shape}; expected ({rows}, {channels}, {height}, "
       f"{width}), one (c, h, w) for each prompt"
     )
-  return latents.transpose(0, 2, 3, 1).astype(np.float32)
+  with np.errstate(over="ignore"):
+    found = latents.transpose(0, 2, 3, 1).astype(np.float32)
+  if not np.isfinite(found).all():
+    raise InputError(f"{file} holds NaN, infinity or what is too large for float32")
+  return found
 
 
 def read_index(pipeline: Pipeline) -> dict[str, Any]:
@@ -41,7 +48,9 @@ def read_index(pipeline: Pipeline) -> dict[str, Any]:
   DDIM if neither names one.
   """
   named = pipeline.schedule.config.get("_class_name", "DDIMScheduler")
-  return {"scheduler": ["diffusers", named], **pipeline.index}
+  if "scheduler" in pipeline.index:
+    named = class_of(pipeline.index, "scheduler")
+  return {**pipeline.index, "scheduler": ["diffusers", named]}
 
 
 class Wanted(NamedTuple):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from safetydpo_jax.data import cleaning
 from safetydpo_jax.data.prompts import PromptTable, Row, check_written, read_table
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.base_model.configs import LARGEST_SIDE
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.formats.loras import adapter as adapters
 from safetydpo_jax.formats.loras.adapter import Adapter
@@ -195,9 +196,10 @@ def fill_from_checkpoint(options: RenderOptions, pipeline: Pipeline) -> RenderOp
   )
   for name in ("height", "width"):
     pixels = getattr(options, name)
-    if pixels < 1 or pixels % pipeline.vae_scale:
+    if not 1 <= pixels <= LARGEST_SIDE or pixels % pipeline.vae_scale:
       raise InputError(
-        f"--{name} is {pixels}; expected a multiple of {pipeline.vae_scale} pixels"
+        f"--{name} is {pixels}; expected a multiple of {pipeline.vae_scale} pixels, at "
+        f"most {LARGEST_SIDE:,}"
       )
   methods.make_sampler(sampler, pipeline.schedule, options.steps)  # checks the steps
   text_settings.check_fits(options, pipeline)

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from safetydpo_jax.data import delimited
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import set_files
 
@@ -66,4 +67,28 @@ def test_a_parquet_cell_is_what_a_csv_would_have(tmp_path):
 def test_json_that_is_not_cocos_is_one_line(tmp_path, content, shape):
   (tmp_path / "coco.json").write_text(json.dumps(content))
   with pytest.raises(InputError, match=rf"coco\.json .*annotations.*it is .*{shape}"):
+    set_files.read(tmp_path / "coco.json", {"prompt"})
+
+
+@pytest.mark.parametrize("cell", [b"a", {"text": "a"}, [b"a"]])
+def test_a_cell_that_is_no_text_is_refused(cell, tmp_path):
+  """Python's way of writing it would be the prompt."""
+  pq.write_table(pa.table({"prompt": [cell]}), tmp_path / "p.parquet")
+  with pytest.raises(InputError, match=r"column prompt holds (bytes|dict), expected"):
+    set_files.read(tmp_path / "p.parquet", {"prompt"})
+
+
+def test_a_small_file_does_not_fill_the_memory(tmp_path, monkeypatch):
+  words = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000), pa.array(["x" * 100]))
+  pq.write_table(pa.table({"prompt": words}), tmp_path / "p.parquet")
+  assert len(set_files.read(tmp_path / "p.parquet", {"prompt"}).rows) == 10_000
+  monkeypatch.setattr(delimited, "LARGEST", 1_000_000)
+  with pytest.raises(InputError, match="unpacks to more than 1,000,000 bytes"):
+    set_files.read(tmp_path / "p.parquet", {"prompt"})
+
+
+def test_half_a_character_is_refused(tmp_path):
+  note = {"image_id": 7, "id": 1, "caption": "\ud800"}
+  (tmp_path / "coco.json").write_text(json.dumps({"annotations": [note]}))
+  with pytest.raises(InputError, match="image 7: caption is not valid Unicode"):
     set_files.read(tmp_path / "coco.json", {"prompt"})

@@ -1,5 +1,7 @@
 """Safetensors are mapped, whatever their type; a damaged file is refused."""
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -44,6 +46,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path):
   good = file.read_bytes()
   (length,) = np.frombuffer(good[:8], "<u8")
   header, body = good[8 : 8 + length], good[8 + length :]
+  huge = header.replace(b"[6,4]", b"[0,%d]" % 10**30)
   damaged = {
     "empty": b"",
     "short": good[:5],
@@ -58,6 +61,9 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path):
     "a list": np.uint64(2).tobytes() + b"[]" + body,
     "an unknown type": good[:8] + header.replace(b'"F32"', b'"Q32"') + body,
     "another shape": good[:8] + header.replace(b"[6,4]", b"[6,5]") + body,
+    "beyond all integers": np.uint64(len(huge)).tobytes() + huge + body,
+    "a name twice": good[:8] + header.replace(b'"b"', b'"a"') + body,
+    "bytes of no tensor": good + b"more",
     "no offsets": good[:8] + header.replace(b"data_offsets", b"data_offsetx") + body,
   }
   for what, content in damaged.items():
@@ -150,3 +156,19 @@ def test_a_cast_never_makes_infinity():
 def test_a_missing_file_is_refused(tmp_path):
   with pytest.raises(InputError, match=r"no\.safetensors"):
     open_safetensors(tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize("second", [(0, 4), (2, 6), (8, 12)])
+def test_tensors_that_overlap_or_leave_gaps_are_refused(second, tmp_path):
+  """The library refuses them too; many tensors of one place would fill the memory."""
+  entries = {
+    name: {"dtype": "U8", "shape": [4], "data_offsets": offsets}
+    for name, offsets in (("a", (0, 4)), ("b", second))
+  }
+  header = json.dumps(entries).encode()
+  file = tmp_path / "x.safetensors"
+  file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(second[1]))
+  with pytest.raises(Exception, match="invalid offset for tensor `b`"):
+    load_file(file)
+  with pytest.raises(InputError, match=f"begins at byte {second[0]}, where 4"):
+    open_safetensors(file)

@@ -21,6 +21,26 @@ from safetydpo_jax.models.config import freeze
     (unet.read_levels, {"norm_eps": "1e-5"}, "norm_eps"),
     (unet.read_levels, {"use_linear_projection": "yes"}, "use_linear_projection"),
     (unet.read_levels, {"down_block_types": []}, r"down_block_types = \[\]"),
+    (unet.read_levels, {"block_out_channels": 320}, "wrong type"),
+    (unet.read_levels, {"in_channels": [4, 4]}, "wrong type"),
+    (unet.read_levels, {"norm_eps": [1e-5]}, "wrong type"),
+    (unet.read_levels, {"block_out_channels": [320] * 11}, "at most 10 levels"),
+    (unet.read_levels, {"block_out_channels": [33] * 4}, "norm_num_groups = 32"),
+    (
+      unet.read_levels,
+      {"layers_per_block": 101},
+      "above 0 to 100,",
+    ),
+    (unet.read_levels, {"in_channels": 10**400}, "above 0 to 1,000,000"),
+    (unet.read_levels, {"norm_num_groups": 0}, "above 0"),
+    (unet.read_levels, {"norm_eps": float("nan")}, "above 0"),
+    (unet.read_levels, {"freq_shift": -1}, "from 0 to"),
+    (unet.read_levels, {"time_cond_proj_dim": "x"}, "expected a whole number"),
+    (vae.read_config, {"layers_per_block": [2]}, "wrong type"),
+    (vae.read_config, {"scaling_factor": 0}, "above 0"),
+    (vae.read_config, {"block_out_channels": [33]}, "norm_num_groups = 32"),
+    (clip.read_config, {"num_attention_heads": 0}, "above 0"),
+    (clip.read_config, {"num_hidden_layers": 10**9}, "above 0 to 100"),
     (vae.read_config, {"scaling_factor": None}, "such as 0.18215"),
     (vae.read_config, {"latents_mean": [0.0]}, r"latents_mean = \[0\.0\]"),
     (clip.read_config, {"hidden_size": "512"}, "hidden_size"),
@@ -38,3 +58,28 @@ def test_null_means_none_where_there_may_be_none():
   assert unet.read_levels({"mid_block_type": None})[2] is None
   assert clip.read_config({"projection_dim": None}).projection_dim is None
   assert vae.read_config({"scaling_factor": 1}).scaling_factor == 1
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({}, "addition_time_embed_dim = null"),
+    ({"addition_time_embed_dim": 256}, "input_dim = null; expected a whole number"),
+    (
+      {
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 6 * 256,
+      },
+      "1536; expected more than six times",
+    ),
+  ],
+)
+def test_the_sizes_of_sdxl_s_embedding_are_needed(sizes, message):
+  with pytest.raises(InputError, match=message):
+    unet.read_levels({"addition_embed_type": "text_time", **sizes})
+
+
+def test_a_projection_has_a_size():
+  config = {"architectures": ("CLIPTextModelWithProjection",), "projection_dim": None}
+  with pytest.raises(InputError, match="projection_dim = null; expected the size"):
+    clip.read_config(config)

@@ -61,7 +61,9 @@ def test_a_missing_manifest_says_what_the_folder_is_not(tmp_path):
     manifest.read_json(tmp_path / "x.json", "pair cache")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe"])
+@pytest.mark.parametrize(
+  "content", [b"", b'{"a": 1', b"\xff\xfe", b"[" * 100_000, b"9" * 5000]
+)
 def test_a_damaged_manifest_is_named(content, tmp_path):
   (tmp_path / "x.json").write_bytes(content)
   with pytest.raises(InputError, match=r"x\.json is no readable pair cache JSON"):

@@ -203,3 +203,11 @@ def test_spread_sigmas_are_of_one_kind_and_between_positive_bounds():
     schedule = diffusion.Schedule.from_config({**SCHEDULER, **fields})
     with pytest.raises(InputError, match=message):
       make_sampler("euler", schedule, 20)
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), float("inf"), True, "1"])
+@pytest.mark.parametrize("field", ["sigma_min", "steps_offset"])
+def test_a_number_that_is_none_is_refused(field, value):
+  schedule = diffusion.Schedule.from_config({**SDXL, field: value})
+  with pytest.raises(InputError, match=rf"{field} = .*; expected a value like"):
+    make_sampler("euler", schedule, 20)

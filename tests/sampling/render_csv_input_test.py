@@ -82,7 +82,9 @@ LATENTS = {
   "one too few": (np.zeros((2, 4, 8, 8), np.float32), r"expected \(3, 4, 8, 8\)"),
   "channels last": (np.zeros((3, 8, 8, 4), np.float32), r"expected \(3, 4, 8, 8\)"),
   "another size": (np.zeros((3, 4, 8, 12), np.float32), r"expected \(3, 4, 8, 8\)"),
-  "pickled": (np.array([{}], object), r"as a \.npy file: .*pickle"),
+  "pickled": (np.array([{}], object), r"as a \.npy file: .*Python objects"),
+  "NaN": (np.full((3, 4, 8, 8), np.nan), r"holds NaN, infinity"),
+  "too large": (np.full((3, 4, 8, 8), 1e300), r"too large for float32"),
   "text": (np.array(["x"]), r"is not a \.npy file of floating point numbers"),
 }
 
@@ -95,9 +97,13 @@ def test_latents_of_another_kind_are_refused(noise, message, run, tmp_path):
 
 
 def test_files_that_are_no_latents_are_refused(run, tmp_path):
+  claims = {"descr": "<f4", "fortran_order": False, "shape": (3, 4, 8, 10**12)}
+  with (tmp_path / "claims.npy").open("wb") as file:  # 384 terabytes
+    np.lib.format.write_array_header_1_0(file, claims)
+  (tmp_path / "zipped.npy").write_bytes(b"PK\x03\x04 and no more")
   np.savez(tmp_path / "archive.npz", np.zeros((3, 4, 8, 8), np.float32))
   (tmp_path / "empty.npy").touch()
-  for name in ("archive.npz", "empty.npy", "nothing.npy"):
+  for name in ("archive.npz", "claims.npy", "empty.npy", "nothing.npy", "zipped.npy"):
     with pytest.raises(InputError, match=rf"{name} (is not|as) a \.npy file"):
       run(tmp_path / "out", latents=tmp_path / name)
 
@@ -105,6 +111,7 @@ def test_files_that_are_no_latents_are_refused(run, tmp_path):
 IMPOSSIBLE = [
   ("height", 15, "--height is 15; expected a multiple of 2 pixels"),
   ("width", 0, "--width is 0; expected a multiple of 2 pixels"),
+  ("width", 51_200_000, "--width is 51200000; .* at most 16,384"),
   ("steps", 0, "steps is 0; expected 1 to 1000"),
   ("steps", 1001, "steps is 1001"),
   ("compare", True, "--compare .* needs .*--lora"),
@@ -150,10 +157,15 @@ def test_an_image_does_not_collide_with_what_we_write(
 def test_a_scheduler_we_do_not_have_is_named(tiny_checkpoint, run, tmp_path):
   model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
   index = json.loads((model / "model_index.json").read_text())
-  index["scheduler"] = ["diffusers", "KDPM2DiscreteScheduler"]
-  (model / "model_index.json").write_text(json.dumps(index))
-  with pytest.raises(InputError, match=r"'KDPM2DiscreteScheduler'.*give --sampler"):
-    run(tmp_path, model=str(model))
+  for scheduler, name in (
+    (["diffusers", "KDPM2DiscreteScheduler"], "'KDPM2DiscreteScheduler'"),
+    (5, "None"),
+    ([["x"], ["y"]], "None"),
+  ):
+    index["scheduler"] = scheduler
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=rf"{name}.*give --sampler"):
+      run(tmp_path, model=str(model))
 
 
 def test_an_image_that_cannot_be_written_leaves_nothing_behind(tmp_path):

@@ -180,7 +180,10 @@ def _read_pick_a_pic(
         names.append(named[image])
         images.setdefault(named[image], image)
       own = row.get("file_name")
-      safe = own == names[side] if own else row["caption"] in safe_only
+      if own:
+        safe = pairs.text(where, "file_name", own) == names[side]
+      else:
+        safe = pairs.caption(where, row["caption"]) in safe_only
       slot = "safe" if safe else "unsafe"
       rows.append(_row(where, names[side], names[1 - side], slot, row))
   return Table(folder, rows, images, ties)

@@ -11,14 +11,16 @@ import contextlib
 import functools
 import itertools
 import re
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from safetydpo_jax.data import delimited
 from safetydpo_jax.data.sources import pairs
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.runtime import storage
@@ -65,6 +67,8 @@ def read_shard(file: str, skipped: list[str] | None) -> Shard | None:
   """The columns without bytes of a file; None if it is damaged and skipped."""
   try:
     schema = _open(file).schema_arrow
+    if twice := [n for n in _NEEDED if schema.names.count(n) > 1]:
+      raise InputError(f"{file} has two columns {twice[0]}; keep one of them")
     if missing := [name for name in _NEEDED if name not in schema.names]:
       raise InputError(f"{file} has no column {', '.join(missing)}")
     columns, named = {}, False
@@ -86,11 +90,8 @@ def read_shard(file: str, skipped: list[str] | None) -> Shard | None:
     if named and "image" not in columns:
       raise InputError(f"{file} names its images but has no column image with bytes")
     # One by one, for two leaves of a column would come as one column.
-    lists = {
-      name: _open(file).read(columns=[leaf]).column(0).to_pylist()
-      for name, leaf in small.items()
-    }
-  except (OSError, pa.ArrowException) as error:
+    lists = {name: _read_values(file, leaf) for name, leaf in small.items()}
+  except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
     pairs.report(f"{file} {_why_not(file, error)}", skipped)
     return None
   for name in lists.keys() - schema.names:  # paths inside of images
@@ -134,6 +135,33 @@ def _row_groups(file: str) -> list[int]:
 def _read_column(file: str, group: int, column: str) -> pa.ChunkedArray:
   """A leaf alone; around its values are the structs and lists that it is in."""
   return _open(file).read_row_group(group, columns=[column]).column(0)
+
+
+def read_rows(file: pq.ParquetFile, columns: list[str], what: str) -> Iterator[dict]:
+  """Rows as {column: Python's value}, read in pieces.
+
+  Args:
+    file: the file.
+    columns: which of its columns or leaves.
+    what: names them in the error.
+
+  Raises:
+    InputError: they unpack to more than `delimited.LARGEST` bytes: in parquet, a few
+      bytes may stand for more than the memory.
+  """
+  size = 0
+  for batch in file.iter_batches(100, columns=columns):
+    rows = batch.to_pylist()
+    # The first does not count a dictionary's repetitions, the second a list's items.
+    size += batch.nbytes + sum(sys.getsizeof(v) for row in rows for v in row.values())
+    if size > delimited.LARGEST:
+      raise InputError(f"{what} unpacks to more than {delimited.LARGEST:,} bytes")
+    yield from rows
+
+
+def _read_values(file: str, leaf: str) -> list[Any]:
+  rows = read_rows(_open(file), [leaf], f"{file} column {leaf}")
+  return [value for row in rows for value in row.values()]
 
 
 def _leaves(file: str) -> dict[str, list[str]]:

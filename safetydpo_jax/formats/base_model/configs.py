@@ -1,6 +1,6 @@
 """A checkpoint's config.json files and scheduler_config.json, corrected where old."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,9 @@ from safetydpo_jax.formats.base_model import old_files
 from safetydpo_jax.models import vae
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.runtime.manifest import read_json
+
+DEEPEST = 20  # levels of JSON; published files have 4
+LARGEST_SIDE = 16_384  # pixels; no memory holds the UNet's attention over more
 
 
 class Configs(NamedTuple):
@@ -57,7 +60,18 @@ def _read(file: Path, what: str) -> dict[str, Any]:
   content = read_json(file, what)
   if not isinstance(content, dict):
     raise InputError(f"{file} holds {type(content).__name__}, expected a JSON object")
+  level = [content]
+  for _ in range(DEEPEST):
+    level = [item for value in level for item in _items(value)]
+  if level:  # no function here counts on more
+    raise InputError(f"{file} is nested deeper than {DEEPEST} levels; fetch it again")
   return content
+
+
+def _items(value: Any) -> Iterable[Any]:
+  if isinstance(value, dict):
+    return value.values()
+  return value if isinstance(value, list) else ()
 
 
 def image_size(
@@ -72,9 +86,11 @@ def image_size(
   if size is None:
     size, scale = vae_config.get("sample_size", 64 * scale), 1
   sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
-  if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+  if len(sides) != 2 or not all(
+    type(side) is int and 0 < side * scale <= LARGEST_SIDE for side in sides
+  ):
     raise InputError(
       f"UNet config: sample_size = {size!r} is not supported, only a positive integer, "
-      "or two for height and width"
+      f"or two for height and width, of at most {LARGEST_SIDE:,} pixels"
     )
   return sides[0] * scale, sides[1] * scale

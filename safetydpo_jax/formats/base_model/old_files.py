@@ -21,12 +21,12 @@ scripts as here. Older names of weights are in `weights.py`.
 Each function returns a new dict; what it changes is printed.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from safetydpo_jax.models.clip import PROJECTED
+from safetydpo_jax.models.config import as_json
 from safetydpo_jax.runtime.log import note
 
 Config = Mapping[str, Any]
@@ -76,7 +76,7 @@ def correct_text_encoder(config: Config, where: str, kind: str) -> dict[str, Any
     note(f"{where} is of a whole CLIP; its text_config is read, as transformers does")
   named = config.get("architectures")
   # A projection that model_index.json's class does not use may be there nonetheless.
-  known = isinstance(named, list | tuple) and tuple(named) in PROJECTED
+  known = isinstance(named, list | tuple) and list(named) in map(list, PROJECTED)
   if known and not PROJECTED[(kind,)]:
     return dict(config)
   return {**config, "architectures": [kind]}
@@ -104,9 +104,9 @@ def correct_sampling(config: Config, where: str, *, xl: bool) -> dict[str, Any]:
 def _apply(config: Config, changes: Config, where: str) -> dict[str, Any]:
   """`config` with the changes, each of which is printed."""
   for field, value in changes.items():
-    old = json.dumps(config[field]) if field in config else "missing"
+    old = as_json(config[field]) if field in config else "missing"
     note(
-      f"{where}: {field} is {old} and read as {json.dumps(value)}, as diffusers reads "
+      f"{where}: {field} is {old} and read as {as_json(value)}, as diffusers reads "
       "files of that age"
     )
   return {**config, **changes}

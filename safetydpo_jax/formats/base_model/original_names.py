@@ -44,7 +44,8 @@ class Part(NamedTuple):
   def take(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     """The part, a view."""
     tensor = tensors[self.key]
-    if self.third is not None:
+    # What has no thirds is left whole, and is refused for its shape.
+    if self.third is not None and tensor.ndim and tensor.shape[0] % 3 == 0:
       rows = tensor.shape[0] // 3
       tensor = tensor[self.third * rows : (self.third + 1) * rows]
     return tensor.T if self.transposed else tensor

@@ -26,6 +26,8 @@ Shapes = Mapping[str, tuple[int, ...]]  # {name without its component's prefix: 
 
 HEAD = 64  # channels of one head, see the module's docstring
 SD1_HEADS = 8
+_CONV, _LINEAR = 4, 2  # axes of their weights
+_MOST = 100  # blocks or layers of one kind; published models have 32 at most
 
 
 class _Level(NamedTuple):
@@ -45,14 +47,14 @@ def unet_config(shapes: Shapes, pooled: int | None) -> dict[str, Any]:
   Raises:
     InputError: it is not laid out as a UNet of Stable Diffusion, or is not complete.
   """
-  first = _shape(shapes, "input_blocks.0.0.weight")
+  first = _shape(shapes, "input_blocks.0.0.weight", _CONV)
   down = _levels(shapes, "input_blocks", 1)
   up = _levels(shapes, "output_blocks", 0)
-  width = _of_attention(shapes, "attn2.to_k.weight")
-  linear = len(_of_attention(shapes, "proj_in.weight")) == 2
+  width = _of_attention(shapes, "attn2.to_k.weight", _LINEAR)
+  linear = len(_of_attention(shapes, "proj_in.weight", _LINEAR, _CONV)) == _LINEAR
   config = {
     "in_channels": first[1],
-    "out_channels": _shape(shapes, "out.2.weight")[0],
+    "out_channels": _shape(shapes, "out.2.weight", _CONV)[0],
     "block_out_channels": tuple(level.features for level in down),
     "layers_per_block": _one_if_equal(level.resnets for level in down),
     "down_block_types": tuple(_kind(x, "CrossAttnDown", "Down") for x in down),
@@ -66,7 +68,7 @@ def unet_config(shapes: Shapes, pooled: int | None) -> dict[str, Any]:
     **_transformers(down, up),
   }
   if pooled is not None:
-    inputs = _shape(shapes, "label_emb.0.0.weight")[1]
+    inputs = _shape(shapes, "label_emb.0.0.weight", _LINEAR)[1]
     config |= {
       "addition_embed_type": "text_time",
       "addition_time_embed_dim": (inputs - pooled) // 6,
@@ -81,12 +83,13 @@ def _levels(shapes: Shapes, blocks: str, start: int) -> list[_Level]:
   ends = {"input_blocks": ("0.op",), "output_blocks": ("1.conv", "2.conv")}[blocks]
   while True:
     place = f"{blocks}.{number}"
-    resnet = shapes.get(f"{place}.0.in_layers.2.weight")
-    if resnet is not None:
-      features = resnet[0]
+    _check_count(number, blocks)
+    resnet = f"{place}.0.in_layers.2.weight" in shapes
+    if resnet:
+      features = _shape(shapes, f"{place}.0.in_layers.2.weight", _CONV)[0]
       layers.append(_depth(shapes, f"{place}.1"))
     ended = any(f"{place}.{end}.weight" in shapes for end in ends)
-    last = resnet is None and not ended
+    last = not resnet and not ended
     if (ended or last) and layers:
       attends = [depth is not None for depth in layers]
       if any(attends) != all(attends):
@@ -112,10 +115,22 @@ def _depth(shapes: Shapes, place: str) -> int | None:
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
-  """One more than the highest number that follows `prefix` and a dot."""
+  """How many numbers follow `prefix` and a dot.
+
+  If one is left out, `account` misses it: the highest may be any number.
+  """
   pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
-  found = (pattern.match(name) for name in names)
-  return max((int(match[1]) + 1 for match in found if match), default=0)
+  count = len({match[1] for match in map(pattern.match, names) if match})
+  _check_count(count, prefix)
+  return count
+
+
+def _check_count(count: int, prefix: str) -> None:
+  if count > _MOST:
+    raise InputError(
+      f"it has more than {_MOST} {prefix}, which no Stable Diffusion has; fetch the "
+      "file again"
+    )
 
 
 def _kind(level: _Level, attending: str, plain: str) -> str:
@@ -168,14 +183,15 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     InputError: it is not laid out as a VAE of Stable Diffusion, or is not complete.
   """
   levels = _count(shapes, "encoder.down")
-  _shape(shapes, "encoder.down.0.block.0.conv1.weight")
+  _shape(shapes, "encoder.down.0.block.0.conv1.weight", _CONV)
   resnets = [_count(shapes, f"encoder.down.{i}.block") for i in range(levels)]
   config = {
-    "in_channels": _shape(shapes, "encoder.conv_in.weight")[1],
-    "out_channels": _shape(shapes, "decoder.conv_out.weight")[0],
-    "latent_channels": _shape(shapes, "decoder.conv_in.weight")[1],
+    "in_channels": _shape(shapes, "encoder.conv_in.weight", _CONV)[1],
+    "out_channels": _shape(shapes, "decoder.conv_out.weight", _CONV)[0],
+    "latent_channels": _shape(shapes, "decoder.conv_in.weight", _CONV)[1],
     "block_out_channels": tuple(
-      _shape(shapes, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)
+      _shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", _CONV)[0]
+      for i in range(levels)
     ),
     "layers_per_block": resnets[0],
     "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -215,23 +231,25 @@ def open_clip_config(
   config["hidden_act"] = "gelu"
   if projected:
     config["architectures"] = ["CLIPTextModelWithProjection"]
-    config["projection_dim"] = _shape(shapes, "text_projection")[1]
+    config["projection_dim"] = _shape(shapes, "text_projection", _LINEAR)[1]
   return config
 
 
 def _text_config(shapes: Shapes, key, blocks: str, most: int | None) -> dict[str, Any]:
-  vocabulary, width = _shape(shapes, key("embeddings.token_embedding.weight"))
+  vocabulary, width = _shape(shapes, key("embeddings.token_embedding.weight"), _LINEAR)
   layers = _count(shapes, blocks)
   return {
     **CLIP_L,
     "vocab_size": vocabulary,
     "hidden_size": width,
     "projection_dim": width,
-    "intermediate_size": _shape(shapes, key("encoder.layers.0.mlp.fc1.weight"))[0],
+    "intermediate_size": _shape(
+      shapes, key("encoder.layers.0.mlp.fc1.weight"), _LINEAR
+    )[0],
     "num_hidden_layers": min(layers, most or layers),
     "num_attention_heads": max(1, width // HEAD),
     "max_position_embeddings": _shape(
-      shapes, key("embeddings.position_embedding.weight")
+      shapes, key("embeddings.position_embedding.weight"), _LINEAR
     )[0],
   }
 
@@ -272,18 +290,18 @@ def _settled(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
   return {**plain, "attention_head_dim": heads, "transformer_layers_per_block": blocks}
 
 
-def _of_attention(shapes: Shapes, ending: str) -> tuple[int, ...]:
-  """The shape of the first tensor with this ending."""
-  for name, shape in shapes.items():
+def _of_attention(shapes: Shapes, ending: str, *axes: int) -> tuple[int, ...]:
+  """The shape of the first tensor with this ending; see `_shape`."""
+  for name in shapes:
     if name.endswith(f".{ending}"):
-      return shape
+      return _shape(shapes, name, *axes)
   raise InputError(f"no tensor of its UNet ends in {ending}; fetch the file again")
 
 
-def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+def _shape(shapes: Shapes, name: str, *axes: int) -> tuple[int, ...]:
+  """The shape of a weight; `axes` are the numbers of axes that it may have."""
   shape = shapes.get(name)
-  # Two axes at least: all that is looked up here are weights.
-  if shape is None or len(shape) < 2:
+  if shape is None or len(shape) not in axes or not all(shape):
     found = "is missing" if shape is None else f"has shape {shape}"
     raise InputError(f"{name} {found}; fetch the file again")
   return shape

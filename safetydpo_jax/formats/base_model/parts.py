@@ -137,8 +137,13 @@ def _check_kind(file: Path, index: Mapping[str, Any]) -> None:
 
 def check_sizes(path: Path, configs: Mapping[str, FrozenDict[str, Any]]) -> None:
   """Refuses components that do not work together; `configs` by component."""
-  unet = configs["unet"]
-  latent_channels = vae.read_config(configs["vae"]).latent_channels
+  unet, autoencoder = configs["unet"], vae.read_config(configs["vae"])
+  latent_channels = autoencoder.latent_channels
+  if (autoencoder.in_channels, autoencoder.out_channels) != (3, 3):
+    raise InputError(
+      f"{path}: the VAE takes {autoencoder.in_channels} channels and gives "
+      f"{autoencoder.out_channels}; expected the 3 of RGB"
+    )
   channels = unet.get("in_channels", 4)
   if channels != latent_channels or unet.get("out_channels", 4) != latent_channels:
     kind = describe_unet(channels)

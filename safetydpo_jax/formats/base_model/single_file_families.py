@@ -130,7 +130,7 @@ def how_trained(
   """
   said = choice or ("v_prediction" if "v_pred" in tensors else None)
   said = said or _MODELSPEC_TYPES.get(header.get("modelspec.prediction_type", ""))
-  if said is None and family is SD2 and _step(tensors) == _SD2_BASE_STEP:
+  if said is None and family is SD2 and _is_sd2_base(tensors):
     said = "epsilon"
   predicted = said or family.scheduler["prediction_type"]
   if family is SD2 and predicted == "epsilon":
@@ -146,6 +146,6 @@ def how_trained(
   return Training(scheduler, resolution or family.resolution, " at ".join(assumed))
 
 
-def _step(tensors: Mapping[str, np.ndarray]) -> int | None:
+def _is_sd2_base(tensors: Mapping[str, np.ndarray]) -> bool:
   step = tensors.get("global_step")
-  return int(step.reshape(-1)[0]) if step is not None and step.size == 1 else None
+  return step is not None and step.size == 1 and step.reshape(()) == _SD2_BASE_STEP

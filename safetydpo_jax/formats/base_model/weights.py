@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.component_files import weight_files
-from safetydpo_jax.formats.tensors import FLOAT8, open_safetensors
+from safetydpo_jax.formats.tensors import FLOAT8, is_whole, open_safetensors
 from safetydpo_jax.runtime.log import note
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -92,12 +92,13 @@ def convert(
     A nested dict of contiguous numpy arrays with the shapes of `shapes`.
 
   Raises:
-    InputError: a tensor is missing, unused, duplicate or of the wrong shape.
+    InputError: a tensor is missing, unused, duplicate, of the wrong shape, or of
+      integers.
   """
   wanted = {torch_name(path): path for path in flatten_dict(shapes)}
   flat_shapes = flatten_dict(shapes)
   found: dict[tuple[str, ...], np.ndarray] = {}
-  unused, twice, misshapen = [], [], []
+  unused, twice, misshapen, whole = [], [], [], []
   for name, tensor in tensors:
     path = wanted.get(canonical_name(name))
     if path is None:
@@ -110,6 +111,9 @@ def convert(
     elif array.shape != tuple(flat_shapes[path].shape):
       found[path] = array
       misshapen.append(f"{name} {tuple(tensor.shape)}")
+    elif is_whole(array):
+      found[path] = array
+      whole.append(f"{name} {array.dtype}")
     else:
       found[path] = array.astype(dtype, order="C")
   missing = [name for name, path in wanted.items() if path not in found]
@@ -118,6 +122,7 @@ def convert(
     _list(unused, "has no place in the model for"),
     _list(twice, "contains twice"),
     _list(misshapen, "has shapes other than config.json requires in"),
+    _list(whole, "has integers, as quantised weights do, in"),
   ]
   if any(complaints):
     details = ", and ".join(filter(None, complaints))

@@ -41,10 +41,12 @@ _PART = re.compile(
   r"(?:^|_)((?:(?:down|up)_blocks|attentions|resnets|transformer_blocks|downsamplers"
   r"|upsamplers|to_out|net)_\d+|mid_block|attn[12]|to_[qkv]|ff|proj_in|proj_out|proj"
   r"|conv_in|conv_out|conv_shortcut|conv_norm_out|conv[12]?|norm[123]?|time_emb_proj"
-  r"|time_embedding|add_embedding|linear_[12])(?=_|$)"
+  r"|cond_proj|time_embedding|add_embedding|linear_[12])(?=_|$)",
+  re.ASCII,
 )
 _SGM = re.compile(
-  r"(input_blocks|output_blocks)_(\d+)_(\d)_(.+)|(middle_block)_([012])_(.+)"
+  r"(input_blocks|output_blocks)_(\d{1,2})_(\d)_(.+)|(middle_block)_([012])_(.+)",
+  re.ASCII,
 )
 _SGM_OUTSIDE = {
   "input_blocks_0_0": ("conv_in",),

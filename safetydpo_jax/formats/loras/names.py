@@ -19,7 +19,6 @@ dots. Who writes what:
 import re
 from collections.abc import Sequence
 
-from safetydpo_jax.formats.base_model.weights import tree_path
 from safetydpo_jax.formats.loras import kohya
 
 LayerPath = tuple[str, ...]
@@ -108,5 +107,5 @@ def _layer(module: str, resnets: Sequence[int]) -> LayerPath | None:
   module = _DOTTED.sub("", module)
   if _SGM_ROOT.match(module):
     return kohya.module_path(module.replace(".", "_"), resnets)
-  path = tree_path(module)
-  return path if _DIFFUSERS_ROOT.match(path[0]) else None
+  path = kohya.module_path(module.replace(".", "_"), resnets)
+  return path if path and _DIFFUSERS_ROOT.match(path[0]) else None

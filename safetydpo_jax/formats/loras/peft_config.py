@@ -14,6 +14,7 @@ in the header (`lora_adapter_metadata`) of diffusers' files.
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -91,8 +92,8 @@ def parse(settings: Mapping[str, Any], where: str) -> Scaling:
   scaling = Scaling(
     _optional(settings, "lora_alpha" if kind == "LORA" else "alpha", where),
     _patterns(settings, "alpha_pattern", where),
-    bool(settings.get("use_rslora")),
-    dora=bool(settings.get("use_dora")),
+    _flag(settings, "use_rslora", where),
+    dora=_flag(settings, "use_dora", where),
   )
   if kind != "LOKR":
     return scaling
@@ -101,6 +102,14 @@ def parse(settings: Mapping[str, Any], where: str) -> Scaling:
   if any(number is not None and number < 1 for number in (rank, *dict(ranks).values())):
     raise InputError(f"{where}: r or rank_pattern has a rank below 1")
   return scaling._replace(rank=rank, rank_patterns=ranks)
+
+
+def _flag(settings: Mapping[str, Any], name: str, where: str) -> bool:
+  """A switch of the settings, false if it is not there."""
+  value = settings.get(name)
+  if value not in (None, False, True):
+    raise InputError(f"{where}: {name} is {value!r}; expected true or false")
+  return bool(value)
 
 
 def _optional(settings: Mapping[str, Any], name: str, where: str) -> float | None:
@@ -126,7 +135,7 @@ def _number(value: object, what: str) -> float:
   """A finite number."""
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise InputError(f"{what} is {value!r}; expected a number")
-  if not math.isfinite(value):
+  if not abs(value) <= sys.float_info.max:  # JSON's integers have no largest
     raise InputError(f"{what} is {value!r}; expected a finite number")
   return float(value)
 
@@ -140,5 +149,5 @@ def _compile(key: str, name: str, where: str) -> re.Pattern:
     )
   try:
     return re.compile(rf"(.*\.)?({key})$")
-  except re.error as error:
+  except (re.error, OverflowError) as error:
     raise InputError(f"{where}: {name} {key!r} is not a pattern: {error}") from error

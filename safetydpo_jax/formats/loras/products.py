@@ -56,6 +56,8 @@ KINDS = {
 # Numbers of a kernel; the largest of a published UNet has 29 million: a convolution
 # from 2560 to 1280 channels. A file of a megabyte could ask for terabytes.
 _LARGEST = 2**27
+# Of all kernels together; SDXL's UNet has 2.6 billion numbers.
+LARGEST_UNET = 2**32
 
 
 def kind_of(parts: Parts, where: str) -> str:

@@ -29,7 +29,7 @@ from safetydpo_jax.formats.loras import kohya, names, peft_config, products
 from safetydpo_jax.formats.loras.adapter import Adapter, Change, low_rank
 from safetydpo_jax.formats.loras.names import LayerPath
 from safetydpo_jax.formats.loras.peft_config import Scaling
-from safetydpo_jax.formats.tensors import HOW_TO_CONVERT, open_safetensors
+from safetydpo_jax.formats.tensors import HOW_TO_CONVERT, is_whole, open_safetensors
 from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.runtime import manifest
 
@@ -96,15 +96,19 @@ def read_lora_file(
   layers = _sort(tensors, file, unet_config)
   lora: dict[LayerPath, np.ndarray] = {}
   rest: dict[LayerPath, tuple[Change, ...]] = {}
+  numbers = 0
   for path, parts in layers.items():
     where = f"{file}: {torch_name(path)}"
-    _check_finite(parts, where)
+    _check_numbers(parts, where)
     if (bias := parts.pop("diff_b", None)) is not None:
       rest[*path, "bias"] = (_vector(bias, where),)
     if parts.keys() == {"diff"} and parts["diff"].ndim == 1:
       rest[*path, "scale"] = (_vector(parts["diff"], where),)
     elif parts or bias is None:
       change = _kernel(path, parts, scaling, where)
+      numbers += math.prod(change.shape)
+      if numbers > products.LARGEST_UNET:
+        raise InputError(f"{file} changes more numbers than any Stable Diffusion has")
       if _is_small(change):
         lora[*path, "a"], lora[*path, "b"] = low_rank(change)
         if not np.isfinite(lora[*path, "b"]).all():
@@ -164,8 +168,13 @@ def _no_layer(what: str, unet_config: Mapping[str, Any] | None) -> str:
   return f"{what} is no layer of {of}; {way}"
 
 
-def _check_finite(parts: dict[str, np.ndarray], where: str) -> None:
-  for array in parts.values():
+def _check_numbers(parts: dict[str, np.ndarray], where: str) -> None:
+  for part, array in parts.items():
+    if is_whole(array) and part != "alpha":
+      raise InputError(
+        f"{where} holds integers ({array.dtype}) as its {part}, as quantised files do; "
+        "save it with floating point numbers"
+      )
     if not np.isfinite(np.asarray(array, np.float32)).all():
       raise InputError(f"{where} holds NaN or infinity")
 
@@ -187,6 +196,11 @@ def _kernel(
   alpha, dora_scale, magnitude = (
     parts.pop(name, None) for name in ("alpha", "dora_scale", "magnitude")
   )
+  if dora_scale is not None and magnitude is not None:
+    raise InputError(
+      f"{where} has both dora_scale and lora_magnitude_vector, which mean the same; "
+      "save it with one of them"
+    )
   kind = products.kind_of(parts, where)
   shape = products.shape_of(parts, 3 if path[-1] in _WIDE else 1, where)
   rank = products.rank_of(parts)

@@ -1,9 +1,12 @@
 """Parquet files: every type that text and bytes may have, images in lists."""
 
+import struct
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from safetydpo_jax.data import delimited
 from safetydpo_jax.data.sources.layouts import read_pairs
 from safetydpo_jax.data.sources.pairs import read_image
 from safetydpo_jax.errors import InputError
@@ -87,4 +90,49 @@ def test_a_list_of_several_images_is_refused(tmp_path):
   row["image"] = [image, image]
   pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
   with pytest.raises(InputError, match=r"row 0: image.path is a list of 2 images"):
+    read_pairs(tmp_path)
+
+
+ROW = {"jpg_0": b"x", "jpg_1": b"y", "label_0": 1, "caption": "a disc"}
+
+
+def columns_of(**columns):
+  table = {name: pa.array([value]) for name, value in ROW.items()}
+  return pa.table(table | columns)
+
+
+def test_text_of_another_encoding_is_refused(tmp_path):
+  buffers = [None, pa.py_buffer(struct.pack("<ii", 0, 2)), pa.py_buffer(b"\xff\xfe")]
+  caption = pa.Array.from_buffers(pa.string(), 1, buffers)
+  pq.write_table(columns_of(caption=caption), tmp_path / "x.parquet")
+  with pytest.raises(InputError, match=r"x\.parquet is not a readable .*utf-8"):
+    read_pairs(tmp_path)
+
+
+def test_a_small_file_does_not_fill_the_memory(tmp_path, monkeypatch):
+  def many(value):
+    return pa.DictionaryArray.from_arrays(pa.array([0] * 1000), pa.array([value]))
+
+  columns = {name: many(value) for name, value in ROW.items()}
+  columns |= {"caption": many("x" * 1000), "label_0": pa.array([1] * 1000)}
+  pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+  assert read_pairs(tmp_path)[1].rows == 1000
+  monkeypatch.setattr(delimited, "LARGEST", 900_000)
+  with pytest.raises(InputError, match="column caption unpacks to more than 900,000"):
+    read_pairs(tmp_path)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+  table = columns_of().append_column("caption", pa.array(["a ring"]))
+  pq.write_table(table, tmp_path / "x.parquet")
+  with pytest.raises(InputError, match="two columns caption"):
+    read_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("field", "value"), [("caption", ["a disc"]), ("file_name", 7)]
+)
+def test_what_is_no_text_is_refused(tmp_path, field, value):
+  pq.write_table(columns_of(**{field: pa.array([value])}), tmp_path / "x.parquet")
+  with pytest.raises(InputError, match=f"row 0: {field} is .*, expected text"):
     read_pairs(tmp_path)

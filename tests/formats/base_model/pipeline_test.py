@@ -1,5 +1,6 @@
 """A diffusers directory becomes modules, weights, tokenizers and a schedule."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -186,6 +187,11 @@ def test_sdxl_layout_has_two_encoders(tmp_path):
     ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "'flow'"),
     ("unet/config.json", {"sample_size": [8, 8, 8]}, "sample_size"),
     ("unet/config.json", {"sample_size": "64"}, "sample_size"),
+    ("unet/config.json", {"sample_size": 10**9}, "at most 16,384 pixels"),
+    ("unet/config.json", {"_x": json.loads("[" * 400 + "]" * 400)}, "deeper than 20"),
+    ("vae/config.json", {"out_channels": 4}, "takes 3 channels and gives 4.*RGB"),
+    ("text_encoder/config.json", {"architectures": [["x"]], "hidden_size": 7}, "size"),
+    ("scheduler/scheduler_config.json", {"beta_start": "x"}, "beta_start"),
     ("model_index.json", {"_class_name": "StableDiffusionUpscalePipeline"}, "Upscale"),
   ],
 )

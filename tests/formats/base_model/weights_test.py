@@ -4,6 +4,7 @@ import json
 
 import diffusers
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -263,3 +264,14 @@ def test_the_fingerprint_is_of_the_numbers_not_of_their_type(tmp_path):
     assert weights.fingerprint((theirs | {name: 1.01 * value}).items()) != digest
   renamed = {f"x{name}": value for name, value in theirs.items()}
   assert weights.fingerprint(renamed.items()) != digest
+
+
+def test_integers_are_no_weights():
+  """Quantised weights may have the names and shapes of others; their scale is lost."""
+  shapes = {"norm": {"scale": np.zeros(3)}}
+  with pytest.raises(
+    InputError, match=r"has integers.* 1 tensor \(norm\.weight int8\)"
+  ):
+    weights.convert([("norm.weight", np.ones(3, np.int8))], shapes)
+  found = weights.convert([("norm.weight", np.ones(3, ml_dtypes.bfloat16))], shapes)
+  assert found["norm"]["scale"].dtype == np.float32

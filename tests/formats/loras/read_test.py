@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 from safetydpo_jax import load_lora, load_pipeline, lora
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.weights import torch_name
+from safetydpo_jax.formats.loras import products
+from safetydpo_jax.formats.loras.load import load_adapter
 from safetydpo_jax.formats.loras.write import torch_factors, write_diffusers
 from tests.support import twins
 from tests.support.twins import ATTENTION, EVERY_KIND
@@ -223,6 +225,8 @@ HEADERS = {
   "dora": ('{"unet.use_dora": true}', "no lora_magnitude_vector, although .* use_dora"),
   "alpha": ('{"unet.lora_alpha": "four"}', "lora_alpha is 'four'"),
   "infinite": ('{"unet.lora_alpha": 1e999}', "lora_alpha is inf"),
+  "beyond all floats": (f'{{"unet.lora_alpha": {10**400}}}', "a finite number"),
+  "a switch": ('{"unet.use_rslora": "false"}', "use_rslora is 'false'; expected true"),
   "list": ("[]", "is not a JSON object"),
   "cut": ('{"unet.r"', "is not JSON"),
   "deep": ("[" * 100_000, "is not JSON"),
@@ -235,6 +239,10 @@ HEADERS = {
     "is not a simple pattern",
   ),
   "broken pattern": ('{"unet.alpha_pattern": {"(to_q": 1}}', "is not a pattern"),
+  "repeated forever": (
+    f'{{"unet.alpha_pattern": {{"a{{{10**30}}}": 1}}}}',
+    "is not a pattern",
+  ),
   "moves the base": ('{"unet.init_lora_weights": "pissa_niter_4"}', "base weights"),
 }
 
@@ -330,6 +338,15 @@ BROKEN = {
     },
     "magnitudes of shape",
   ),
+  "magnitudes twice": (
+    {
+      f"{FLAT}.lora_down.weight": A,
+      f"{FLAT}.lora_up.weight": B,
+      f"{FLAT}.dora_scale": B[:, :1],
+      f"{FLAT}.lora_magnitude_vector": B[:, 0],
+    },
+    "both dora_scale and lora_magnitude_vector",
+  ),
   "LoHa of two sizes": (
     {
       f"{FLAT}.hada_w1_a": B,
@@ -357,6 +374,31 @@ def test_a_broken_file_is_named(tensors, message, tmp_path):
     load_lora(str(file))
   assert str(file) in str(error.value)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.bool_])
+def test_integers_are_no_factors(dtype, tmp_path):
+  """They would be a quantised file's, whose scale is elsewhere; alpha may be one."""
+  tensors = {f"{FLAT}.lora_down.weight": A.astype(dtype), f"{FLAT}.lora_up.weight": B}
+  save_file(tensors, tmp_path / "x.safetensors")
+  with pytest.raises(InputError, match=r"to_q holds integers \(.* as its down"):
+    load_lora(str(tmp_path / "x.safetensors"))
+  tensors |= {f"{FLAT}.lora_down.weight": A, f"{FLAT}.alpha": np.array(3).astype(dtype)}
+  save_file(tensors, tmp_path / "x.safetensors")
+  load_lora(str(tmp_path / "x.safetensors"))
+
+
+def test_a_small_file_does_not_fill_the_memory(tmp_path, monkeypatch):
+  tensors = {
+    f"lora_unet_mid_block_resnets_{n}_conv1.{part}": np.ones((8, 8), np.float32)
+    for n in (0, 1)
+    for part in ("lokr_w1", "lokr_w2")
+  }
+  save_file(tensors, tmp_path / "x.safetensors")
+  load_adapter(str(tmp_path / "x.safetensors"))
+  monkeypatch.setattr(products, "LARGEST_UNET", 2 * 64**2 - 1)
+  with pytest.raises(InputError, match="more numbers than any Stable Diffusion"):
+    load_adapter(str(tmp_path / "x.safetensors"))
 
 
 def test_a_truncated_file_is_named(exported):
