@@ -153,7 +153,9 @@ def test_a_variant_is_read_where_a_component_has_it(bases, run, tmp_path, capsys
   out, _ = run(base, "single_file", "--variant", "fp16")
   assert "parameters, float32" in capsys.readouterr().out
   got = load_file(out / FILE)
-  types = {n.partition(".")[0]: x.dtype for n, x in got.items() if x.is_floating_point()}
+  types = {
+    n.partition(".")[0]: x.dtype for n, x in got.items() if x.is_floating_point()
+  }
   text = types.pop("cond_stage_model")
   assert (text, set(types.values())) == (torch.float16, {torch.float32})
 
