@@ -281,7 +281,8 @@ def complete(
   skipped = skipped + [f"{id}: {why}" for id, why in faults.items()]
   records.complete_cache(
     out,
-    settings,
+    # Which captions it is made of is in their fingerprint already.
+    {**settings, **({"fix_text": True} if options.fix_text else {})},
     [records.entry(pair) for pair in pairs],
     fields,
     without=faults,
