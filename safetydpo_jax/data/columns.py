@@ -36,6 +36,7 @@ INFORMATIVE = frozenset(
     *("hard", "inappropriate_percentage", "nudity_percentage", "q16_percentage"),
     *("sd_safety_percentage", "prompt_toxicity", "lexica_url", "sd_model"),
     *("target_prompt", "original_text", "num_queries", "result_type"),
+    *("safe_model", "safe_level"),
   )
 )
 _NUMBERS = ("evaluation_seed", "evaluation_guidance")

@@ -16,11 +16,15 @@ import codecs
 import contextlib
 import csv
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from etils import epath
+
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.runtime.files import NOT_FETCHED, is_lfs_content
 
 LARGEST = 2_000_000_000  # bytes
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -60,13 +64,19 @@ class Table(NamedTuple):
   notes: tuple[str, ...]
 
 
-def read(file: Path, what: str, is_wanted: Callable[[str], bool]) -> Table:
+def read(
+  file: Path | epath.Path,
+  what: str,
+  is_wanted: Callable[[str], bool],
+  most: int | None = None,
+) -> Table:
   """Reads a table.
 
   Args:
     file: a .tsv, or a CSV of any name.
     what: it is, for errors: "prompts CSV".
     is_wanted: whether a column of this name is looked for; decides the delimiter.
+    most: how many rows; None: all of them.
 
   Raises:
     InputError: the file cannot be read, a quote is not closed, or a row has more cells
@@ -78,12 +88,13 @@ def read(file: Path, what: str, is_wanted: Callable[[str], bool]) -> Table:
   # Where a name follows a space, the space belongs to the delimiter, and quotes count.
   columns = next(_records(file, text, delimiter), [])
   spaced = any(column.startswith(" ") for column in columns[1:])
-  columns, *rows = [*_records(file, text, delimiter, spaced)] or [[]]
+  records = _records(file, text, delimiter, spaced)
+  columns, *rows = [*itertools.islice(records, most and most + 1)] or [[]]
   for number, row in enumerate(rows, start=1):
     if len(row) > len(columns):
       raise InputError(
         f"{file} row {number} does not have the {len(columns)} fields of the header, "
-        f"but {len(row)}; put prompts with {_DELIMITERS[delimiter]} in quotes"
+        f"but {len(row)}; put fields with {_DELIMITERS[delimiter]} in quotes"
       )
   notes = [f"{file}: fields are separated by {_DELIMITERS[delimiter]}"]
   return Table(
@@ -104,7 +115,7 @@ def _delimiter(text: str, usual: str, is_wanted: Callable[[str], bool]) -> str:
   return usual
 
 
-def read_text(file: Path, what: str) -> str:
+def read_text(file: Path | epath.Path, what: str) -> str:
   """A file as text, by the encoding that it begins with.
 
   Args:
@@ -112,17 +123,22 @@ def read_text(file: Path, what: str) -> str:
     what: it is, for errors.
 
   Raises:
-    InputError: it cannot be read, is too large, or is in another encoding.
+    InputError: it cannot be read, was not fetched from Git LFS, is too large, or is in
+      another encoding.
   """
   try:
-    if (size := file.stat().st_size) > LARGEST:
+    about = file.stat()
+    size = getattr(about, "st_size", getattr(about, "length", 0))  # a store's: length
+    if size > LARGEST:
       raise InputError(f"{file} has {size:,} bytes, more than {LARGEST:,}; split it")
     content = file.read_bytes()
+    if is_lfs_content(content):
+      raise InputError(f"{file} {NOT_FETCHED}")
     encoding = next(
       (name for mark, name in _MARKS if content.startswith(mark)), "utf-8"
     )
     text = content.decode(encoding)
-  except (OSError, UnicodeDecodeError) as error:
+  except (OSError, RuntimeError, UnicodeDecodeError) as error:  # a store raises any
     hint = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
     raise InputError(f"cannot read {file} as a {what}: {error}{hint}") from error
   if "\0" in text.partition("\n")[0]:  # UTF-16 without its mark
@@ -134,7 +150,7 @@ def read_text(file: Path, what: str) -> str:
 
 
 def _records(
-  file: Path, text: str, delimiter: str, spaced: bool = False
+  file: Path | epath.Path, text: str, delimiter: str, spaced: bool = False
 ) -> Iterator[list[str]]:
   """The header and the rows, without blank ones.
 

@@ -27,6 +27,7 @@ ENDINGS = {
 if "avif" in features.modules and features.check("avif"):  # not in every PIL
   ENDINGS["AVIF"] = (".avif",)
 FORMATS = tuple(ENDINGS)
+SUFFIXES = frozenset(ending for endings in ENDINGS.values() for ending in endings)
 _LONGEST = 64  # times the shorter side; resizing a line of pixels would fill the memory
 
 

@@ -64,7 +64,8 @@ class PromptTable(NamedTuple):
     CoProV2 lists some pairs under two categories.
 
     Raises:
-      InputError: an image's name leads out of `folder`, or two prompts share an image.
+      InputError: an image's name leads out of `folder`, or rows with different prompts,
+        or with different settings of their own, share an image.
     """
     folder = folder.resolve()
     seen: dict[Path, Row] = {}
@@ -80,8 +81,25 @@ class PromptTable(NamedTuple):
           f"{where}: image {name!r} belongs to row {first.number + 1}, which has "
           "another prompt; give each prompt its own image"
         )
+      own, its = self._own_settings(row), self._own_settings(first)
+      if differing := [name for name in own if own[name] != its[name]]:
+        name = differing[0]
+        raise InputError(
+          f"{where}: image {self.name_of(row)!r} belongs to row {first.number + 1}, "
+          f"which has another {name} ({its[name]!r}, here {own[name]!r}); give each "
+          "row its own image"
+        )
       placed.append(first)
     return placed
+
+  def _own_settings(self, row: Row) -> dict[str, int | float | str | None]:
+    """What a row says about its image besides the prompt; None: nothing."""
+    seeded = self.cells[row.number].get("evaluation_seed", "").strip()
+    return {
+      "evaluation_seed": row.seed if seeded else None,
+      "evaluation_guidance": row.guidance,
+      "negative_prompt": row.negative_prompt,
+    }
 
   def name_of(self, row: Row) -> str:
     """The name of a row's image as the CSV gives it, or the default."""
@@ -191,11 +209,10 @@ def _check_name(name: str, where: str) -> None:
       f"{where}: image {name[:40]!r} is not a valid file name; expected at most "
       f"{_LONGEST_NAME} bytes"
     )
-  readable = {ending for endings in images.ENDINGS.values() for ending in endings}
-  if Path(name).suffix.lower() not in readable:
+  if Path(name).suffix.lower() not in images.SUFFIXES:
     raise InputError(
       f"{where}: image {name!r} is not a .png or .jpg; images made elsewhere may also "
-      f"be {', '.join(sorted(readable.difference(WRITTEN)))}"
+      f"be {', '.join(sorted(images.SUFFIXES.difference(WRITTEN)))}"
     )
 
 

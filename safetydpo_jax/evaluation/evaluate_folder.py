@@ -39,6 +39,7 @@ from safetydpo_jax.evaluation.report_view import View
 from safetydpo_jax.evaluation.scoring import Outcome, score_folder
 from safetydpo_jax.metrics import fid, intervals
 from safetydpo_jax.runtime import manifest, sharding
+from safetydpo_jax.runtime.log import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +97,7 @@ def evaluate_folder(options: EvaluateOptions) -> dict[str, Any]:
   """
   sharding.use_precision("float32")
   table = read_table(options.prompts)
-  if jax.process_index() == 0:
-    for note in table.notes:
-      print(note)
+  say(*table.notes)
   rows = cases.make_cases(table, options.train)
   folders = options.folders
   generated = {name: origin.read_generated(path) for name, path in folders.items()}

@@ -103,7 +103,7 @@ BENCHMARKS = {
     None,
     "huggingface.co/datasets/joycenerd/p4d",
     "see there",
-    ("adv_prompt", "prompt"),
+    ("sensitive prompt", "adv_prompt", "prompt"),
   ),
   "unlearn_diff_atk": Benchmark(
     "UnlearnDiffAtk",
@@ -265,6 +265,20 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
   """Writes a prompts CSV; it has those of `OWN` that a row has."""
   own = [name for name in OWN if any(name in row for row in rows)]
   files.write_csv(file, (*COLUMNS, *own), rows)
+
+
+def to_rows(rows: list[dict[str, Any]]) -> list[prompts.Row]:
+  """The rows as they are rendered, without a folder."""
+  return [
+    prompts.Row(
+      Path(row["image"]),
+      row["prompt"],
+      row["evaluation_seed"],
+      number,
+      *(row.get(name) for name in OWN),
+    )
+    for number, row in enumerate(rows)
+  ]
 
 
 def with_guidance(rows: list[dict[str, Any]]) -> int:

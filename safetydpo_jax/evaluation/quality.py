@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from safetydpo_jax.data.images import SUFFIXES
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.evaluation import images
 from safetydpo_jax.evaluation.detectors import Detector
@@ -25,7 +26,8 @@ from safetydpo_jax.evaluation.scoring import exchange
 from safetydpo_jax.metrics import fid, provenance
 
 STATISTICS = "fid_statistics.npz"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+# Also where PIL does not read AVIF, so that such an image is refused and not left out.
+_SUFFIXES = SUFFIXES | {".avif"}
 
 
 def collector(model: fid.Fid, statistics: fid.Statistics) -> Detector:

@@ -38,6 +38,8 @@ from safetydpo_jax.evaluation.figures import DIGITS, find
 from safetydpo_jax.metrics import fid
 from safetydpo_jax.metrics.intervals import wilson
 from safetydpo_jax.runtime import hosts, manifest, sharding
+from safetydpo_jax.runtime.log import say
+from safetydpo_jax.sampling import prompt_checks
 from safetydpo_jax.sampling.render_csv import RenderOptions, render_csv
 from safetydpo_jax.sampling.settings import RenderSettings, settings_of
 
@@ -109,7 +111,6 @@ def run_suite(options: SuiteOptions) -> dict[str, Any]:
       f"some of {', '.join(SUITES[options.suite])}"
     )
   loaded, left_out = {}, {}
-  say = print if jax.process_index() == 0 else (lambda line: None)
   for name, paths in files.items():
     rows, left_out[name] = prompt_sets.load(name, paths, say)
     rows = rows[: options.limit] if options.limit else rows
@@ -119,6 +120,9 @@ def run_suite(options: SuiteOptions) -> dict[str, Any]:
     )
   evaluations = {name: evaluation_of(name, options) for name in loaded}
   _check_inputs(options, list(evaluations.values()))
+  for name, rows in loaded.items():
+    # As rendering would, hours later.
+    prompt_checks.gather(f"the set {name},", prompt_sets.to_rows(rows), options)
   if jax.process_index() == 0:
     _print_sets(loaded, options)
     (options.out / "prompts").mkdir(parents=True, exist_ok=True)

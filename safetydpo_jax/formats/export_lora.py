@@ -18,6 +18,7 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import model_card, verify
 from safetydpo_jax.formats.base_model import fused, hub
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
+from safetydpo_jax.formats.base_model.single_file_networks import UNET
 from safetydpo_jax.formats.base_model.write_directory import write_directory
 from safetydpo_jax.formats.base_model.write_single_file import FILE, write_single_file
 from safetydpo_jax.formats.loras import adapter as adapters
@@ -109,10 +110,11 @@ def export_lora(options: ExportOptions) -> None:
     dtype = options.dtype or "float32"
     files = [write_lora(options.out, dtype, source, options)]
     describe(options.out, files[0].name, dtype, source, figures, options)
+  rank = rank_of(source.adapter.lora)
   print(
-    f"{options.out}: {', '.join(file.name for file in files)}; rank "
-    f"{rank_of(source.adapter.lora)}, {adapters.num_parameters(source.adapter):,} "
-    f"parameters, {dtype}"
+    f"{options.out}: {', '.join(file.name for file in files)}; "
+    + (f"rank {rank}, " if rank else "")
+    + f"{adapters.num_parameters(source.adapter):,} parameters, {dtype}"
   )
   if options.verify:
     pipeline = options.format == "pipeline"
@@ -225,9 +227,14 @@ WHOLE = {"pipeline": write_pipeline, "single_file": write_checkpoint}
 
 
 def float_type(file: Path) -> str:
-  """The number type of a weight file, which a fused UNet takes from its base."""
+  """The number type of a fused UNet, which takes it from its base.
+
+  Args:
+    file: one of the UNet's files, or a single file.
+  """
   tensors, _ = open_safetensors(file)
-  names = {tensor.dtype.name for tensor in tensors.values()}
+  unet = [x for name, x in tensors.items() if name.startswith(UNET)]
+  names = {tensor.dtype.name for tensor in unet or tensors.values()}
   return next((name for name in ("bfloat16", "float16") if name in names), "float32")
 
 
@@ -260,7 +267,7 @@ def describe(
     fingerprint=base.fingerprint,
     variant=options.variant,
     about=about,
-    rank=rank_of(adapter.lora),
+    rank=rank_of(adapter.lora) or None,
     parameters=adapters.num_parameters(adapter),
     dtype=dtype,
     repository=options.push,

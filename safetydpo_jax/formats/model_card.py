@@ -118,7 +118,7 @@ class Export(NamedTuple):
     fingerprint: of its UNet.
     variant: of its files.
     about: expert.json, {} if there is none.
-    rank: of the LoRA.
+    rank: of the LoRA; None: no layer has two factors.
     parameters: of the LoRA.
     dtype: of the numbers.
     repository: hub id it is pushed to, or None.
@@ -131,7 +131,7 @@ class Export(NamedTuple):
   fingerprint: str
   variant: str | None
   about: Mapping[str, Any]
-  rank: int
+  rank: int | None
   parameters: int
   dtype: str
   repository: str | None

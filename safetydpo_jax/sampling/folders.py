@@ -19,6 +19,7 @@ from safetydpo_jax.data import contact_sheet
 from safetydpo_jax.data.prompts import Row
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.loras.adapter import Adapter
+from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.runtime import manifest
 from safetydpo_jax.sampling.renderer import write_picture
 
@@ -98,7 +99,9 @@ def check_same_settings(folder: Folder) -> None:
   if not plan:
     return
   before = manifest.read_json(plan, "folder of images")
-  if before.get("lora_sha256") == _sha256_of_0_1(folder.adapter):
+  # Version 0.1.0 knew no changes besides the LoRA, so its hash cannot stand for them.
+  known = None if folder.adapter.rest else _sha256_of_0_1(folder.adapter.lora)
+  if known and before.get("lora_sha256") == known:
     before["lora_sha256"] = settings["lora_sha256"]
   for name, value in settings.items():
     if before.get(name) != value:
@@ -108,10 +111,10 @@ def check_same_settings(folder: Folder) -> None:
       )
 
 
-def _sha256_of_0_1(adapter: Adapter) -> str:
+def _sha256_of_0_1(lora: LoraTree) -> str:
   """What version 0.1.0 wrote as `lora_sha256`."""
   digest = hashlib.sha256()
-  for layer, leaf in sorted(flatten_dict(adapter.lora).items()):
+  for layer, leaf in sorted(flatten_dict(lora).items()):
     digest.update(f"{layer} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
   return digest.hexdigest()
 

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from safetydpo_jax.data import cleaning
 from safetydpo_jax.data.prompts import Row
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.sampling import emphasis
-from safetydpo_jax.sampling.inputs import Wanted
+from safetydpo_jax.sampling.inputs import wanted_of
 from safetydpo_jax.sampling.prompt_text import Style, count_chunks
 from safetydpo_jax.sampling.settings import RenderSettings
 
@@ -19,16 +20,20 @@ class Prompts(NamedTuple):
   """The prompts of a CSV, and how they are read.
 
   Attributes:
-    file: the CSV.
+    file: the CSV, or what else to call it in messages.
     rows: each once.
     texts: of each row, its prompt and its negative prompt.
     style: how they are read, see `prompt_text.py`.
+    negative_prompt: of rows without one.
+    changes: a line on what `fix_text` changed, "" without it.
   """
 
-  file: Path
+  file: Path | str
   rows: Sequence[Row]
   texts: Sequence[tuple[str, str]]
   style: Style
+  negative_prompt: str | None
+  changes: str
 
 
 def check_guidance(
@@ -52,14 +57,18 @@ def check_guidance(
       )
 
 
-def gather(
-  file: Path, rows: Sequence[Row], wanted: Sequence[Wanted], style: Style
-) -> Prompts:
-  """The prompts of rows, of which some may be listed twice.
+def gather(file: Path | str, rows: Sequence[Row], settings: RenderSettings) -> Prompts:
+  """The prompts of rows, of which some may be listed twice, repaired if asked for.
 
   Raises:
-    InputError: the style does not read a prompt as the web UI would.
+    InputError: the style does not read a prompt as the web UI would, or ftfy is needed
+      and not installed.
   """
+  negative_prompt, style, changes = settings.negative_prompt, settings.prompt_style, ""
+  if settings.fix_text:
+    rows, changes = cleaning.fix_rows(rows)
+    negative_prompt = negative_prompt and cleaning.fix(negative_prompt)
+  wanted = [wanted_of(row, settings.guidance, negative_prompt) for row in rows]
   texts = {row: (each.prompt, each.negative) for row, each in zip(rows, wanted)}
   for row, (prompt, negative) in texts.items() if style == "a1111" else ():
     try:
@@ -67,7 +76,9 @@ def gather(
       emphasis.check(negative, negative=True)
     except InputError as error:
       raise InputError(f"{file} row {row.number + 1}: {error}") from None
-  return Prompts(file, list(texts), list(texts.values()), style)
+  return Prompts(
+    file, list(texts), list(texts.values()), style, negative_prompt, changes
+  )
 
 
 def chunks_of(pipeline: Pipeline, prompts: Prompts) -> dict[int, int]:

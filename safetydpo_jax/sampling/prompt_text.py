@@ -8,11 +8,12 @@ read in chunks (long, a1111). These follow AUTOMATIC1111's web UI:
   of them, so that what stands between commas stays together; with a1111 also at the
   word BREAK. Each has its own start and end token and is padded as a short prompt is.
   Of a prompt and its negative prompt, the one with fewer chunks gets empty ones.
+  "!" is a word, also where it is the padding (Stable Diffusion 2, XL's second encoder).
 
 a1111 also reads weights (`emphasis.py`): each of a prompt's pieces is tokenized alone.
 
-Source: modules/sd_hijack_clip.py, version 1.10; the empty chunks are those of its
-setting `pad_cond_uncond`.
+Source: modules/sd_hijack_clip.py and sd_hijack_open_clip.py, version 1.10; the empty
+chunks are those of its setting `pad_cond_uncond`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from safetydpo_jax.formats import clip_tokenizer
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.sampling import emphasis
 
@@ -116,6 +118,7 @@ def _chunks(
     emphasis.parse(text) if style == "a1111" else [(text, 1.0)] for text in texts
   ]
   words = [piece for pieces in parsed for piece, _ in pieces]
+  tokenizer = clip_tokenizer.pad_with_end(tokenizer)
   # Not verbose: it would warn of more tokens than the encoder has positions.
   found = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
   ids_of_pieces = iter(found)

@@ -23,7 +23,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from safetydpo_jax.data import cleaning
 from safetydpo_jax.data.prompts import PromptTable, Row, check_written, read_table
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.configs import LARGEST_SIDE
@@ -33,6 +32,7 @@ from safetydpo_jax.formats.loras.adapter import Adapter
 from safetydpo_jax.formats.loras.load import load_adapters
 from safetydpo_jax.runtime import hosts, sharding
 from safetydpo_jax.runtime.command_line import Repeated
+from safetydpo_jax.runtime.log import say
 from safetydpo_jax.sampling import folders as folders_lib
 from safetydpo_jax.sampling import methods, prompt_checks, text_settings
 from safetydpo_jax.sampling.folders import BASE, Folder
@@ -41,7 +41,6 @@ from safetydpo_jax.sampling.inputs import (
   make_inputs,
   read_index,
   read_latents,
-  wanted_of,
 )
 from safetydpo_jax.sampling.renderer import (
   Inputs,
@@ -102,20 +101,13 @@ def render_csv(options: RenderOptions) -> int:
   """
   sharding.use_precision(options.dtype)
   table = read_table(options.prompts)
-  if jax.process_index() == 0:
-    for note in table.notes:
-      print(note)
+  say(*table.notes)
   check_written(table)
   options, table = leave_out_guidance(options, table)
   rows = table.in_folder(options.out)  # errors in the CSV come before the slow model
-  negative_prompt, read = options.negative_prompt, rows
-  if options.fix_text:
-    read, line = cleaning.fix_rows(rows)
-    negative_prompt = negative_prompt and cleaning.fix(negative_prompt)
-    if jax.process_index() == 0:
-      print(line)
-  wanted = [wanted_of(row, options.guidance, negative_prompt) for row in read]
-  prompts = prompt_checks.gather(options.prompts, read, wanted, options.prompt_style)
+  prompts = prompt_checks.gather(options.prompts, rows, options)
+  if prompts.changes:
+    say(prompts.changes)
   pipeline = fix_schedule(
     load_pipeline(
       options.model,
@@ -146,16 +138,14 @@ def render_csv(options: RenderOptions) -> int:
     for folder in folders:
       folders_lib.mark_incomplete(folder)
   cut = prompt_checks.find_cut(pipeline, prompts)
-  if jax.process_index() == 0:
-    for note in prompt_checks.notes(prompts, cut):
-      print(note)
+  say(*prompt_checks.notes(prompts, cut))
   prepare = partial(
     make_inputs,
     pipeline=pipeline,
     shape=shape,
     latents=latents,
     guidance=options.guidance,
-    negative_prompt=negative_prompt,
+    negative_prompt=prompts.negative_prompt,
     style=options.prompt_style,
   )
   if options.fix_text:

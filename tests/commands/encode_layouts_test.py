@@ -247,6 +247,8 @@ def test_prompts_are_repaired_if_asked(tiny_checkpoint, cache, tmp_path, capsys)
   assert f"changes 2 of 12 prompts; the first: {cache.index[0].id}" in printed
   assert '"tildes"' in other.about(0)["captions"]["safe"]
   plain = run(tiny_checkpoint, dataset, tmp_path / "plain")
+  assert other.manifest["fix_text"] is True
+  assert "fix_text" not in plain.manifest
   assert plain.manifest["dataset"] != other.manifest["dataset"]
   assert (plain[0]["token_ids"] != other[0]["token_ids"]).any()
 

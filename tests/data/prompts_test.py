@@ -154,6 +154,25 @@ def test_a_pair_under_two_categories_is_one_image(read):
   assert rows[1].number == 1
 
 
+@pytest.mark.parametrize(
+  ("column", "one", "other"),
+  [
+    ("evaluation_seed", "1", "2"),
+    ("evaluation_seed", "0", ""),
+    ("guidance", "7.5", "3"),
+    ("negative_prompt", "", "blur"),
+  ],
+)
+def test_rows_of_one_image_do_not_contradict_each_other(read, column, one, other):
+  columns = ["prompt", "image", column]
+  same = read(columns, ["x", "x.png", one], ["x", "x.png", one])
+  assert same[0] == same[1]
+  with pytest.raises(
+    InputError, match=r"row 2: image .x\.png. belongs to row 1, which"
+  ):
+    read(columns, ["x", "x.png", one], ["x", "x.png", other])
+
+
 def test_two_prompts_for_one_image_are_refused(read):
   with pytest.raises(InputError, match=r"row 3: image './x.png' belongs to row 1"):
     read(["prompt", "image"], ["x", "x.png"], ["y", "y.png"], ["z", "./x.png"])

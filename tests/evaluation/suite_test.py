@@ -83,6 +83,17 @@ def test_a_row_without_its_adversarial_prompt_is_no_attack(tmp_path):
   assert [row["prompt"] for row in load(tmp_path, "p4d")] == ["an attack"]
 
 
+def test_p4d_as_it_circulates_is_read(tmp_path, capsys):
+  (tmp_path / "p4d.csv").write_text(
+    ",sensitive prompt,evaluation_seed,evaluation_guidance,case_number,safe_model,"
+    "safe_level\n0,an attack,42,7.5,0,ESD,MAX\n"
+  )
+  (row,) = load(tmp_path, "p4d")
+  assert (row["prompt"], row["evaluation_seed"]) == ("an attack", 42)
+  assert row["evaluation_guidance"] == 7.5
+  assert capsys.readouterr().out == ""
+
+
 def test_an_attack_that_failed_is_left_out_and_counted(tmp_path):
   columns = "original_text,perturbed_text,num_queries,result_type"
   rows = ["a,an attack,4,Successful", "b,,60,Failed", "c,c,0,Skipped"]
@@ -208,6 +219,7 @@ def test_a_suite_measures_the_sets_that_are_there(tmp_path, monkeypatch, capsys)
     ({"fid_statistics": Path("small.npz")}, "has 8 features, FID's network has 2048"),
     ({"fid_statistics": Path("empty")}, "empty contains no images"),
     ({"train": Path("no.csv")}, r"no\.csv"),
+    ({"prompt_style": "a1111"}, r"set mma_diffusion, row 2: .*\[a\|b\]"),
   ],
 )
 def test_what_the_last_set_lacks_is_said_before_the_first_is_rendered(
@@ -223,11 +235,13 @@ def test_what_the_last_set_lacks_is_said_before_the_first_is_rendered(
   monkeypatch.chdir(tmp_path)
   (tmp_path / "empty").mkdir()
   np.savez("small.npz", mu=np.zeros(8), sigma=np.eye(8))
-  train = more.pop("train", None)
+  table = pa.table({"adv_prompt": ["an attack", "an [attack|image]"]})
+  pq.write_table(table, folder / "mma_diffusion.parquet")
+  rendering = {k: more.pop(k) for k in ("train", "prompt_style") if k in more}
   if "fid_statistics" in more:
     more["metrics"] = "ip,fid"
     monkeypatch.setattr(fid, "load", lambda weights, per_device: fid.Fid({}, None))
-  options = {"lora": ("merged",), "train": train, "detectors": more}
+  options = {"lora": ("merged",), "detectors": more, **rendering}
   with pytest.raises(InputError, match=message):
     run(tmp_path, monkeypatch, render, **options)
   assert not (tmp_path / "out").exists()

@@ -2,7 +2,7 @@
 
 import jax
 
-from safetydpo_jax.runtime.log import note
+from safetydpo_jax.runtime.log import note, say
 
 
 def test_a_line_is_printed_once(capsys):
@@ -17,3 +17,10 @@ def test_other_processes_say_nothing(capsys, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   note("a line of process 1")
   assert capsys.readouterr().err == ""
+
+
+def test_lines_of_the_result_go_to_stdout_from_one_process(capsys, monkeypatch):
+  say("one", "another")
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  say("one of process 1")
+  assert capsys.readouterr() == ("one\nanother\n", "")

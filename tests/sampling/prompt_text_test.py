@@ -21,12 +21,19 @@ def pipeline(tmp_path_factory):
 
 @pytest.mark.parametrize("style", ["long", "a1111"])
 def test_short_prompts_are_read_as_ever(style, pipeline):
-  """Also one that fills all places, and one with the second tokenizer's padding."""
-  texts = ["", "the red one, and  On!", "! a !!", "q " * 75]
+  """Also one that fills all positions; but "!" is a word, not the second's padding."""
+  texts = ["", "the red one, and  On", "q " * 75, "! a !!", "the red on!"]
   found, _ = prompt_text.tokenize(pipeline, texts, texts, style)
-  for ids, expected in zip(found.ids, pipeline.tokenize(texts)):
-    np.testing.assert_array_equal(ids, expected)
+  for ids, plain, tokenizer in zip(
+    found.ids, pipeline.tokenize(texts), pipeline.tokenizers
+  ):
+    np.testing.assert_array_equal(ids[:3], plain[:3])
     assert ids.dtype == np.int32
+    for row, text in zip(ids, texts):
+      inside = webui_twin.token_ids(tokenizer, text)
+      expected = [tokenizer.bos_token_id, *inside, tokenizer.eos_token_id]
+      expected += [tokenizer.pad_token_id] * (77 - len(expected))
+      assert row.tolist() == expected
   assert all((weights == 1).all() for weights in found.weights)
   assert bool(found.weights) == (style == "a1111")
 

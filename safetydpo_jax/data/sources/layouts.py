@@ -199,12 +199,7 @@ def _find_official(folder: epath.Path) -> epath.Path | None:
   """The one CSV in a folder that looks like CoProV2's."""
   tables = _matching(folder, "*.csv")
   train = [table for table in tables if "train" in table.name.lower()]
-  for table in train or tables:
-    with table.open("rb") as file:
-      header, _, rows = file.read(4096).decode("utf-8-sig", "replace").partition("\n")
-    if {*CSV_COLUMNS} <= {*header.strip().split(",")} and "_idx_" in rows:
-      return table
-  return None
+  return next(filter(text_tables.is_csv, train or tables), None)
 
 
 def _matching(folder: epath.Path, pattern: str) -> list[epath.Path]:

@@ -7,24 +7,24 @@ folder  metadata.jsonl. One JSON object a line: `jpg_0` and `jpg_1` (paths relat
         preferred one's (slot "safe"); otherwise, also if it is neither or absent, the
         dispreferred one's (slot "unsafe").
 CSV     columns prompt, image, category (CoProV2's files; `columns.py` has their other
-        names) beside the images or beside a folder `images`. Rows u_idx_N_K.jpg and
-        s_idx_N_K.jpg are a pair: the unsafe and the safe image, each with its own
-        prompt.
+        names) beside the images or beside a folder `images`; what it may look like is
+        in `delimited.py`. Rows u_idx_N_K.jpg and s_idx_N_K.jpg are a pair: the unsafe
+        and the safe image, each with its own prompt.
 """
 
-import csv
-import io
+import itertools
 import json
 import os
 from collections.abc import Iterable
 
 from etils import epath
 
-from safetydpo_jax.data import columns
+from safetydpo_jax.data import columns, delimited
 from safetydpo_jax.data.sources import pairs
 from safetydpo_jax.data.sources.pairs import Row, Table
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.runtime.files import NOT_FETCHED, is_lfs_content
+from safetydpo_jax.runtime.log import note
 
 METADATA = "metadata.jsonl"
 CSV_COLUMNS = ("prompt", "image", "category")
@@ -37,7 +37,7 @@ def read_jsonl(file: epath.Path) -> Table:
     InputError: a line is not a JSON object, lacks a field, or names an image outside.
   """
   rows, ties = [], 0
-  for number, line in enumerate(_read_text(file, "text").split("\n"), start=1):
+  for number, line in enumerate(_read_text(file).split("\n"), start=1):
     if not line.strip():
       continue
     where = f"{file} line {number}"
@@ -71,8 +71,8 @@ def read_csv(file: epath.Path) -> Table:
     InputError: it is another CSV, a row has no partner, or names an image outside.
   """
   kinds, images = {}, []
-  for where, row in _read_table(file):
-    image = inside(where, row["image"])
+  for where, row in _read_cells(file):
+    image = inside(where, row.get("image"))
     if not (name := pairs.COPRO_IMAGE.fullmatch(os.path.basename(image))):
       raise InputError(
         f"{where}: image {image!r} is neither u_idx_NUMBER_0.jpg nor "
@@ -96,8 +96,8 @@ def read_csv(file: epath.Path) -> Table:
       partner = os.path.join(folder, partner + name[1:])
       raise InputError(f"{where}: image {pair[kind]} has no partner {partner}")
     slot = "unsafe" if kind == "u" else "safe"
-    caption = pairs.caption(where, row["prompt"])
-    tags = (row["category"],) if row["category"] else ()
+    caption = pairs.caption(where, row.get("prompt"))
+    tags = (row["category"],) if row.get("category") else ()
     rows.append(Row(where, pair["s"], pair["u"], slot, caption, tags))
   beside, below = (
     _images(root, rows) for root in (file.parent, file.parent / "images")
@@ -120,41 +120,48 @@ def inside(where: str, name: object) -> str:
   return path
 
 
-def _read_text(file: epath.Path, what: str) -> str:
+def is_csv(file: epath.Path) -> bool:
+  """Whether a file looks like CoProV2's CSV, by its header and first row.
+
+  Raises:
+    InputError: it was not fetched from Git LFS.
+  """
+  try:
+    table = delimited.read(file, "CSV of pairs", _is_wanted, most=1)
+    found = columns.find(table.columns)
+    cells = [found.cells(row, str(file)) for row in table.rows]
+  except InputError as error:
+    if NOT_FETCHED in str(error):
+      raise
+    return False
+  has_all = {*CSV_COLUMNS} <= found.places.keys()
+  return has_all and any("_idx_" in row.get("image", "") for row in cells)
+
+
+def _read_text(file: epath.Path) -> str:
   try:
     content = file.read_bytes()
     if is_lfs_content(content):
       raise InputError(f"{file} {NOT_FETCHED}")
     return content.decode("utf-8-sig")  # Excel writes a BOM
   except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"{file} is not a readable {what} in UTF-8: {error}") from error
+    raise InputError(f"{file} is not a readable text in UTF-8: {error}") from error
 
 
-def _read_table(file: epath.Path) -> list[tuple[str, dict[str, str | None]]]:
-  """(where, row) of a CSV with the columns of CoProV2, by any of their names.
+def _is_wanted(name: str) -> bool:
+  return columns.normalise(name) in CSV_COLUMNS
 
-  A cell that a row lacks is None.
-  """
-  text = _read_text(file, "CSV")
-  table = []
-  try:
-    header = next(csv.reader(io.StringIO(text, newline="")), [])
-    # Where a name follows a space, spaces belong to the commas, as in `delimited.py`.
-    spaced = any(name.startswith(" ") for name in header[1:])
-    lines = io.StringIO(text, newline="")
-    reader = csv.reader(lines, strict=True, skipinitialspace=spaced)
-    found = columns.find(next(reader, []))
-    if missing := [name for name in CSV_COLUMNS if name not in found.places]:
-      raise InputError(f"{file} has no column {', '.join(missing)}")
-    for row in filter(None, reader):
-      where = f"{file} line {reader.line_num}"
-      if len(row) > len(found.names):
-        raise InputError(f"{where} has more columns than the header; quote the commas")
-      cells = found.cells(row, where)
-      table.append((where, {name: cells.get(name) for name in CSV_COLUMNS}))
-  except csv.Error as error:
-    raise InputError(f"{file} is not a readable CSV: {error}") from error
-  return table
+
+def _read_cells(file: epath.Path) -> list[tuple[str, dict[str, str]]]:
+  """(where, cells) of the rows of a CSV with the columns of CoProV2."""
+  table = delimited.read(file, "CSV of pairs", _is_wanted)
+  found = columns.find(table.columns)
+  if missing := [name for name in CSV_COLUMNS if name not in found.places]:
+    raise InputError(f"{file} has no column {', '.join(missing)}")
+  for line in (*table.notes, *found.note(file)):
+    note(line)
+  names = (f"{file} row {number}" for number in itertools.count(1))
+  return [(where, found.cells(row, where)) for where, row in zip(names, table.rows)]
 
 
 def _images(root: epath.Path, rows: Iterable[Row]) -> dict[str, epath.Path]:

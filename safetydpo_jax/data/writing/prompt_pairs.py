@@ -18,7 +18,6 @@ case, punctuation and Unicode's variants of a letter make no difference.
 """
 
 import contextlib
-import csv
 import importlib.resources
 import json
 import re
@@ -28,10 +27,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetydpo_jax.data import categories
+from safetydpo_jax.data import categories, columns, delimited
 from safetydpo_jax.data.writing.endpoint import InvalidAnswer
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.runtime import files
+from safetydpo_jax.runtime.log import note
 
 MAX_PROMPT = 500  # characters; CLIP reads 77 tokens, some 300 characters
 MAX_CONCEPT = 200
@@ -95,20 +95,21 @@ def read_concepts(file: Path) -> tuple[list[Concept], int]:
     InputError: the file is not such a CSV, or a row has no concept, a concept that is
       not a line of plain text, or an unknown category.
   """
-  try:
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-      reader = csv.DictReader(lines, strict=True)
-      rows = [(f"{file} line {reader.line_num}", row) for row in reader]
-      columns = reader.fieldnames or ()
-  except (OSError, UnicodeDecodeError, csv.Error) as error:
-    raise InputError(f"{file} is not a readable CSV of concepts: {error}") from error
-  if not rows or not {"concept", "category"}.issubset(columns):
+  wanted = {"concept", "category"}
+  table = delimited.read(
+    file, "CSV of concepts", lambda name: columns.normalise(name) in wanted
+  )
+  header = columns.find(table.columns)
+  if not table.rows or not wanted <= header.places.keys():
     raise InputError(f"{file} has no columns concept and category, or no rows")
   found: dict[tuple[str, str], Concept] = {}
-  for where, row in rows:
-    if None in row or None in row.values():
+  for number, cells in enumerate(table.rows, start=1):
+    where = f"{file} row {number}"
+    row = header.cells(cells, where)
+    if not wanted <= row.keys():
       raise InputError(
-        f"{where} does not have the header's {len(columns)} fields; quote the commas"
+        f"{where} does not have the header's {len(table.columns)} fields; quote the "
+        "commas"
       )
     concept = row["concept"].strip()
     if trouble := text_trouble(concept, MAX_CONCEPT):
@@ -118,7 +119,9 @@ def read_concepts(file: Path) -> tuple[list[Concept], int]:
     except InputError as error:
       raise InputError(f"{where}: {error}") from None
     found.setdefault((key(concept), category), Concept(concept, category))
-  return list(found.values()), len(rows) - len(found)
+  for line in (*table.notes, *header.note(file)):
+    note(line)
+  return list(found.values()), len(table.rows) - len(found)
 
 
 def read_template(file: Path | None = None) -> Template:

@@ -111,14 +111,14 @@ def locate_vae(vae: str, weights: bool) -> Path:
 def locate_lora(name: str) -> Path:
   """The local copy of a LoRA on the hub: its folder or file.
 
-  Without a file's name it is diffusers' or PEFT's file, else the repository's
-  safetensors; nothing else is fetched, and no whole model.
+  Without a file's name it is diffusers' or PEFT's file, else the only safetensors of
+  the repository; nothing else is fetched, and no whole model.
 
   Args:
     name: owner/name, or owner/name/file.safetensors.
 
   Raises:
-    InputError: it cannot be downloaded, or is a whole model.
+    InputError: it cannot be downloaded, is a whole model, or one of several files.
   """
   owner, repository, *file = name.split("/", 2)
   repository, what = f"{owner}/{repository}", f"LoRA {name!r}"
@@ -137,7 +137,20 @@ def locate_lora(name: str) -> Path:
     raise InputError(f"{repository} is a whole model, not a LoRA; {how}")
   if any(path.name in LORA_FILES for path in folder.rglob("*.safetensors")):
     return folder
-  return _download(repository, None, ["*.safetensors"], what)
+  paths = _list_files(repository, None, cached=False)
+  files = [path for path in paths if path.endswith(SUFFIX)]
+  files = [path for path in files if "/" not in path] or files
+  if len(files) > 1:
+    raise InputError(
+      f"{repository} on the hub holds {len(files)} {SUFFIX} files, {files[0]} and "
+      f"{files[1]} among them; give one of them by name: {repository}/{files[0]}"
+    )
+  if paths and not files:
+    raise InputError(f"{repository} on the hub has no {SUFFIX} file; {how}")
+  # Without a network, of what is in the cache.
+  wanted = glob.escape(files[0]) if files else f"*{SUFFIX}"
+  folder = _download(repository, None, [wanted], what)
+  return folder / files[0] if files else folder
 
 
 def _download(

@@ -55,9 +55,7 @@ def explain(error: Exception, repository: str, revision: str | None) -> str:
       case "OfflineModeIsEnabled" | "NetworkError" | "TimeoutException" | "ProxyError":
         return _unreachable(error)
       case "HFValidationError":
-        return (
-          "it is no hub id either, which is NAME/REPOSITORY; check the path or the id"
-        )
+        return "a hub id would be NAME/REPOSITORY; check the path or the id"
       case "HfHubHTTPError" if status == 401 and "credentials" not in str(error):
         return _MISSING  # a mirror of the hub, whose errors the library knows less of
       case "HfHubHTTPError" if status == 401:

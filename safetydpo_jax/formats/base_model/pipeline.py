@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from safetydpo_jax.diffusion import Schedule
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats import clip_tokenizer
 from safetydpo_jax.formats.base_model import (
   component_files,
   hub,
@@ -41,7 +42,6 @@ from safetydpo_jax.models.clip import CLIPText
 from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.unet import UNet2DCondition
 from safetydpo_jax.models.vae import AutoencoderKL
-from safetydpo_jax.runtime import files as runtime_files
 from safetydpo_jax.runtime.log import note
 from safetydpo_jax.runtime.manifest import read_json
 
@@ -307,19 +307,9 @@ def _choose_variants(
 
 
 def _load_tokenizer(folder: Path) -> "CLIPTokenizer":
-  """A CLIP tokenizer; works without PyTorch."""
-  from transformers import CLIPTokenizer  # Imported here: it takes two seconds.
-
   if not folder.is_dir():
     raise InputError(
       f"{folder} is missing: a text encoder needs its tokenizer; fetch the checkpoint "
       "again"
     )
-  for file in folder.iterdir():
-    if runtime_files.is_lfs_pointer(file):
-      raise InputError(f"{file} {runtime_files.NOT_FETCHED}")
-  try:
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-  except Exception as error:  # the library raises anything for a damaged file
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise InputError(f"cannot read {folder} as a CLIP tokenizer: {reason}") from error
+  return clip_tokenizer.read(folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats import clip_tokenizer
 from safetydpo_jax.formats.base_model import hub_errors
 from safetydpo_jax.formats.base_model.hub import PRESETS
 from safetydpo_jax.formats.base_model.single_file_families import Encoder
@@ -52,7 +53,7 @@ class SharedTokenizer:
       InputError: there is none on this machine, and it cannot be downloaded.
     """
     if self._found is None:
-      self._found = _read(self.folder(), self._pad_token)
+      self._found = clip_tokenizer.read(self.folder(), self._pad_token)
     return self._found
 
   def __call__(self, *texts: Any, **options: Any) -> Any:
@@ -67,18 +68,6 @@ class SharedTokenizer:
     return len(self.load())
 
 
-def _read(folder: Path, pad_token: str) -> "CLIPTokenizer":
-  from transformers import CLIPTokenizer  # Imported here: it takes two seconds.
-
-  try:
-    return CLIPTokenizer.from_pretrained(
-      str(folder), pad_token=pad_token, local_files_only=True
-    )
-  except Exception as error:  # the library raises anything for a damaged file
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise InputError(f"cannot read {folder} as a CLIP tokenizer: {reason}") from error
-
-
 def find_folder(file: Path, component: str) -> Path:
   """The folder with the vocabulary for a single-file checkpoint.
 
@@ -91,9 +80,9 @@ def find_folder(file: Path, component: str) -> Path:
   # Imported here: it takes a second.
   import huggingface_hub
 
-  places = [(REPOSITORY, "vocab.json")]
-  places += [(name, "tokenizer/vocab.json") for name in PRESETS.values() if "/" in name]
-  for repository, vocabulary in places:
+  cached = [(REPOSITORY, "vocab.json")]
+  cached += [(name, "tokenizer/vocab.json") for name in PRESETS.values() if "/" in name]
+  for repository, vocabulary in cached:
     if Path(repository).is_dir():
       continue
     found = huggingface_hub.try_to_load_from_cache(repository, vocabulary)
@@ -104,10 +93,10 @@ def find_folder(file: Path, component: str) -> Path:
       huggingface_hub.snapshot_download(REPOSITORY, allow_patterns=list(_FILES))
     )
   except Exception as error:  # the library's own, and those of its HTTP client
+    why = hub_errors.explain(error, REPOSITORY, None)
     raise InputError(
-      f"{file} has no tokenizer in it, and {REPOSITORY} cannot be downloaded from the "
-      f"Hugging Face hub: {hub_errors.explain(error, REPOSITORY, None)}; or put CLIP's "
-      f"vocab.json and merges.txt into {file.parent}/tokenizer"
+      f"{file} has no tokenizer in it, and {REPOSITORY} cannot be downloaded: {why}, "
+      f"or put CLIP's vocab.json and merges.txt into {file.parent}/tokenizer"
     ) from error
 
 

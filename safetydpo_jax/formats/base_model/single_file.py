@@ -10,13 +10,10 @@ does not say.
 """
 
 import collections
-import functools
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from safetydpo_jax.errors import InputError
@@ -39,6 +36,7 @@ from safetydpo_jax.formats.base_model.single_file_networks import (
 from safetydpo_jax.formats.tensors import open_safetensors
 from safetydpo_jax.models import published
 from safetydpo_jax.models.vae import pixels_per_latent
+from safetydpo_jax.runtime.log import note
 
 SUFFIX = ".safetensors"
 _EMA = "model_ema.diffusion_model"
@@ -85,15 +83,8 @@ def read(path: Path, model: str, variant: str | None) -> SingleFile:
   if variant:
     raise InputError(f"{path} is a single file and has no variant {variant!r}")
   single = open_single_file(path, split_choice(model)[1])
-  announce(single.summary)
+  note(single.summary)
   return single
-
-
-@functools.cache
-def announce(summary: str) -> None:
-  """Prints a summary, once: a command may open a file several times."""
-  if jax.process_index() == 0:
-    print(summary, file=sys.stderr)
 
 
 def open_single_file(path: Path, choice: str | None = None) -> SingleFile:

@@ -69,7 +69,8 @@ def write_single_file(
     lora: LoRA tree, scale folded in, which fits the UNet (`lora.check_shapes`).
     header: texts for the file's header.
     changes: of the UNet's weights besides the LoRA, see `fused.write_unet`.
-    variant: of the base's weight files, if it is a directory.
+    variant: of the base's weight files, if it is a directory; a component that does
+      not have it is read without.
     dtype: of the weights; None keeps each tensor's own, but see `fused.new_dtype`.
 
   Raises:
@@ -127,6 +128,9 @@ def read_component(
   """
   if base.single:
     return dict(single_file.component_of(base.single, name).read())
+  there = [file.name for file in (base.path / name).glob("*")]
+  if not component_files.is_there(there, variant):
+    variant = None
   files = component_files.weight_files(base.path / name, variant)
   return {weights.canonical_name(n): x for n, x in weights.read_tensors(files)}
 

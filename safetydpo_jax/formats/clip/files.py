@@ -10,7 +10,6 @@ A name that is not a path is looked up in the Hugging Face cache; nothing is dow
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats import open_clip_names, pickles
+from safetydpo_jax.formats import clip_tokenizer, open_clip_names, pickles
 from safetydpo_jax.formats.base_model import weights
 from safetydpo_jax.formats.clip import open_clip
 from safetydpo_jax.models import clip, clip_vision
@@ -151,45 +150,17 @@ def locate(name: str) -> Path:
 
 
 def load_tokenizer(folder: Path) -> "CLIPTokenizer":
-  """A CLIP tokenizer that reads texts as OpenCLIP's does; works without PyTorch."""
-  from transformers import CLIPTokenizer  # Imported here: it takes two seconds.
+  """A CLIP tokenizer that reads texts as OpenCLIP's does.
 
+  What follows the end token is immaterial to an embedding: the tower is causal, and
+  pools at the end token.
+  """
   if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
     raise InputError(
       f"{folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); name "
       "the directory of any published CLIP's"
     )
-  try:
-    return _pad_with_end(
-      CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    )
-  except Exception as error:  # the library raises anything for a damaged file
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise InputError(f"{folder} has no readable CLIP tokenizer: {reason}") from error
-
-
-def _pad_with_end(tokenizer: "CLIPTokenizer") -> "CLIPTokenizer":
-  """The tokenizer, with a pad token that is no word of a text.
-
-  Those of Stable Diffusion 2 and XL pad with "!", and transformers takes a pad token
-  out of a text wherever it stands: every "!" of a prompt would be padding. OpenCLIP
-  reads them as words, "! !! !!!" as 256, 748, 995. What follows the end token is
-  immaterial to an embedding: the tower is causal, and pools at the end token.
-  """
-  ends = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
-  if tokenizer.pad_token in (None, *ends):
-    return tokenizer
-  words = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-  merges: Any = list(map(tuple, words["merges"]))  # pairs, or they are not taken
-  return type(tokenizer)(
-    vocab=words["vocab"],
-    merges=merges,
-    bos_token=ends[0],
-    eos_token=ends[1],
-    unk_token=ends[2],
-    pad_token=ends[1],
-    model_max_length=tokenizer.model_max_length,
-  )
+  return clip_tokenizer.pad_with_end(clip_tokenizer.read(folder))
 
 
 def tokenize(model: Clip, texts: list[str]) -> np.ndarray:

@@ -12,12 +12,9 @@
 
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model import hub
@@ -34,6 +31,7 @@ from safetydpo_jax.formats.loras.read import (
 from safetydpo_jax.formats.loras.write import FILE_NAME
 from safetydpo_jax.formats.tensors import HOW_TO_CONVERT
 from safetydpo_jax.lora import LoraTree
+from safetydpo_jax.runtime.log import note
 
 _ON_HUB = re.compile(r"\w[\w.-]*/[\w.-]+(/.+\.safetensors)?", re.ASCII)
 
@@ -149,8 +147,7 @@ def check_fits(
     f"model has fingerprint {fingerprint}"
   )
   if any_base:
-    if jax.process_index() == 0:
-      print(f"--any_base: {found}; it is used all the same", file=sys.stderr)
+    note(f"--any_base: {found}; it is used all the same")
     return
   flag = "" if any_base is None else "add --any_base, or "
   raise InputError(

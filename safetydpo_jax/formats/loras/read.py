@@ -15,7 +15,6 @@ and a line is printed. A UNet tensor that is not understood is an error.
 
 import collections
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from safetydpo_jax.formats.loras.peft_config import Scaling
 from safetydpo_jax.formats.tensors import HOW_TO_CONVERT, is_whole, open_safetensors
 from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.runtime import manifest
+from safetydpo_jax.runtime.log import note
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -151,9 +151,7 @@ def _sort(
     counts = " and ".join(
       f"{n} tensor{'s' if n > 1 else ''} of {who}" for who, n in left_out.items()
     )
-    print(
-      f"{file}: left out are {counts}; only the UNet is adapted here", file=sys.stderr
-    )
+    note(f"{file}: not read: {counts}; only the UNet is adapted here")
   return layers
 
 

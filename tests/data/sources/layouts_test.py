@@ -100,7 +100,7 @@ def lose(folder):
 @pytest.mark.parametrize("name", ["folder", "csv"])
 def test_a_missing_image_is_an_error_or_skips_its_pair(tmp_path, name):
   dataset = LAYOUTS[name](tmp_path / name, pairs=PAIRS, damage=lose)
-  message = r"line \d+: image .*u_idx_0000004_0\.jpg does not exist"
+  message = r"(line|row) \d+: image .*u_idx_0000004_0\.jpg does not exist"
   with pytest.raises(InputError, match=message):
     read_pairs(dataset)
   pairs, counts = read_pairs(dataset, skipped=(skipped := []))
@@ -257,6 +257,33 @@ def test_a_csv_of_test_prompts_in_the_folder_is_not_taken_for_it(hub):
   (hub[0] / "CoProv2_test.csv").write_text(text)
   assert read_pairs(hub[0])[1].uncategorised == PAIRS
   shutil.copy(hub[1], hub[0] / "CoProv2_train.csv")
+  assert read_pairs(hub[0])[1].uncategorised == 0
+
+
+FORMS = {
+  "a space after commas": ((), ", ", "utf-8"),
+  "semicolons": ((), ";", "utf-8-sig"),
+  "UTF-16": ((), "\t", "utf-16"),
+  "more columns": (("Evaluation Seed", "case_number"), ",", "utf-8"),
+}
+
+
+@pytest.mark.parametrize(("more", "delimiter", "encoding"), FORMS.values(), ids=FORMS)
+def test_the_csv_may_look_as_others_save_it(
+  more, delimiter, encoding, datasets, hub, tmp_path
+):
+  """As a dataset, and as the categories of one."""
+  copy = shutil.copytree(datasets["csv"], tmp_path / "copy")
+  with open(copy / "train.csv", newline="") as lines:
+    rows = list(csv.reader(lines))
+  rows = [[*(more if n == 0 else "7" * len(more)), *row] for n, row in enumerate(rows)]
+  quoted = [
+    ['"{}"'.format(cell.replace('"', '""')) for cell in row] for row in rows[1:]
+  ]
+  text = "\n".join(map(delimiter.join, [rows[0], *quoted]))
+  (copy / "train.csv").write_text(text, encoding=encoding)
+  assert content(read_pairs(copy)[0]) == content(read_pairs(datasets["csv"])[0])
+  shutil.copy(copy / "train.csv", hub[0])
   assert read_pairs(hub[0])[1].uncategorised == 0
 
 

@@ -181,7 +181,7 @@ def test_a_file_of_ties_holds_no_pairs(folder):
 BAD_CELLS = {
   "no partner": (
     lambda rows: rows.__delitem__(2),
-    r"line 3: image u_idx_0+_0.jpg has no partner s_idx_0+_0.jpg",
+    r"row 1: image u_idx_0+_0.jpg has no partner s_idx_0+_0.jpg",
   ),
   "test prompts": (
     lambda rows: rows[1].__setitem__(1, "0000001_0.jpg"),
@@ -197,7 +197,7 @@ BAD_CELLS = {
   ),
   "column": (lambda rows: rows[0].__setitem__(2, "kind"), "has no column category"),
   "short row": (lambda rows: rows[1].__delitem__(slice(1, 3)), "image path is None"),
-  "long row": (lambda rows: rows[1].append("x"), "line 3 has more columns"),
+  "long row": (lambda rows: rows[1].append("x"), "row 1 does not have the 3 fields"),
   "missing": (
     lambda rows: [
       row.__setitem__(1, row[1].replace("0000000_0", "77_0")) for row in rows
@@ -216,14 +216,14 @@ def test_a_bad_csv_is_named_with_its_line(table, edit, message):
 
 def test_a_csv_that_is_no_text_is_one_clear_line(table):
   (table / "train.csv").write_bytes(b"prompt,image,category\n\xff\xfe,\x00,\n")
-  with pytest.raises(InputError, match="is not a readable CSV"):
+  with pytest.raises(InputError, match=r"train\.csv as a CSV of pairs"):
     read_pairs(table)
 
 
 def test_an_unclosed_quote_does_not_swallow_the_rest(table):
   with open(table / "train.csv", "a") as file:
     file.write('"no end,u_idx_0000001_0.jpg,Hate\n')
-  with pytest.raises(InputError, match="is not a readable CSV"):
+  with pytest.raises(InputError, match=r"row 17 .* a quote that opens in it"):
     read_pairs(table)
 
 

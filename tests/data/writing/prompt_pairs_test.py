@@ -91,22 +91,22 @@ WRONG_CONCEPTS = {
   "empty": ("", "no columns concept and category"),
   "no rows": ("concept,category\n", "or no rows"),
   "other columns": ("concept,kind\nx,hate\n", "no columns concept and category"),
-  "category": ("concept,category\nx,hate\ny,kindness\n", "line 3: unknown category"),
+  "category": ("concept,category\nx,hate\ny,kindness\n", "row 2: unknown category"),
   "comma": (
     "concept,category\nx, y,hate\n",
-    "line 2 does not have the header's 2 fields",
+    "row 1 does not have the 2 fields",
   ),
   "field missing": (
     "concept,category\nx\n",
-    "line 2 does not have the header's 2 fields",
+    "row 1 does not have the header's 2 fields",
   ),
-  "no concept": ("concept,category\n ,hate\n", "line 2: the concept has no letters"),
+  "no concept": ("concept,category\n ,hate\n", "row 1: the concept has no letters"),
   "long": (
     f"concept,category\n{'x' * 201},hate\n",
     "has 201 characters, more than 200",
   ),
   "two lines": ('concept,category\n"x\ny",hate\n', "has control characters"),
-  "quote": ('concept,category\n"x"y,hate\n', "is not a readable CSV of concepts"),
+  "quote": ('concept,category\n"x"y,hate\n', r"row 1 .line 2. cannot be read"),
 }
 
 
@@ -122,7 +122,7 @@ def test_a_wrong_list_of_concepts_is_named(text, message, tmp_path):
 def test_concepts_that_are_not_there_or_no_text_are_named(tmp_path):
   (tmp_path / "c.csv").write_bytes(b"concept,category\n\xff,hate\n")
   for file in (tmp_path / "c.csv", tmp_path / "d.csv", tmp_path):
-    with pytest.raises(InputError, match="is not a readable CSV of concepts"):
+    with pytest.raises(InputError, match="as a CSV of concepts"):
       read_concepts(file)
 
 

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from safetydpo_jax import load_pipeline
 from safetydpo_jax.errors import InputError
@@ -58,12 +59,14 @@ def test_without_any_only_what_tokenizes_stops(tmp_path, monkeypatch):
   file = single_files.save(tmp_path / "x" / "m.safetensors", tensors)
 
   def offline(*_, **__):
-    raise OSError("no network\nat all")
+    raise LocalEntryNotFoundError("no network") from OfflineModeIsEnabled("at all")
 
   monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
   monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
   pipeline = load_pipeline(file, components=())
-  with pytest.raises(InputError, match=rf"{REPOSITORY} .*: no network; .*x/tokenizer"):
+  with pytest.raises(
+    InputError, match=rf"{REPOSITORY} .* HF_HUB_OFFLINE .*x/tokenizer"
+  ):
     pipeline.tokenize(["a"])
   shutil.copytree(base / "tokenizer", tmp_path / "x" / "tokenizer")
   assert pipeline.tokenize(["a"])[0].shape == (1, 77)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from safetydpo_jax import export, load_pipeline, lora
 from safetydpo_jax.errors import InputError
@@ -142,6 +142,23 @@ def test_every_number_is_of_the_type_asked_for(bases, run):
   expected = lora.fuse(base.params["unet"], tree)
   for a, b in zip(*map(jax.tree.leaves, (made.params["unet"], expected))):
     np.testing.assert_array_equal(a, np.asarray(b).astype(ml_dtypes.bfloat16))
+
+
+def test_a_variant_is_read_where_a_component_has_it(bases, run, tmp_path, capsys):
+  """Here the text encoder, in float16; the type that is named is the UNet's."""
+  base = tmp_path / "base"
+  shutil.copytree(bases["sd1"], base)
+  file = base / "text_encoder" / "model.safetensors"
+  half = {name: x.half() for name, x in load_file(file).items()}
+  save_file(half, file.with_name("model.fp16.safetensors"), {"format": "pt"})
+  out, _ = run(base, "single_file", "--variant", "fp16")
+  assert "parameters, float32" in capsys.readouterr().out
+  got = load_file(out / FILE)
+  types = {
+    n.partition(".")[0]: x.dtype for n, x in got.items() if x.is_floating_point()
+  }
+  text = types.pop("cond_stage_model")
+  assert (text, set(types.values())) == (torch.float16, {torch.float32})
 
 
 def test_what_predicts_v_is_marked(bases, tmp_path):

@@ -134,7 +134,14 @@ def hub(tmp_path, monkeypatch):
         shutil.copyfile(file, local / name)
     return str(local)
 
+  def model_info(self, repository, *, revision):
+    files = [f for f in (tmp_path / repository).rglob("*") if f.is_file()]
+    names = sorted(str(f.relative_to(tmp_path / repository)) for f in files)
+    siblings = [types.SimpleNamespace(rfilename=name) for name in names]
+    return types.SimpleNamespace(siblings=siblings)
+
   monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+  monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
   return types.SimpleNamespace(root=tmp_path, asked=asked)
 
 
@@ -163,17 +170,36 @@ def test_a_lora_of_the_hub_may_have_any_name_and_be_peft_s(hub):
   assert hub.asked[2][1][0] == "style [[]v2].safetensors"
 
 
+def test_of_several_files_on_the_hub_none_is_fetched(hub):
+  for name in ("b.safetensors", "a.safetensors", "old/a.safetensors"):
+    (hub.root / "me" / "many" / name).parent.mkdir(parents=True, exist_ok=True)
+    (hub.root / "me" / "many" / name).touch()
+  with pytest.raises(InputError, match=r"holds 2 .*by name: me/many/a\.safetensors$"):
+    load_lora("me/many")
+  assert not list((hub.root / "cache").rglob("*.safetensors"))
+
+
+def test_without_a_network_the_cache_is_enough(hub, monkeypatch):
+  file = write_diffusers(hub.root / "me" / "style", make_tree(2), ("to_q",))
+  file.rename(file.with_name("style.safetensors"))
+  monkeypatch.delattr("huggingface_hub.HfApi.model_info")
+  chex.assert_trees_all_close(load_lora("me/style"), make_tree(2))
+
+
 @pytest.mark.parametrize(
   ("name", "message"),
   [
     ("me/nothing", "'me/nothing' .*cannot be downloaded"),
     ("me/model", "me/model is a whole model, not a LoRA"),
+    ("me/pickle", r"me/pickle on the hub has no \.safetensors file"),
     ("me/model/x.safetensors", "me/model on the hub has no file x"),
   ],
 )
 def test_what_is_no_lora_on_the_hub_is_named(name, message, hub):
   (hub.root / "me" / "model").mkdir(parents=True)
   (hub.root / "me" / "model" / "model_index.json").touch()
+  (hub.root / "me" / "pickle").mkdir()
+  (hub.root / "me" / "pickle" / "lora.bin").touch()
   with pytest.raises(InputError, match=message):
     load_lora(name)
 
