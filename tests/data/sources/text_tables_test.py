@@ -246,5 +246,5 @@ def test_two_columns_that_contradict_each_other_are_refused(table):
     rows[0][-1] = "categories"
 
   change_csv(table, edit)
-  with pytest.raises(InputError, match=r"line 3: category is 'Hate' and categories"):
+  with pytest.raises(InputError, match=r"row 1: category is 'Hate' and categories"):
     read_pairs(table)
