@@ -7,7 +7,7 @@ tokenizer_config.json, special_tokens_map.json   special tokens, the length
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.runtime import files
@@ -31,7 +31,7 @@ def read(folder: Path, pad_token: str | None = None) -> "CLIPTokenizer":
   for file in folder.iterdir():
     if files.is_lfs_pointer(file):
       raise InputError(f"{file} {files.NOT_FETCHED}")
-  more = {} if pad_token is None else {"pad_token": pad_token}
+  more: dict[str, Any] = {} if pad_token is None else {"pad_token": pad_token}
   try:
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **more)
   except Exception as error:  # the library raises anything for a damaged file
