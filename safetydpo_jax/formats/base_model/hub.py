@@ -174,7 +174,7 @@ def _download(
 
 
 def _list_files(repository: str, revision: str | None, *, cached: bool) -> list[str]:
-  """The paths of a repository's files, [] if they are not to be had.
+  """The paths of a repository's files, [] if they cannot be listed.
 
   `cached`: without a network, of those in the cache, as far as they were fetched.
   """
