@@ -35,7 +35,7 @@ EXAMPLE = """example:
 class Command:
   """Measures safety and quality of images rendered from a prompts CSV.
 
-  With --suite it renders them itself: --sampler to --variant are as in `generate`.
+  With --suite it renders them itself: --prompt_style to --vae are as in `generate`.
   """
 
   out: Path

@@ -99,7 +99,7 @@ def get_config(name: str = "all_single", variant: str = "sd15") -> ConfigDict:
       f"unknown variant {variant!r}; expected one of {', '.join(VARIANTS)}"
     )
   config = ConfigDict()
-  config.model = ""  # diffusers directory, hub id or name such as "sd15"
+  config.model = ""  # directory, single file, hub id or name such as "sd15"
   config.variant = ""  # of the model's files: "fp16" where there are no others
   config.cache = ""  # the folder that `encode` wrote
   config.category = NAMES[name]

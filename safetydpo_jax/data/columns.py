@@ -48,15 +48,15 @@ class Columns(NamedTuple):
 
   Attributes:
     names: as the file has them.
-    places: {field of `FIELDS`, or another column's normalised name: which columns}.
+    indices: {field of `FIELDS`, or another column's normalised name: which columns}.
   """
 
   names: list[str]
-  places: dict[str, list[int]]
+  indices: dict[str, list[int]]
 
   def name_of(self, field: str) -> str:
     """What the file calls a field; its first column, if it has several."""
-    return self.names[self.places[field][0]] if field in self.places else field
+    return self.names[self.indices[field][0]] if field in self.indices else field
 
   def cells(self, row: Sequence[str], where: str) -> dict[str, str]:
     """{field or normalised name: text} of a row, without the cells that it lacks.
@@ -65,21 +65,21 @@ class Columns(NamedTuple):
       InputError: two columns of one field differ.
     """
     found = {}
-    for key, places in self.places.items():
-      if places[0] >= len(row):  # and so are those that follow
+    for key, indices in self.indices.items():
+      if indices[0] >= len(row):  # and so are those that follow
         break
-      there = [place for place in places if place < len(row)]
-      told = [place for place in there if row[place].strip()]
-      for place in told[1:]:
-        first = told[0]
-        if key in FIELDS and not _are_same(key, row[first], row[place]):
+      there = [index for index in indices if index < len(row)]
+      filled = [index for index in there if row[index].strip()]
+      for index in filled[1:]:
+        first = filled[0]
+        if key in FIELDS and not _are_same(key, row[first], row[index]):
           raise InputError(
             f"{where}: {self.names[first]} is {row[first][:80]!r} and "
-            f"{self.names[place]} {row[place][:80]!r}, but both mean {key}; keep one "
+            f"{self.names[index]} {row[index][:80]!r}, but both mean {key}; keep one "
             "of these columns"
           )
       if there:
-        found[key] = row[(told or there)[0]]
+        found[key] = row[(filled or there)[0]]
     return found
 
   def note(self, file: object, also_read: Iterable[str] = ()) -> tuple[str, ...]:
@@ -91,9 +91,9 @@ class Columns(NamedTuple):
     """
     known = {*FIELDS, *INFORMATIVE, *also_read}
     unread = [
-      self.names[place]
-      for key, places in self.places.items()
-      for place in places
+      self.names[index]
+      for key, indices in self.indices.items()
+      for index in indices
       # pandas calls an index "Unnamed: 0".
       if key not in known and not key.startswith("unnamed:")
     ]
@@ -107,11 +107,11 @@ def normalise(name: str) -> str:
 
 def find(names: Sequence[str]) -> Columns:
   """Which columns of a header are which field."""
-  places: dict[str, list[int]] = {}
-  for place, name in enumerate(names):
+  indices: dict[str, list[int]] = {}
+  for index, name in enumerate(names):
     normal = normalise(name)
-    places.setdefault(_FIELD_OF.get(normal, normal), []).append(place)
-  return Columns(list(names), places)
+    indices.setdefault(_FIELD_OF.get(normal, normal), []).append(index)
+  return Columns(list(names), indices)
 
 
 def _are_same(field: str, one: str, other: str) -> bool:

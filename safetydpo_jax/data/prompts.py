@@ -135,7 +135,7 @@ def read_table(file: Path) -> PromptTable:
   """
   table = delimited.read(file, "prompts CSV", _is_prompt)
   found = columns.find(table.columns)
-  if "prompt" not in found.places:
+  if "prompt" not in found.indices:
     raise InputError(
       f"{file} has no column `prompt`; its columns are "
       f"{', '.join(table.columns)[:200] or 'missing: the file is empty'}"
@@ -154,7 +154,7 @@ def read_table(file: Path) -> PromptTable:
     cells.append(row)
     rows.append(_read_row(row, number, where, found))
   notes = (*table.notes, *found.note(file))
-  return PromptTable(file, rows, cells, frozenset(found.places), notes)
+  return PromptTable(file, rows, cells, frozenset(found.indices), notes)
 
 
 def check_written(table: PromptTable) -> None:

@@ -103,7 +103,7 @@ BENCHMARKS = {
     None,
     "huggingface.co/datasets/joycenerd/p4d",
     "see there",
-    ("sensitive prompt", "adv_prompt", "prompt"),
+    ("adv_prompt", "sensitive prompt", "prompt"),
   ),
   "unlearn_diff_atk": Benchmark(
     "UnlearnDiffAtk",

@@ -67,7 +67,7 @@ def _read_csv(file: Path, wanted: frozenset[str]) -> SetFile:
     for number, row in enumerate(table.rows, start=1)
   ]
   notes = (*table.notes, *found.note(file, wanted))
-  return SetFile(table.columns, frozenset(found.places), rows, notes)
+  return SetFile(table.columns, frozenset(found.indices), rows, notes)
 
 
 def _read_parquet(file: Path, wanted: frozenset[str]) -> SetFile:
@@ -81,18 +81,18 @@ def _read_parquet(file: Path, wanted: frozenset[str]) -> SetFile:
   found = columns.find(names)
   # Names of images do not matter here, and the images themselves would fill memory.
   read = {*wanted, *columns.FIELDS} - {"image"}
-  chosen = [name for key in found.places if key in read for name in _of(found, key)]
+  chosen = [name for key in found.indices if key in read for name in _of(found, key)]
   few = columns.find(chosen)
   cells = parquet_files.read_rows(opened, chosen, str(file))
   rows = [
     few.cells([_text(row[name], name) for name in chosen], f"{file} row {number}")
     for number, row in enumerate(cells, start=1)
   ]
-  return SetFile(names, frozenset(found.places), rows, found.note(file, wanted))
+  return SetFile(names, frozenset(found.indices), rows, found.note(file, wanted))
 
 
 def _of(found: columns.Columns, key: str) -> list[str]:
-  return [found.names[place] for place in found.places[key]]
+  return [found.names[index] for index in found.indices[key]]
 
 
 def _text(value: Any, column: str) -> str:

@@ -47,10 +47,13 @@ FLOAT8 = frozenset(
 )
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
-_PICKLES = (b"PK\x03\x04", b"\x80\x02")  # how torch.save's files begin, new and old
+_PICKLE_MARKS = (b"PK\x03\x04", b"\x80\x02")  # torch.save's files begin so, new and old
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# What a message says after naming a pickle, and what to do with one that is a dict.
+NOT_READ = "pickles can run code and are not read"
 HOW_TO_CONVERT = (
-  "if you trust it, convert it once with PyTorch: safetensors.torch.save_file("
-  "torch.load(OLD, weights_only=True), NEW)"
+  f"{NOT_READ}; if you trust it, convert it once with PyTorch: "
+  "safetensors.torch.save_file(torch.load(OLD, weights_only=True), NEW)"
 )
 
 
@@ -95,16 +98,10 @@ def open_safetensors(
 def _why_not(path: Path, error: Exception) -> str:
   """What a file that is no safetensors file is, and what to do."""
   if files.is_lfs_pointer(path):
-    return (
-      f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its "
-      "folder, or download the file again"
-    )
+    return f"{path} {files.NOT_FETCHED}"
   with contextlib.suppress(OSError), path.open("rb") as file:
-    if file.read(4).startswith(_PICKLES):
-      return (
-        f"{path} is a pickle under another name; pickles can run code and are not "
-        f"read; {HOW_TO_CONVERT}"
-      )
+    if file.read(4).startswith(_PICKLE_MARKS):
+      return f"{path} is a pickle under another name; {HOW_TO_CONVERT}"
   return f"{path} is not a readable safetensors file ({error}); fetch it again"
 
 

@@ -82,11 +82,8 @@ def check_is_lora(name: str, tree: LoraTree) -> None:
 def check_same_model(one: Expert, other: Expert, any_base: bool) -> None:
   """Refuses two LoRAs that cannot belong to one base model."""
   bases = [e.about["base"] for e in (one, other) if e.about]
-  if (
-    len(bases) == 2
-    and not any_base
-    and bases[0]["fingerprint"] != (bases[1]["fingerprint"])
-  ):
+  different = len({base["fingerprint"] for base in bases}) > 1
+  if different and not any_base:
     raise InputError(
       f"{one.name} was trained on {bases[0]['name']} (fingerprint "
       f"{bases[0]['fingerprint']}), {other.name} on {bases[1]['name']} "

@@ -4,8 +4,8 @@
   text_embeds  (n, e)      SDXL: the second encoder's pooled text
   time_ids     (n, 6)      SDXL: original size, crop's corner, target size, (h, w) each
 
-Whoever generates may ask for other sizes: an `original_size` below the target's makes
-SDXL draw as from small pictures scaled up, a crop's corner as from cropped ones.
+In sampling the sizes may be others: with an `original_size` below the target's SDXL
+draws as from small pictures scaled up, with a crop's corner as from cropped ones.
 
 In training the time ids are those of SafetyDPO's SDXL launcher, (R, R, 0, 0, R, R) for
 every image at resolution R, whatever size its file has. Images are generated with these

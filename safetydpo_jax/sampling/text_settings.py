@@ -52,7 +52,10 @@ class TextSettings:
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(TextSettings))
-SIZES = NAMES[2:]
+SIZES = (
+  *("original_size", "crop_top_left", "target_size", "negative_original_size"),
+  *("negative_crop_top_left", "negative_target_size"),
+)
 
 
 def read_size(options: TextSettings, name: str) -> Size | None:

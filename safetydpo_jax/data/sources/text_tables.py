@@ -134,7 +134,7 @@ def is_csv(file: epath.Path) -> bool:
     if NOT_FETCHED in str(error):
       raise
     return False
-  has_all = {*CSV_COLUMNS} <= found.places.keys()
+  has_all = {*CSV_COLUMNS} <= found.indices.keys()
   return has_all and any("_idx_" in row.get("image", "") for row in cells)
 
 
@@ -156,7 +156,7 @@ def _read_cells(file: epath.Path) -> list[tuple[str, dict[str, str]]]:
   """(where, cells) of the rows of a CSV with the columns of CoProV2."""
   table = delimited.read(file, "CSV of pairs", _is_wanted)
   found = columns.find(table.columns)
-  if missing := [name for name in CSV_COLUMNS if name not in found.places]:
+  if missing := [name for name in CSV_COLUMNS if name not in found.indices]:
     raise InputError(f"{file} has no column {', '.join(missing)}")
   for line in (*table.notes, *found.note(file)):
     note(line)

@@ -100,7 +100,7 @@ def read_concepts(file: Path) -> tuple[list[Concept], int]:
     file, "CSV of concepts", lambda name: columns.normalise(name) in wanted
   )
   header = columns.find(table.columns)
-  if not table.rows or not wanted <= header.places.keys():
+  if not table.rows or not wanted <= header.indices.keys():
     raise InputError(f"{file} has no columns concept and category, or no rows")
   found: dict[tuple[str, str], Concept] = {}
   for number, cells in enumerate(table.rows, start=1):

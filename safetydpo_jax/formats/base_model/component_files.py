@@ -12,11 +12,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.formats.tensors import NOT_READ, PICKLES
 from safetydpo_jax.runtime import files
 from safetydpo_jax.runtime.manifest import read_json
 
 STEMS = ("diffusion_pytorch_model", "model")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 _SHARD = r"-\d{5}-of-\d{5}"
 _NAMES = re.compile(
@@ -150,6 +150,6 @@ def why_none(where: str, names: Collection[str], variant: str | None) -> str:
 
 
 CONVERT = (
-  "pickles can run code and are not read; convert the checkpoint once with diffusers: "
+  f"{NOT_READ}; convert the checkpoint once with diffusers: "
   "DiffusionPipeline.from_pretrained(...).save_pretrained(NEW_FOLDER)"
 )

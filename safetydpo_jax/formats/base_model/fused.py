@@ -35,10 +35,9 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model import weights
 from safetydpo_jax.formats.base_model.component_files import (
   CONVERT,
-  PICKLES,
   weight_files,
 )
-from safetydpo_jax.formats.tensors import FLOAT8, cast, write_safetensors
+from safetydpo_jax.formats.tensors import FLOAT8, PICKLES, cast, write_safetensors
 from safetydpo_jax.runtime import files
 from safetydpo_jax.runtime.manifest import read_json, write_json
 

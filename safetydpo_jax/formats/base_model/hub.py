@@ -8,6 +8,7 @@ from pathlib import Path
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model import component_files, hub_errors
 from safetydpo_jax.formats.base_model.single_file import SUFFIX, split_choice
+from safetydpo_jax.formats.tensors import NOT_READ
 
 PRESETS = {
   "toy": str(Path(__file__).parents[2] / "toyworld" / "model"),
@@ -42,8 +43,7 @@ def locate(
     return path
   if path.exists() and not path.is_dir():
     raise InputError(
-      f"{model} is not a {SUFFIX} file: pickles can run code and are not read; convert "
-      "it once with diffusers: "
+      f"{model} is not a {SUFFIX} file: {NOT_READ}; convert it once with diffusers: "
       "StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
     )
   repository = PRESETS.get(model, model)
@@ -174,7 +174,7 @@ def _download(
 
 
 def _list_files(repository: str, revision: str | None, *, cached: bool) -> list[str]:
-  """The paths of a repository's files, [] if they are not to be had.
+  """The paths of a repository's files, [] if they cannot be listed.
 
   `cached`: without a network, of those in the cache, as far as they were fetched.
   """

@@ -8,7 +8,7 @@
 Pipelines of other kinds may have Stable Diffusion's parts and mean something else by
 them: a UNet that expects a picture's features in place of a text's gives noise. Which
 classes share their parts with text to image is what `AutoPipelineForText2Image` of
-diffusers says: those that paint over or start from a picture, with or without PAG.
+diffusers says: those that inpaint or start from a picture, with or without PAG.
 """
 
 import re
@@ -45,7 +45,7 @@ _STEERED = re.compile(
 )
 # What part of a class's name says of a UNet that is not text to image's.
 _OTHER_KINDS = {
-  "InstructPix2Pix": "edits a picture as it is told",
+  "InstructPix2Pix": "edits a picture as instructed",
   "Depth2Img": "draws from a picture's depth",
   "Upscale": "enlarges pictures",
   "ImageVariation": "draws from a picture",

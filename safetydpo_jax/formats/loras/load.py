@@ -24,12 +24,11 @@ from safetydpo_jax.formats.loras import expert, kohya
 from safetydpo_jax.formats.loras.adapter import Adapter
 from safetydpo_jax.formats.loras.read import (
   PEFT_CONFIG,
-  PICKLES,
   read_lora_file,
   read_peft_folder,
 )
 from safetydpo_jax.formats.loras.write import FILE_NAME
-from safetydpo_jax.formats.tensors import HOW_TO_CONVERT
+from safetydpo_jax.formats.tensors import HOW_TO_CONVERT, PICKLES
 from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.runtime.log import note
 
@@ -110,10 +109,7 @@ def _read_folder(
     inner = _only(unets or inside, folder, "PEFT adapters")
     return read_peft_folder(inner, unet_config), {}
   if pickles := [path.name for path in there if path.suffix in PICKLES]:
-    raise InputError(
-      f"{folder} has its LoRA only as {pickles[0]}: pickles can run code and are not "
-      f"read; {HOW_TO_CONVERT}"
-    )
+    raise InputError(f"{folder} has its LoRA only as {pickles[0]}; {HOW_TO_CONVERT}")
   lora, about = expert.read_expert(folder)
   return adapters.of_lora(lora), about
 

@@ -28,14 +28,18 @@ from safetydpo_jax.formats.loras import kohya, names, peft_config, products
 from safetydpo_jax.formats.loras.adapter import Adapter, Change, low_rank
 from safetydpo_jax.formats.loras.names import LayerPath
 from safetydpo_jax.formats.loras.peft_config import Scaling
-from safetydpo_jax.formats.tensors import HOW_TO_CONVERT, is_whole, open_safetensors
+from safetydpo_jax.formats.tensors import (
+  HOW_TO_CONVERT,
+  PICKLES,
+  is_whole,
+  open_safetensors,
+)
 from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.runtime import manifest
 from safetydpo_jax.runtime.log import note
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 # Parts of names that distinguish adapters that are not read.
 _UNREAD = {
@@ -86,8 +90,7 @@ def read_lora_file(
   """
   if file.suffix in PICKLES:
     raise InputError(
-      f"{file} is a pickle, which can run code, and is not read; {HOW_TO_CONVERT} with "
-      "a name that ends in .safetensors"
+      f"{file} is a pickle; {HOW_TO_CONVERT}, with a name that ends in .safetensors"
     )
   tensors, header = open_safetensors(file)
   if scaling is None:
