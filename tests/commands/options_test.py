@@ -33,9 +33,11 @@ NEEDS = {
 
 def options_of(command):
   """The dataclass that the command's line is read into."""
-  with mock.patch.object(tyro, "cli", side_effect=documents.Read) as read:
-    with pytest.raises(documents.Read):
-      importlib.import_module(f"safetydpo_jax.{command}").main([])
+  with (
+    mock.patch.object(tyro, "cli", side_effect=documents.Read) as read,
+    pytest.raises(documents.Read),
+  ):
+    importlib.import_module(f"safetydpo_jax.{command}").main([])
   return typing.get_type_hints(read.call_args.args[0])["options"]
 
 
@@ -78,12 +80,14 @@ def test_the_word_none_is_text_and_not_the_absence_of_a_value(command, name, kin
   """A prompt, a title or a file may be called so; what is not text refuses it."""
   given = {n: VALUES.get(n, "x") for n in required_of(command)}
   given |= NEEDS.get(f"{command} --{name}", NEEDS.get(command, {})) | {name: "None"}
+  words = [f"--{option}={value}" for option, value in given.items()]
+  if not kinds & {str, Path}:
+    with pytest.raises(SystemExit):
+      documents.read(command, words)
+    return
   try:
-    read = documents.read(command, [f"--{n}={value}" for n, value in given.items()])
-  except InputError as error:
-    assert "None" in str(error)
-  except SystemExit:
-    assert not kinds & {str, Path}
-  else:
-    (kind,) = kinds & {str, Path}
-    assert value_of(read.options, name) == kind("None")
+    found = value_of(documents.read(command, words).options, name)
+  except InputError as error:  # text that this option does not take
+    found = str(error)
+  assert found is not None
+  assert "None" in str(found)
