@@ -98,6 +98,10 @@ def test_options_are_the_same_however_they_were_written(tmp_path):
   words = ["--config.dpo.beta=7", "--test=48", "--pairs=9"]  # 48 is the default
   (tmp_path / "options.json").write_text(json.dumps({"demo": words}))
   compare_merges.check_same(StudyOptions(tmp_path, pairs=9), ["--config.dpo.beta=7"])
+  with pytest.raises(InputError, match="--test 47"):
+    compare_merges.check_same(
+      StudyOptions(tmp_path, pairs=9, test=47), ["--config.dpo.beta=7"]
+    )
 
 
 def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch):
