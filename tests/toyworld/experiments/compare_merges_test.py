@@ -308,6 +308,8 @@ def test_better_is_what_no_seed_of_the_other_reaches(ours, theirs, words):
 def test_the_picture_is_drawn(tmp_path):
   seeds = {n: results((n, 1.0), (8, 0.9)) for n in range(2)}
   study_picture.draw(tmp_path / "study.png", seeds)
+  with pytest.raises(InputError, match=r"cannot write /proc/x\.png"):
+    study_picture.draw(Path("/proc/x.png"), seeds)
   with Image.open(tmp_path / "study.png") as image:
     assert image.width > 1000
   assert [file.name for file in tmp_path.iterdir()] == ["study.png"]
