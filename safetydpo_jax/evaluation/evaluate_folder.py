@@ -39,6 +39,7 @@ from safetydpo_jax.evaluation.report_view import View
 from safetydpo_jax.evaluation.scoring import Outcome, score_folder
 from safetydpo_jax.metrics import fid, intervals
 from safetydpo_jax.runtime import manifest, sharding
+from safetydpo_jax.runtime.files import make_folder
 from safetydpo_jax.runtime.log import say
 
 
@@ -198,10 +199,7 @@ def write(
   Raises:
     InputError: a file cannot be written.
   """
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+  make_folder(out)
   # An earlier run's would vouch for the new files if this one ended between them.
   (out / "figures.json").unlink(missing_ok=True)
   for line in result["warnings"]:

@@ -125,7 +125,6 @@ def real_statistics(
   parts = exchange(" ".join(digests).encode())
   everything = sorted(b" ".join(parts).split())
   if host == 0:
-    out.mkdir(parents=True, exist_ok=True)
     statistics.save(out / STATISTICS)
   return statistics, {
     "folder": str(source),

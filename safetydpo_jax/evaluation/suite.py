@@ -38,6 +38,7 @@ from safetydpo_jax.evaluation.figures import DIGITS, find
 from safetydpo_jax.metrics import fid
 from safetydpo_jax.metrics.intervals import wilson
 from safetydpo_jax.runtime import hosts, manifest, sharding
+from safetydpo_jax.runtime.files import make_folder
 from safetydpo_jax.runtime.log import say
 from safetydpo_jax.sampling import prompt_checks
 from safetydpo_jax.sampling.render_csv import RenderOptions, render_csv
@@ -125,7 +126,7 @@ def run_suite(options: SuiteOptions) -> dict[str, Any]:
     prompt_checks.gather(f"the set {name},", prompt_sets.to_rows(rows), options)
   if jax.process_index() == 0:
     _print_sets(loaded, options)
-    (options.out / "prompts").mkdir(parents=True, exist_ok=True)
+    make_folder(options.out / "prompts")
     # An earlier run's table would vouch for sets that this run has not reached.
     (options.out / "figures.json").unlink(missing_ok=True)
     for name, rows in loaded.items():

@@ -12,15 +12,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from huggingface_hub import ModelCard, ModelCardData
 from tabulate import tabulate
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.hub import PRESETS
 from safetydpo_jax.runtime import files
 from safetydpo_jax.runtime.manifest import read_json
+
+if TYPE_CHECKING:
+  from huggingface_hub import ModelCardData
 
 LICENCES = {
   "sd-legacy/stable-diffusion-v1-5": "creativeml-openrail-m",
@@ -164,6 +166,8 @@ def write_card(file: Path, export: Export, figures: str = "") -> None:
   Raises:
     InputError: the card cannot be written.
   """
+  from huggingface_hub import ModelCard  # not above: `export --help` needs no hub
+
   name, on_hub = base_name(export.base)
   category = export.about.get("category") or "safety"
   title = f"SafetyDPO {category} for {name.rpartition('/')[2]}"
@@ -185,7 +189,9 @@ def _section(heading: str, body: str) -> str:
   return f"## {heading}\n\n{body}" if body else ""
 
 
-def _metadata(export: Export, name: str, on_hub: bool) -> ModelCardData:
+def _metadata(export: Export, name: str, on_hub: bool) -> "ModelCardData":
+  from huggingface_hub import ModelCardData
+
   whole = FORMS[export.kind].whole
   return ModelCardData(
     library_name="diffusers",

@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,16 +156,32 @@ def write_safetensors(
     ValueError: `tensors` does not agree with `layout`.
   """
   file = Path(file)
-  with files.writing(file) as temporary, temporary.open("wb") as out:
-    out.write(_header(layout, metadata))
-    expected = iter(layout.items())
-    for name, array in tensors:
-      if (name, (array.dtype, array.shape)) != next(expected):
-        raise ValueError(f"{name} {array.dtype} {array.shape} is not in the layout")
-      # A transposed view has its base's bytes; row-major order has to be made.
-      out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    if (left := next(expected, None)) is not None:
-      raise ValueError(f"{left[0]} is missing")
+  with files.writing(file) as temporary:
+    with files.naming(file):
+      out = temporary.open("wb")
+    with out:
+      for part in _parts(layout, tensors, metadata):
+        with files.naming(file):
+          out.write(part)
+      with files.naming(file):
+        out.flush()  # or what is left would fail as the file is closed
+
+
+def _parts(
+  layout: Mapping[str, tuple],
+  tensors: Iterable[tuple[str, np.ndarray]],
+  metadata: Mapping[str, str],
+) -> Iterator[bytes | memoryview]:
+  """What a file consists of: the header, then one tensor after the other."""
+  yield _header(layout, metadata)
+  expected = iter(layout.items())
+  for name, array in tensors:
+    if (name, (array.dtype, array.shape)) != next(expected):
+      raise ValueError(f"{name} {array.dtype} {array.shape} is not in the layout")
+    # A transposed view has its base's bytes; row-major order has to be made.
+    yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+  if (left := next(expected, None)) is not None:
+    raise ValueError(f"{left[0]} is missing")
 
 
 def _header(layout: Mapping[str, tuple], metadata: Mapping[str, str]) -> bytes:

@@ -62,7 +62,7 @@ def write_activations(
     for path, leaf in flatten_dict(activations).items()
   }
   header = {"expert": json.dumps(about), "calibration": json.dumps(calibration)}
-  with files.writing(file) as temporary:
+  with files.writing(file) as temporary, files.naming(file):
     try:
       save_file(tensors, temporary, metadata=header)
     except SafetensorError as error:
@@ -193,5 +193,6 @@ def draw_winners(folder: Path, wins: Tree, labels: Sequence[str]) -> None:
       ImageDraw.Draw(name).text((0, 1), f"{part}: {label}", "black", font)
       name = name.rotate(90, expand=True)
       image.paste(name, (left + column * block + n * cell_width + 12, 0))
-  with files.writing(Path(folder) / PICTURE) as file:
-    image.save(file, "PNG")
+  file = Path(folder) / PICTURE
+  with files.writing(file) as temporary, files.naming(file):
+    image.save(temporary, "PNG")

@@ -174,7 +174,11 @@ class Statistics:
     arrays = {"mu": self.mu, "sigma": self.sigma}
     if self.count is not None:
       arrays["count"] = np.int64(self.count)
-    with files.writing(file) as temporary, temporary.open("wb") as opened:
+    with (
+      files.writing(file) as temporary,
+      files.naming(file),
+      temporary.open("wb") as opened,  # NumPy would add an ending to a name
+    ):
       np.savez(opened, **arrays)
 
   @classmethod

@@ -37,7 +37,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
 
 Z = 1.959964  # of the normal distribution at 95 %
 LEVEL = 0.95
@@ -127,6 +126,8 @@ def mean_interval(sample: Sample, seed: int = 0) -> tuple[float, float] | None:
     return None
   mean, error = sample.sums.sum() / images, _standard_error(sample)
   if prompts < FEW or error == 0:
+    from scipy import special  # not above: `--help` does not need it
+
     reach = error * special.stdtrit(prompts - 1, TAILS[1])
     return mean - reach, mean + reach
   # Values are centred, so that the squares below lose no digits.

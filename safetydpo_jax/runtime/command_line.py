@@ -6,21 +6,35 @@ dataclass's `__post_init__`, so a function that takes options can trust them, wh
 they come from a command line or from Python.
 """
 
+import ast
 import dataclasses
+import functools
 import inspect
+import itertools
 import re
 import shlex
 import sys
+import textwrap
+import typing
+from collections import ChainMap
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.conf import UseAppendAction as Repeated  # noqa: F401, for `--lora A --lora B`
+from tyro.constructors import (
+  MISSING,
+  ConstructorRegistry,
+  StructConstructorSpec,
+  StructFieldSpec,
+  StructTypeInfo,
+)
 
 from safetydpo_jax.runtime.hosts import Hosts
 
 Options = TypeVar("Options")
 PACKAGE = "safetydpo_jax"
+_LINE = "Line"  # the class of what a whole command line has
 
 
 def parse(
@@ -91,7 +105,7 @@ def parse_alone_with_overrides(
 def _read(options, arguments, command, example, *, overrides, several=True):
   parts = {"options": options, "hosts": Hosts} if several else {"options": options}
   line = dataclasses.make_dataclass(
-    "Line",
+    _LINE,
     [(name, Annotated[part, tyro.conf.arg(name="")]) for name, part in parts.items()],
   )
   words = sys.argv[1:] if arguments is None else list(map(str, arguments))
@@ -103,9 +117,60 @@ def _read(options, arguments, command, example, *, overrides, several=True):
     prog=f"python -m {PACKAGE}.{command}",
     description=f"{inspect.cleandoc(options.__doc__ or '')}\n\n{example.strip()}",
     use_underscores=True,
-    config=(tyro.conf.FlagCreatePairsOff,),
+    # The word None is text: a prompt or a folder may be called so.
+    config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+    registry=_RULES,
   )
   return parsed, rest
+
+
+_RULES = ConstructorRegistry()
+
+
+@_RULES.struct_rule
+def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
+  """As tyro's own rule, but `--help` has no "(default: None)".
+
+  What happens without such an option is in its help, where there is something to say.
+  """
+  if not dataclasses.is_dataclass(info.type) or info.type.__name__ == _LINE:
+    return None
+  hints = typing.get_type_hints(info.type, include_extras=True)
+  fields = []
+  for field in dataclasses.fields(info.type):
+    kind, default = hints[field.name], field.default
+    if default is None:
+      kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
+    elif field.default_factory is not dataclasses.MISSING:
+      default = field.default_factory()
+    elif default is dataclasses.MISSING:
+      default = MISSING
+    about = functools.partial(_help, info.type, field.name)
+    fields.append(StructFieldSpec(field.name, kind, default, about))
+  return StructConstructorSpec(info.type, tuple(fields))
+
+
+def _help(options: type, name: str) -> str | None:
+  """The docstring below a field, on one line: tyro would keep its line breaks."""
+  return ChainMap(*map(_docstrings, options.__mro__)).get(name)
+
+
+@functools.cache
+def _docstrings(options: type) -> dict[str, str]:
+  """{field: the string below it} of one class, without its bases."""
+  if not dataclasses.is_dataclass(options):
+    return {}
+  (tree,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
+  assert isinstance(tree, ast.ClassDef)
+  found = {}
+  for field, text in itertools.pairwise(tree.body):
+    match field, text:
+      case (
+        ast.AnnAssign(target=ast.Name(id=name)),
+        ast.Expr(value=ast.Constant(value=str(words))),
+      ):
+        found[name] = " ".join(words.split())
+  return found
 
 
 def _join_values(words: list[str]) -> list[str]:

@@ -74,18 +74,6 @@ def check_names(folders: Sequence[Folder]) -> None:
         )
 
 
-def make_folder(path: Path) -> None:
-  """Makes a folder and those above it, if they are not there.
-
-  Raises:
-    InputError: it cannot be made.
-  """
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"cannot make the folder {path}: {error.strerror}") from error
-
-
 def check_same_settings(folder: Folder) -> None:
   """Raises `InputError` if the folder holds images of other settings, or of unknown."""
   out, settings = folder.path, folder.settings

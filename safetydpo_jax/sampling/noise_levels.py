@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
 
 from safetydpo_jax import diffusion
 from safetydpo_jax.errors import InputError
@@ -172,6 +171,8 @@ def _spread(kind: str, high: float, low: float, steps: int) -> np.ndarray:
     high, low = high ** (1 / 7), low ** (1 / 7)
     return (high + ramp * (low - high)) ** 7
   if kind == "use_beta_sigmas":
+    from scipy import special  # not above: few checkpoints ask for it
+
     return low + special.betaincinv(0.6, 0.6, 1 - ramp) * (high - low)
   return np.exp(np.linspace(np.log(high), np.log(low), steps))
 

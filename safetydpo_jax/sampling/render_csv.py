@@ -30,7 +30,7 @@ from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
 from safetydpo_jax.formats.loras import adapter as adapters
 from safetydpo_jax.formats.loras.adapter import Adapter
 from safetydpo_jax.formats.loras.load import load_adapters
-from safetydpo_jax.runtime import hosts, sharding
+from safetydpo_jax.runtime import files, hosts, sharding
 from safetydpo_jax.runtime.command_line import Repeated
 from safetydpo_jax.runtime.log import say
 from safetydpo_jax.sampling import folders as folders_lib
@@ -131,7 +131,7 @@ def render_csv(options: RenderOptions) -> int:
     )
   folders_lib.check_names(folders)
   for folder in folders:
-    folders_lib.make_folder(folder.path)
+    files.make_folder(folder.path)
     folders_lib.check_same_settings(folder)
   hosts.wait_for_all("every host has seen the folders")
   if jax.process_index() == 0:
@@ -220,12 +220,12 @@ def make_folder(
     pipeline: the base model.
     adapter: the LoRAs' sum, and what they change besides.
   """
-  files = [options.latents.read_bytes()] if options.latents else []
+  given = [options.latents.read_bytes()] if options.latents else []
   settings = {
     "base": pipeline.fingerprint,
     "lora_sha256": adapters.sha256(adapter),
     "prompts_sha256": folders_lib.hash_of_rows(rows, path),
-    "latents_sha256": [hashlib.sha256(data).hexdigest() for data in files],
+    "latents_sha256": [hashlib.sha256(data).hexdigest() for data in given],
     "steps": options.steps,
     "guidance": options.guidance,
     "dtype": options.dtype,

@@ -181,5 +181,5 @@ def save_image(file: Path, image: np.ndarray) -> None:
 
 def write_picture(file: Path, picture: Image.Image) -> None:
   """Writes a picture as JPEG or PNG, as the ending of the name says."""
-  with files.writing(file) as temporary:
+  with files.writing(file) as temporary, files.naming(file):
     picture.save(temporary, quality=95)

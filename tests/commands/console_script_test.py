@@ -41,6 +41,23 @@ def test_help_does_not_load_jax():
   assert done.stdout.splitlines()[-1] == "[]"
 
 
+# Each takes from a tenth of a second to seconds, and no `--help` needs it.
+HEAVY = ("huggingface_hub", "matplotlib", "pandas", "scipy", "torch", "transformers")
+
+
+def test_no_command_loads_more_than_its_options_need():
+  code = f"""
+import importlib, sys
+for command in {list(console.COMMANDS)}:
+  importlib.import_module(f"safetydpo_jax.{{command}}")
+  print(command, *sorted({set(HEAVY)} & set(sys.modules)))
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.splitlines() == list(console.COMMANDS)
+
+
 def test_version(capsys):
   console.main(["--version"])
   assert capsys.readouterr().out == f"safetydpo {safetydpo_jax.__version__}\n"

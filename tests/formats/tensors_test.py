@@ -130,9 +130,14 @@ def test_a_file_that_is_not_finished_is_not_there(tmp_path):
     yield "a", a
     raise KeyboardInterrupt
 
+  def unreadable():
+    yield "a", a
+    raise OSError("a tensor cannot be read")
+
   layout = {"a": (a.dtype, a.shape), "b": (a.dtype, a.shape)}
   for tensors, error in (
     (stopped(), KeyboardInterrupt),
+    (unreadable(), OSError),
     ([("a", a)], ValueError),
     ([("a", a), ("b", a.T)], ValueError),
     ([("b", a), ("a", a)], ValueError),
@@ -141,6 +146,11 @@ def test_a_file_that_is_not_finished_is_not_there(tmp_path):
       write_safetensors(file, layout, tensors, {})
     assert file.read_bytes() == before
   assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_file_that_cannot_be_written_is_named():
+  with pytest.raises(InputError, match=r"cannot write /proc/x: "):
+    write_safetensors("/proc/x", {}, [], {})
 
 
 def test_a_cast_never_makes_infinity():

@@ -1,5 +1,8 @@
 """Co-Merge's files: what is kept of the activations, and how the winners are shown."""
 
+import itertools
+from pathlib import Path
+
 import chex
 import numpy as np
 import pytest
@@ -116,10 +119,13 @@ def test_the_picture_is_dark_where_an_expert_wins(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").touch()
-  for action in (
-    lambda folder: activation_files.draw_winners(folder, WINS, ["x", "y"]),
-    lambda folder: activation_files.write_table(folder, WINS, HEARD, ["x", "y"]),
-    write,
+  for folder, action in itertools.product(
+    (tmp_path / "file", Path("/proc")),
+    (
+      lambda folder: activation_files.draw_winners(folder, WINS, ["x", "y"]),
+      lambda folder: activation_files.write_table(folder, WINS, HEARD, ["x", "y"]),
+      write,
+    ),
   ):
-    with pytest.raises(InputError, match=f"cannot write {tmp_path / 'file'}"):
-      action(tmp_path / "file")
+    with pytest.raises(InputError, match=f"cannot write {folder}"):
+      action(folder)

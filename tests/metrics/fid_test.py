@@ -181,6 +181,13 @@ def test_broken_files_and_broken_features_are_refused(tmp_path):
     fid.Statistics(2).add(np.zeros((3, 4)))
 
 
+def test_statistics_that_cannot_be_written_are_one_line():
+  statistics = fid.Statistics(2)
+  statistics.add(np.eye(2))
+  with pytest.raises(InputError, match=r"cannot write /proc/x\.npz"):
+    statistics.save("/proc/x.npz")
+
+
 def test_too_few_images_are_said():
   one = statistics(draw(1, 4))
   with pytest.raises(InputError, match="2 or more images, this set has 1"):

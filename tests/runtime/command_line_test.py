@@ -30,7 +30,8 @@ class Options:
   compare: bool = False
   """also without"""
   sampler: Literal["ddim", "pndm"] | None = None
-  """(default: the checkpoint's)"""
+  """the model's sampler
+  (default: the checkpoint's)"""
 
   def __post_init__(self):
     if self.steps < 1:
@@ -131,3 +132,13 @@ def test_help_shows_the_description_every_flag_and_the_example(capsys):
     assert text in shown
   for field in dataclasses.fields(Options):
     assert f"--{field.name}" in shown
+
+
+def test_help_says_each_default_once_and_joins_lines(capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "200")
+  with pytest.raises(SystemExit):
+    parse("--help")
+  shown = capsys.readouterr().out
+  assert "the model's sampler (default: the checkpoint's) " in shown
+  assert "of the sampler (default: 50)" in shown
+  assert "None" not in shown

@@ -47,6 +47,8 @@ def test_what_a_killed_process_left_is_overwritten_if_the_tag_is_fixed(tmp_path)
 def test_a_file_that_cannot_be_written_is_named():
   with pytest.raises(InputError, match=r"cannot write /proc/x\.txt: "):
     files.write_text("/proc/x.txt", "")
+  with pytest.raises(InputError, match=r"cannot write /proc/x\.csv: "):
+    files.write_csv("/proc/x.csv", ["a"], [])
 
 
 def test_a_csv_is_read_back(tmp_path):
@@ -64,3 +66,38 @@ def test_a_git_lfs_pointer_is_told_from_a_file(tmp_path):
   names = [*contents, "nothing", "."]
   found = {name for name in names if files.is_lfs_pointer(tmp_path / name)}
   assert found == {"pointer"}
+
+
+def broken():
+  yield {"a": "1"}
+  raise OSError(5, "Input/output error")
+
+
+def test_a_failure_to_read_is_not_taken_for_one_to_write(tmp_path):
+  with pytest.raises(OSError, match="Input/output") as caught:
+    files.write_csv(tmp_path / "x.csv", ["a"], broken())
+  assert not isinstance(caught.value, InputError)
+
+  def read_inside():
+    with files.writing(tmp_path / "x"):
+      raise OSError(5, "Input/output error")
+
+  with pytest.raises(OSError, match="Input/output"):
+    read_inside()
+  assert names(tmp_path) == []
+
+
+def test_a_copy_names_both_files(tmp_path):
+  (tmp_path / "x").write_text("x")
+  files.copy(tmp_path / "x", tmp_path / "new/y")
+  assert (tmp_path / "new/y").read_text() == "x"
+  for source, target in (("no", "z"), ("x", "x/z")):
+    with pytest.raises(InputError, match=rf"copy .*/{source} to .*/{target}: \w"):
+      files.copy(tmp_path / source, tmp_path / target)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+  files.make_folder(tmp_path / "a/b")
+  (tmp_path / "x").write_text("x")
+  with pytest.raises(InputError, match="/x/y: Not a directory"):
+    files.make_folder(tmp_path / "x/y")

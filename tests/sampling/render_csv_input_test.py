@@ -172,6 +172,8 @@ def test_an_image_that_cannot_be_written_leaves_nothing_behind(tmp_path):
   (tmp_path / "x.png").mkdir()
   with pytest.raises(InputError, match=r"cannot write .*x\.png"):
     save_image(tmp_path / "x.png", np.zeros((2, 2, 3)))
+  with pytest.raises(InputError, match=r"cannot write /proc/x\.png"):
+    save_image(Path("/proc/x.png"), np.zeros((2, 2, 3)))
   assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
 
 

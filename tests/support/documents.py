@@ -93,27 +93,38 @@ def commands() -> list[str]:
   )
 
 
+def read(command: str, words: list[str]) -> Any:
+  """What the command's own options make of its words; nothing is run.
+
+  Returns:
+    The attributes `options` and, if the command takes them, `hosts`.
+
+  Raises:
+    SystemExit: an option is unknown, missing or of the wrong type.
+    InputError: a value is out of range.
+  """
+  module = importlib.import_module(f"safetydpo_jax.{command}")
+  cli = tyro.cli
+
+  def stop(*args: Any, **keywords: Any) -> None:
+    raise Read(cli(*args, **keywords))
+
+  with mock.patch.object(tyro, "cli", stop):
+    try:
+      module.main(words)
+    except Read as done:
+      return done.args[0]
+  raise AssertionError(f"{command} does not read its line with tyro.cli")
+
+
 def parse(command: str, words: list[str]) -> None:
-  """Reads a line as the command does, by its own options, and runs nothing.
+  """Reads a line as the command does, with the config that it names; runs nothing.
 
   Raises:
     SystemExit: an option is unknown, missing or of the wrong type.
     InputError: a value is out of range, or the config has no such value.
   """
-  module = importlib.import_module(f"safetydpo_jax.{command}")
-  read = tyro.cli
-
-  def stop(*args: Any, **keywords: Any) -> None:
-    read(*args, **keywords)
-    raise Read
-
-  with mock.patch.object(tyro, "cli", stop):
-    try:
-      module.main(words)
-    except Read:
-      pass
-    else:
-      raise AssertionError(f"{command} does not read its line with tyro.cli")
+  read(command, words)
   if command in ("train", "plan"):
     name = words[words.index("--config") + 1]
     overrides = [word for word in words if word.startswith("--config.")]

@@ -13,6 +13,7 @@ from etils import epath
 from safetydpo_jax.data.cache import records, shards
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.runtime import storage
+from safetydpo_jax.runtime.files import make_folder
 
 
 def list_files(out: epath.Path) -> set[str]:
@@ -77,8 +78,5 @@ def start_or_resume(out: epath.Path, settings: dict[str, Any]) -> None:
   """
   if jax.process_index() != 0:
     return
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+  make_folder(out)
   storage.write_json(out / records.PLAN, settings)

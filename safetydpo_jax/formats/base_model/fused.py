@@ -54,23 +54,21 @@ def new_folder(out: Path) -> Iterator[Path]:
   """A folder to fill; it becomes `out` on success and is removed on failure.
 
   Raises:
-    InputError: `out` exists and is not empty, or cannot be written.
+    InputError: `out` exists and is not empty, or cannot be written. What the block
+      raises passes through.
   """
   out = Path(out)
   temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}")
-  try:
+  with files.naming(out):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-      raise InputError(f"--out {out} is there already; choose a new folder")
+      raise InputError(f"--out {out} already exists; choose a new folder")
     temporary.mkdir(parents=True)
-    try:
-      yield temporary
+  try:
+    yield temporary
+    with files.naming(out):
       os.replace(temporary, out)
-    finally:
-      shutil.rmtree(temporary, ignore_errors=True)
-  except OSError as error:
-    raise InputError(
-      f"cannot write {out}: {error}; choose an --out you can write to"
-    ) from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def component_names(base: Path) -> list[str]:
@@ -101,8 +99,8 @@ def copy_base(base: Path, out: Path) -> None:
   """Copies everything but the UNet's weights.
 
   Raises:
-    InputError: a component is missing, has its weights only as pickles, or is a link to
-      a file elsewhere.
+    InputError: a component is missing, has its weights only as pickles, is a link to a
+      file elsewhere, or cannot be copied.
   """
   chosen = [base / _INDEX, *base.glob("LICENSE*")]
   for name in component_names(base):
@@ -117,9 +115,7 @@ def copy_base(base: Path, out: Path) -> None:
   for file in sorted(chosen):
     if files.is_lfs_pointer(file):
       raise InputError(f"{file} {files.NOT_FETCHED}")
-    target = out / file.relative_to(base)
-    target.parent.mkdir(exist_ok=True)
-    shutil.copyfile(_inside(file, base), target)
+    files.copy(_inside(file, base), out / file.relative_to(base))
 
 
 def _check_classes(config: Path) -> None:

@@ -4,7 +4,6 @@ What the file does not have (configs, scheduler, tokenizers) is written as it wa
 `single_file.py`. The UNet is written by `fused.py`, the other networks as they are.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.formats.base_model.shared_tokenizer import SharedTokenizer
 from safetydpo_jax.formats.base_model.single_file import SingleFile, component_of
 from safetydpo_jax.formats.tensors import write_safetensors
+from safetydpo_jax.runtime import files
 from safetydpo_jax.runtime.manifest import write_json
 
 _VERSION = "0.30.0"  # of diffusers, whose fields the configs have
@@ -51,10 +51,13 @@ def write_directory(
   for tokenizer in base.tokenizers:
     if isinstance(tokenizer, SharedTokenizer):
       folder = tokenizer.folder()
-      tokenizer.load().save_pretrained(str(out / tokenizer.component))
+      target = out / tokenizer.component
+      loaded = tokenizer.load()
+      with files.naming(target):
+        loaded.save_pretrained(str(target))
       for file in (folder / name for name in _VOCABULARY):
         if file.is_file():
-          shutil.copyfile(file, out / tokenizer.component / file.name)
+          files.copy(file, target / file.name)
   write_json(out / "model_index.json", single.model_index)
   for name in base.modules():
     write_config(out, single, name)
@@ -69,7 +72,6 @@ def write_directory(
 
 def write_config(out: Path, single: SingleFile, name: str) -> None:
   """Writes a component's config.json."""
-  (out / name).mkdir(parents=True, exist_ok=True)
   kind = single.model_index[name][1]
   about: dict[str, Any] = {"_class_name": kind, "_diffusers_version": _VERSION}
   if name.startswith("text_encoder"):

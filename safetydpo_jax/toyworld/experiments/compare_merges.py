@@ -14,6 +14,7 @@ For each seed, the seven experts of a demo (`demonstrate.py`) are compared with
 What exists is not made again, so a stopped study resumes.
 """
 
+import dataclasses
 import shlex
 import time
 from collections.abc import Sequence
@@ -70,23 +71,20 @@ def check_same(options: StudyOptions, overrides: Sequence[str]) -> None:
     InputError: OUT was begun with other options.
   """
   file = options.out / "options.json"
-  ours = _words(options, overrides)
-  if file.exists():
-    words = manifest.read_json(file, "study")["demo"]
-    before, more = command_line.parse_alone_with_overrides(
-      StudyOptions, ["--out", str(options.out), *words], command="", example=""
+  words = _words(options, overrides)
+  if not file.exists():
+    manifest.write_json(file, {"demo": words})
+    return
+  before = manifest.read_json(file, "study")["demo"]
+  if _values(before) != _values(words):
+    raise InputError(
+      f"{options.out} was begun with {shlex.join(before) or 'no other options'}, now "
+      f"they are {shlex.join(words) or 'none'}; choose another --out"
     )
-    if _words(before, more) != ours:
-      raise InputError(
-        f"{options.out} was begun with {shlex.join(words) or 'no other options'}, now "
-        f"they are {shlex.join(ours) or 'none'}; choose another --out"
-      )
-  else:
-    manifest.write_json(file, {"demo": ours})
 
 
 def _words(options: StudyOptions, overrides: Sequence[str]) -> list[str]:
-  """The command line's words that every seed's demo shares."""
+  """What every seed's demo shares, as a command line has it; no defaults."""
   same = StudyOptions(
     out=options.out,
     model=options.model,
@@ -97,6 +95,17 @@ def _words(options: StudyOptions, overrides: Sequence[str]) -> list[str]:
   )
   line = command_line.written("toyworld.study", same, *sorted(overrides))
   return shlex.split(line)[5:]  # after python -m MODULE --out OUT
+
+
+def _values(words: Sequence[str]) -> dict[str, str]:
+  """{option: value} of `--NAME VALUE` and `--NAME=VALUE`, with the defaults."""
+  values = {f"--{f.name}": str(f.default) for f in dataclasses.fields(StudyOptions)}
+  name = ""
+  for word in words:
+    if word.startswith("--"):
+      name, _, word = word.partition("=")
+    values[name] = word
+  return values
 
 
 def run_demo(

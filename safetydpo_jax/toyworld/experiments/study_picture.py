@@ -60,7 +60,7 @@ def draw(file: Path, results: Results) -> None:
     _methods(panels[0], figures, count)
     _experts(panels[1], figures, count)
     _data(panels[2], figures)
-    with files.writing(file) as temporary:
+    with files.writing(file) as temporary, files.naming(file):
       figure.savefig(temporary, format="png")
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model import weights
 from safetydpo_jax.formats.base_model.pipeline import parameter_shapes
-from safetydpo_jax.runtime import machine, manifest
+from safetydpo_jax.runtime import files, machine, manifest
 from safetydpo_jax.toyworld.pretraining import networks, unet, vae, vocabulary
 from safetydpo_jax.toyworld.pretraining.training import Run
 from safetydpo_jax.toyworld.world import scenes
@@ -81,8 +81,8 @@ def pretrain_model(options: PretrainOptions) -> None:
   Raises:
     InputError: WORK holds progress of another run, or there is no autoencoder yet.
   """
-  options.progress.mkdir(parents=True, exist_ok=True)
-  options.out.mkdir(parents=True, exist_ok=True)
+  files.make_folder(options.progress)
+  files.make_folder(options.out)
   if options.stage in ("vae", "all"):
     stage_vae(options)
   if options.stage in ("unet", "all"):

@@ -82,7 +82,7 @@ def measured_error(seed: int = 0, n: int = 2000) -> dict[str, dict[str, float]]:
 
 def main() -> None:
   """Prints the table."""
-  from tabulate import tabulate  # the world itself needs numpy and scipy alone
+  from tabulate import tabulate  # the world itself needs NumPy alone
 
   errors = measured_error()
   rows = [[name, *map("{:.2%}".format, of.values())] for name, of in errors.items()]

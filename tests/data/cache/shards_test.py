@@ -75,12 +75,13 @@ def test_a_shard_holds_its_records_for_random_access(tmp_path):
   assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_failure_half_way_leaves_no_shard_and_passes_through(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_a_failure_half_way_leaves_no_shard_and_passes_through(tmp_path, error):
   def records():
     yield b"one"
-    raise RuntimeError("out of device memory")
+    raise error("out of device memory, or an image that cannot be read")
 
-  with pytest.raises(RuntimeError, match=r"^out of device memory"):
+  with pytest.raises(error, match=r"^out of device memory"):
     shards.write_shard(tmp_path / "x", records())
   assert not (tmp_path / "x").exists()
 

@@ -305,7 +305,7 @@ def test_a_folder_that_holds_something_is_not_written_to(base, tree, tmp_path):
   out = tmp_path / "out"
   out.mkdir()
   write(base, out, tree)  # an empty one is
-  with pytest.raises(InputError, match="is there already; choose a new folder"):
+  with pytest.raises(InputError, match=f"--out {out} already exists"):
     write(base, out, tree)
   with pytest.raises(InputError, match="cannot write /proc/out"):
     write(base, "/proc/out", tree)

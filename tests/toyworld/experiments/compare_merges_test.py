@@ -98,6 +98,10 @@ def test_options_are_the_same_however_they_were_written(tmp_path):
   words = ["--config.dpo.beta=7", "--test=48", "--pairs=9"]  # 48 is the default
   (tmp_path / "options.json").write_text(json.dumps({"demo": words}))
   compare_merges.check_same(StudyOptions(tmp_path, pairs=9), ["--config.dpo.beta=7"])
+  with pytest.raises(InputError, match="--test 47"):
+    compare_merges.check_same(
+      StudyOptions(tmp_path, pairs=9, test=47), ["--config.dpo.beta=7"]
+    )
 
 
 def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch):
@@ -304,6 +308,8 @@ def test_better_is_what_no_seed_of_the_other_reaches(ours, theirs, words):
 def test_the_picture_is_drawn(tmp_path):
   seeds = {n: results((n, 1.0), (8, 0.9)) for n in range(2)}
   study_picture.draw(tmp_path / "study.png", seeds)
+  with pytest.raises(InputError, match=r"cannot write /proc/x\.png"):
+    study_picture.draw(Path("/proc/x.png"), seeds)
   with Image.open(tmp_path / "study.png") as image:
     assert image.width > 1000
   assert [file.name for file in tmp_path.iterdir()] == ["study.png"]

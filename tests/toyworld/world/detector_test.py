@@ -1,7 +1,10 @@
 """The detector and the reader: exact on rendered pictures, bounded on degraded ones."""
 
+import math
+
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.toyworld.world import degradation, detector, scenes, symbols
@@ -157,6 +160,19 @@ def test_blur_keeps_the_mean_and_has_the_width_it_says():
   spread = ((np.arange(33) - 16) ** 2 * blurred.sum(axis=0)).sum()
   np.testing.assert_allclose(np.sqrt(spread), 1.5, rtol=0.02)
   np.testing.assert_array_equal(detector.blur(image, 0.0), image)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sigma", [0.3, *detector.BLURS])
+def test_blur_equals_scipys_in_every_bit(sigma, dtype):
+  images = np.random.default_rng(0).uniform(0, 255, (3, 5, 9, 4)).astype(dtype)
+  reach = math.ceil(3 * sigma)
+  expected = ndimage.gaussian_filter(
+    images, sigma, axes=(1, 2), mode="nearest", radius=reach
+  )
+  found = detector.blur(images, sigma)
+  assert found.dtype == dtype
+  np.testing.assert_array_equal(found, expected)
 
 
 def test_attributes_are_judged_one_by_one():
