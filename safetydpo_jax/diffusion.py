@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.core import FrozenDict
+from jax.typing import ArrayLike
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.models.config import freeze
@@ -106,8 +107,8 @@ class Schedule:
     config: the whole scheduler_config.json, frozen, for `sampling/`.
   """
 
-  alphas_cumprod: jax.Array
-  final_alpha_cumprod: jax.Array
+  alphas_cumprod: jax.Array | np.ndarray
+  final_alpha_cumprod: ArrayLike
   prediction_type: str = struct.field(pytree_node=False, default="epsilon")
   config: FrozenDict[str, Any] = struct.field(
     pytree_node=False, default_factory=FrozenDict
@@ -182,7 +183,7 @@ def target(
 
 
 def posterior_sample(
-  moments: jax.Array, noise: jax.Array, scaling_factor: float
+  moments: jax.Array, noise: jax.Array, scaling_factor: float | jax.Array
 ) -> jax.Array:
   """Equation (3).
 
@@ -220,6 +221,7 @@ def spaced_timesteps(
   if not 1 <= steps <= total - extra:
     raise InputError(f"steps is {steps}; expected 1 to {total - extra}")
   points = steps + extra
+  descending: np.ndarray
   if spacing == "leading":
     descending = np.arange(points)[::-1] * (total // points) + offset
     if descending[0] >= total or offset < 0:

@@ -19,7 +19,7 @@ mean over latent elements sets the size of β = 5000. diffusers' SD1.5 script wr
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -83,7 +83,7 @@ def denoising_errors(
     keys, rate = dropout
     keys = jax.vmap(lambda key: jax.random.split(key, images))(keys).reshape(-1)
     variables["lora_dropout"] = lora_lib.dropout_draws(lora, keys, rate)
-  prediction = unet.apply(
+  prediction: Any = unet.apply(
     variables,
     noisy,
     timesteps,

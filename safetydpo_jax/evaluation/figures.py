@@ -153,7 +153,8 @@ def all_figures(
     for folder, columns in scored.items():
       for name, values in columns.items():
         about = {"folder": folder, "score": name, **where}
-        tables["scores"] += _mean(about, "mean", *gather(values), seed)
+        sample, known = gather(values)
+        tables["scores"] += _mean(about, "mean", sample, known, seed)
     if REFERENCE not in outcomes:
       continue
     for judge, after in decided[IMAGES].items():

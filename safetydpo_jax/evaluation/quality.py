@@ -47,7 +47,7 @@ def gather(statistics: fid.Statistics) -> fid.Statistics:
     return statistics
   content = io.BytesIO()
   # `Statistics.save` refuses a single image, which a host's share may be.
-  state = {"mu": statistics.mu, "scatter": statistics.scatter}
+  state: dict[str, Any] = {"mu": statistics.mu, "scatter": statistics.scatter}
   np.savez(content, count=np.array(statistics.count), **state)
   total = fid.Statistics(len(statistics.mu))
   for part in exchange(content.getvalue()):

@@ -21,7 +21,6 @@ from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.lora import Tree
 from safetydpo_jax.merging.calibration import Batch
 from safetydpo_jax.models import conditioning
-from safetydpo_jax.models.flash import OnMesh
 from safetydpo_jax.models.layers import low_rank_input
 from safetydpo_jax.runtime import sharding
 
@@ -90,8 +89,7 @@ def make_measure(
     the same on every host.
   """
   scaling_factor, schedule = pipeline.scaling_factor, pipeline.schedule
-  attention = OnMesh(pipeline.unet.attention, mesh, sharding.BATCH)
-  unet = pipeline.unet.clone(attention=attention)
+  unet = pipeline.unet.on_mesh(mesh, sharding.BATCH)
 
   def draw(pair, timestep, moments):  # moments (2, h, w, 2c)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair), timestep)

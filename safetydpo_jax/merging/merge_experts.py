@@ -45,6 +45,7 @@ from safetydpo_jax.merging.options import (
   OPTIONS,
   STATISTICS,
   MergeOptions,
+  measuring_of,
   parse_weights,
   with_defaults,
 )
@@ -154,31 +155,33 @@ def read_or_measure(
   Raises:
     InputError: experts, model, cache and statistics do not fit each other.
   """
-  cache = records.open_cache(options.calibration)
+  settings = measuring_of(options)
+  cache = records.open_cache(settings.calibration)
   pipeline = load_pipeline(base["name"], components=(), variant=options.variant)
   if not options.any_base:
     experts.find_base(loaded, pipeline)  # the name may lead to another model by now
   records.check_cache_fits(cache, pipeline)
   check_categories(cache, loaded)
-  pairs = calibration.choose_pairs(cache, options.pairs, options.seed)
+  pairs = calibration.choose_pairs(cache, settings.pairs, settings.seed)
   timesteps = calibration.parse_timesteps(
-    options.timesteps, pipeline.schedule.num_timesteps
+    settings.timesteps, pipeline.schedule.num_timesteps
   )
   categories = calibration.categories_of(cache)
   about = {
     "cache": cache.fingerprint,
     "base": base["fingerprint"],
     "categories": categories,
-    "pairs": options.pairs,
+    "pairs": settings.pairs,
     "timesteps": timesteps,
-    "seed": options.seed,
-    "dtype": options.dtype,
+    "seed": settings.seed,
+    "dtype": settings.dtype,
   }
   inputs = 2 * len(pairs) * len(timesteps)
 
-  folder = options.statistics or options.out / STATISTICS
   found = [
-    activation_files.read_activations(folder, this.lora, this.sha256, about, inputs)
+    activation_files.read_activations(
+      settings.statistics, this.lora, this.sha256, about, inputs
+    )
     for this in loaded
   ]
   hosts.wait_for_all("every host has read the statistics")
@@ -190,26 +193,26 @@ def read_or_measure(
       load_pipeline(
         base["name"],
         components=("unet", "text_encoder", "text_encoder_2"),
-        dtype=options.dtype,
+        dtype=settings.dtype,
         variant=options.variant,
       ),
       [loaded[n].lora for n in missing],
       cache,
       pairs,
       timesteps,
-      seed=options.seed,
-      batch_size=options.batch_size,
+      seed=settings.seed,
+      batch_size=settings.batch_size,
       mesh=sharding.make_mesh(),
-      experts_at_once=options.experts_at_once,
+      experts_at_once=settings.experts_at_once,
     )
     for n, tree in zip(missing, measured):
       check_finite(tree, loaded[n].name, cache.path)
       found[n] = tree
       if jax.process_index() == 0:
         activation_files.write_activations(
-          folder, tree, experts.describe(loaded[n]), about
+          settings.statistics, tree, experts.describe(loaded[n]), about
         )
-  return found, about
+  return [tree for tree in found if tree is not None], about
 
 
 def check_categories(cache: PairCache, loaded: Sequence[Expert]) -> None:

@@ -9,7 +9,7 @@ not read is refused rather than ignored.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.merging import baselines, comerge
@@ -42,7 +42,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
   "co_merge_factor": (*MEASURING, "seed"),
   "co_merge_product": (*MEASURING, "rank", "seed"),
 }
-DEFAULTS: dict[str, float | int | str] = {
+DEFAULTS: dict[str, Any] = {
   "density": baselines.DENSITY,
   "seed": 0,
   "pairs": 4,
@@ -125,7 +125,7 @@ class MergeOptions:
     return tuple(self.experts.split(","))
 
 
-def method_of(options: MergeOptions) -> str:
+def method_of(options: MergeOptions) -> Method:
   """The method's name in `OPTIONS`: `co_merge` is one of two readings."""
   return comerge.DEFAULT if options.method == "co_merge" else options.method
 
@@ -136,12 +136,34 @@ def with_defaults(options: MergeOptions) -> MergeOptions:
   Options that the method does not read stay None.
   """
   method = method_of(options)
-  given = {name: getattr(options, name) for name in OPTIONS[method]}
-  filled = {
+  given: dict[str, Any] = {name: getattr(options, name) for name in OPTIONS[method]}
+  filled: dict[str, Any] = {
     name: DEFAULTS.get(name) if value is None else value
     for name, value in given.items()
   }
   return dataclasses.replace(options, method=method, **filled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+  """What Co-Merge measures, and how: options of `MEASURING` and the seed, filled in."""
+
+  calibration: str
+  statistics: Path
+  pairs: int
+  timesteps: str | None
+  dtype: str
+  batch_size: int
+  experts_at_once: int
+  seed: int
+
+
+def measuring_of(options: MergeOptions) -> Measuring:
+  """That part of `with_defaults`' options, of a method that measures."""
+  names = [field.name for field in dataclasses.fields(Measuring)]
+  values: dict[str, Any] = {name: getattr(options, name) for name in names}
+  values["statistics"] = options.statistics or options.out / STATISTICS
+  return Measuring(**values)
 
 
 def parse_weights(text: str | None, count: int) -> list[float]:

@@ -40,8 +40,13 @@ def image_extractor(model: Clip, mesh: Mesh | None, per_device: int) -> Extracto
 def text_extractor(model: Clip, mesh: Mesh | None, per_device: int) -> Extractor:
   """Token ids (n, length) int32 → text embeddings (n, e) float32, not normalised."""
   tower = model.towers["text"]
+
+  def apply(params, ids):
+    encoded: Any = tower.apply({"params": params}, ids)
+    return encoded.pooled
+
   return make_extractor(
-    lambda params, ids: tower.apply({"params": params}, ids).pooled,
+    apply,
     model.params["text"],
     mesh=mesh,
     per_device=per_device,

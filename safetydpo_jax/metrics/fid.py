@@ -24,6 +24,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
@@ -76,8 +77,12 @@ def load(
     )
   about = {"name": "FID", "inception": provenance.describe(file)}
   network = inception.Inception()
+
+  def apply(params: dict[str, Any], images: jax.Array) -> Any:
+    return network.apply({"params": params}, images)
+
   extract = make_extractor(
-    lambda params, images: network.apply({"params": params}, images),
+    apply,
     inception.read_weights(file),
     mesh=mesh,
     per_device=per_device,
@@ -171,7 +176,7 @@ class Statistics:
 
   def save(self, file: str | os.PathLike) -> None:
     """Writes `mu`, `sigma` (pytorch-fid reads them) and `count` as .npz."""
-    arrays = {"mu": self.mu, "sigma": self.sigma}
+    arrays: dict[str, Any] = {"mu": self.mu, "sigma": self.sigma}
     if self.count is not None:
       arrays["count"] = np.int64(self.count)
     with (

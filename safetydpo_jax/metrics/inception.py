@@ -197,7 +197,7 @@ class Inception(nn.Module):
   def __call__(self, images: jax.Array) -> jax.Array:
     x = 2 * images - 1
     for layer in STEM:
-      if layer == "maximum":
+      if isinstance(layer, str):  # "maximum"
         x = nn.max_pool(x, (3, 3), (2, 2))
       else:
         x = ConvNorm(layer, name=layer.name)(x)

@@ -9,6 +9,7 @@ The gelu of (3) is the exact one. Products are summed and the softmax is taken i
 float32 whatever the compute type, which is what diffusers' `upcast_attention` asks for.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import chex
@@ -94,7 +95,7 @@ def attend(
     kernel = "xla"
   if kernel == "splash":
     return flash.flash(q, k, v, place=place, interpret=platform != "tpu")
-  compute = partial(
+  compute: Callable[..., jax.Array] = partial(
     jax.nn.dot_product_attention, is_causal=causal, implementation=kernel
   )
   if kernel == "xla" and q.shape[1] * k.shape[1] >= RECOMPUTE_FROM:
@@ -188,6 +189,7 @@ class Transformer2D(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
     n, h, w, c = x.shape
+    project: Callable[..., Dense | Conv]
     if self.linear_projection:
       project = partial(Dense, c, dtype=self.dtype)
     else:

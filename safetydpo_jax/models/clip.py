@@ -18,7 +18,7 @@ as with the emphasis "Original" of AUTOMATIC1111's web UI. `pooled` is that of t
 chunk, without weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 
 from safetydpo_jax.errors import InputError
@@ -236,9 +237,9 @@ class CLIPText(nn.Module):
 
 def encode_text(
   text_encoders: Sequence[CLIPText],
-  params: dict[str, Any],
-  token_ids: Sequence[jax.Array],
-  weights: Sequence[jax.Array] = (),
+  params: Mapping[str, Any],
+  token_ids: Sequence[jax.Array | np.ndarray],
+  weights: Sequence[jax.Array | np.ndarray] = (),
   clip_skip: int = 0,
 ) -> tuple[jax.Array, jax.Array | None]:
   """The UNet's context and pooled text; pure, so it can be jitted.
@@ -263,7 +264,7 @@ def encode_text(
     positions = min(length, read_config(encoder.config).max_position_embeddings)
     chex.assert_is_divisible(length, positions)
     variables = {"params": params[names[i]]}
-    output = encoder.apply(variables, ids.reshape(-1, positions), clip_skip)
+    output: Any = encoder.apply(variables, ids.reshape(-1, positions), clip_skip)
     states = output.last if one else output.penultimate
     if weights:
       states = weigh(states, weights[i].reshape(-1, positions))
@@ -273,7 +274,7 @@ def encode_text(
   return jnp.concatenate(contexts, axis=-1), pooled
 
 
-def weigh(states: jax.Array, weights: jax.Array) -> jax.Array:
+def weigh(states: jax.Array, weights: jax.Array | np.ndarray) -> jax.Array:
   """Chunks' states z (m, p, d) by their tokens' weights (m, p); computed in float32."""
   chex.assert_equal_shape_prefix([states, weights], 2)
   exact = states.astype(jnp.float32)

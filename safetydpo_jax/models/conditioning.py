@@ -13,10 +13,11 @@ values, and the images of a pair must share them: a different size would give aw
 one is preferred.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from safetydpo_jax.models import clip
 
@@ -28,10 +29,10 @@ def make_time_ids(height: int, width: int) -> list[int]:
 
 def encode(
   text_encoders: Sequence[clip.CLIPText],
-  params: dict[str, Any],
-  token_ids: Sequence[jax.Array],
+  params: Mapping[str, Any],
+  token_ids: Sequence[jax.Array | np.ndarray],
   time_ids: jax.Array | None,
-  weights: Sequence[jax.Array] = (),
+  weights: Sequence[jax.Array | np.ndarray] = (),
   clip_skip: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
   """The UNet's `context` and `added_cond`; pure, so it can be jitted.
@@ -52,4 +53,5 @@ def encode(
   )
   if pooled is None:
     return context, None
+  assert time_ids is not None, "two text encoders are SDXL's, whose UNet reads time ids"
   return context, {"text_embeds": pooled, "time_ids": time_ids}

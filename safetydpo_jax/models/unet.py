@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
+from jax.sharding import Mesh, PartitionSpec
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.models import config as config_lib
@@ -160,19 +161,26 @@ class UNet2DCondition(nn.Module):
     x = Conv(features, c.conv_in_kernel, dtype=self.dtype, name="conv_in")(latents)
     kept = [x]
     for i, level in enumerate(down):
-      block = DownBlock(level, settings, i < len(down) - 1, name=f"down_blocks_{i}")
-      x, more = block(x, time, context)
+      below = DownBlock(level, settings, i < len(down) - 1, name=f"down_blocks_{i}")
+      x, more = below(x, time, context)
       kept += more
     if middle is not None:
       x = MidBlock(middle, settings, name="mid_block")(x, time, context)
     for i, level in enumerate(up):
       kept, own = kept[: -level.resnets], kept[-level.resnets :]
       size = kept[-1].shape[1:3] if i < len(up) - 1 else None
-      block = UpBlock(level, settings, name=f"up_blocks_{i}")
-      x = block(x, own, time, context, size)
+      above = UpBlock(level, settings, name=f"up_blocks_{i}")
+      x = above(x, own, time, context, size)
     norm = GroupNorm(c.norm_num_groups, c.norm_eps, self.dtype, name="conv_norm_out")
     x = jax.nn.silu(norm(x))
     return Conv(c.out_channels, c.conv_out_kernel, dtype=self.dtype, name="conv_out")(x)
+
+  @nn.nowrap
+  def on_mesh(self, mesh: Mesh, rows: PartitionSpec | None = None) -> "UNet2DCondition":
+    """This UNet with attention that is split over devices, see `OnMesh`."""
+    kernel = self.attention
+    kernel = kernel.kernel if isinstance(kernel, OnMesh) else kernel
+    return self.clone(attention=OnMesh(kernel, mesh, rows))
 
   def _embed_time(self, c, timesteps, added_cond, timestep_cond) -> jax.Array:
     """The embedding e of the module's docstring, (n, time features)."""

@@ -7,8 +7,8 @@ one gather of each split weight where it is read.
 """
 
 import re
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from safetydpo_jax.errors import InputError
 
+Tree = TypeVar("Tree")  # of arrays
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)
 REPLICATED = PartitionSpec()
@@ -53,7 +54,9 @@ def axis_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
   return data, fsdp
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
+def make_mesh(
+  data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """A mesh over `devices`, by default all of all hosts; `data` −1 takes the rest.
 
   Several TPU slices lie along `data`, which crosses the slower network once a step.
@@ -90,7 +93,7 @@ def _spec(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
   return PartitionSpec(*axes) if divides else REPLICATED
 
 
-def base_shardings(mesh: Mesh, params: Any) -> dict:
+def base_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict:
   """A NamedSharding for every base weight, by `BASE_RULES`."""
   fsdp = mesh.shape["fsdp"]
   return unflatten_dict(
@@ -103,7 +106,7 @@ def base_shardings(mesh: Mesh, params: Any) -> dict:
   )
 
 
-def gather_at_use(mesh: Mesh, params: Any) -> Any:
+def gather_at_use(mesh: Mesh, params: Mapping[str, Any]) -> Any:
   """Weights of a jitted step that are gathered where a layer reads them, if split.
 
   Without this the compiler may as well split the products, and does: the activations
@@ -119,7 +122,7 @@ def gather_at_use(mesh: Mesh, params: Any) -> Any:
   return jax.tree.map(box, params, base_shardings(mesh, params))
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def place(tree: Tree, shardings: Any) -> Tree:
   """Host arrays, equal on every host, onto the devices of a sharding.
 
   `shardings` is one sharding or a tree of them. Only this host's parts are copied.
@@ -135,7 +138,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def host_rows(
-  mesh: Mesh, batch_size: int, devices: Collection[Any] | None = None
+  mesh: Mesh, batch_size: int, devices: Collection[jax.Device] | None = None
 ) -> np.ndarray:
   """Which rows of a batch a host's devices hold: ascending, and each once.
 
@@ -153,7 +156,7 @@ def host_rows(
   return np.unique(np.concatenate([rows[slices[device]] for device in devices]))
 
 
-def place_batch(mesh: Mesh, batch: Any) -> Any:
+def place_batch(mesh: Mesh, batch: Tree) -> Tree:
   """This host's rows of a batch → global arrays split over the mesh's devices.
 
   `batch` is a tree of arrays whose rows are those of `host_rows`, in their order.

@@ -139,7 +139,7 @@ def render_csv(options: RenderOptions) -> int:
       folders_lib.mark_incomplete(folder)
   cut = prompt_checks.find_cut(pipeline, prompts)
   say(*prompt_checks.notes(prompts, cut))
-  prepare = partial(
+  prepare: Callable[[list[Row]], Inputs] = partial(
     make_inputs,
     pipeline=pipeline,
     shape=shape,
@@ -196,11 +196,16 @@ def fill_from_checkpoint(options: RenderOptions, pipeline: Pipeline) -> RenderOp
   return options
 
 
+def size_of(options: RenderOptions) -> tuple[int, int]:
+  """(height, width) of an image, from options of `fill_from_checkpoint`."""
+  assert options.height is not None
+  assert options.width is not None
+  return options.height, options.width
+
+
 def latent_shape(options: RenderOptions, pipeline: Pipeline) -> tuple[int, int, int]:
   """(h, w, c) of one image's latents."""
-  height, width = (
-    side // pipeline.vae_scale for side in (options.height, options.width)
-  )
+  height, width = (side // pipeline.vae_scale for side in size_of(options))
   return height, width, pipeline.latent_channels
 
 
@@ -238,7 +243,7 @@ def make_folder(
     "no_row_guidance": options.no_row_guidance or None,
     "vae": pipeline.vae_fingerprint if options.vae else None,
     "fix_text": options.fix_text or None,
-    "conditioning": text_settings.to_manifest(options, options.height, options.width),
+    "conditioning": text_settings.to_manifest(options, *size_of(options)),
   }
   return Folder(path, rows, adapter, settings)
 
@@ -262,6 +267,7 @@ def render_share(
   unet, changed = pipeline.params["unet"], True
   others = {name: tree for name, tree in pipeline.params.items() if name != "unet"}
   params = sharding.place(others, replicated)
+  assert options.sampler is not None  # of `fill_from_checkpoint`
   renderer = make_renderer(
     pipeline,
     options.sampler,
@@ -269,7 +275,7 @@ def render_share(
     options.guidance_rescale,
     mesh,
     text_settings.clip_skips(options),
-    text_settings.time_ids(options, options.height, options.width),
+    text_settings.time_ids(options, *size_of(options)),
   )
   host, count = jax.process_index(), jax.process_count()
   shares = [

@@ -20,8 +20,8 @@ from safetydpo_jax import diffusion
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model import old_files
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
+from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.models import conditioning
-from safetydpo_jax.models.flash import OnMesh
 from safetydpo_jax.runtime import files, sharding
 from safetydpo_jax.sampling.guidance import embed_scale, guided
 from safetydpo_jax.sampling.methods import Name, make_sampler
@@ -75,7 +75,7 @@ def make_renderer(
   mesh: Mesh,
   clip_skips: tuple[int, int] = (0, 0),
   time_ids: tuple[TimeIds, TimeIds] | None = None,
-) -> Callable[[Params, Params, Inputs], jax.Array]:
+) -> Callable[[Params, LoraTree, Inputs], jax.Array]:
   """A jitted (params, lora, inputs) → images (n, H, W, 3) float32 in [0, 1].
 
   `lora` is a LoRA tree, {} for none; `rescale` is φ of equation (2) of `guidance.py`.
@@ -85,8 +85,7 @@ def make_renderer(
   """
   run = make_sampler(sampler, pipeline.schedule, steps)
   distilled = pipeline.unet.config.get("time_cond_proj_dim")
-  attention = OnMesh(pipeline.unet.attention, mesh, sharding.BATCH)
-  unet = pipeline.unet.clone(attention=attention)
+  unet = pipeline.unet.on_mesh(mesh, sharding.BATCH)
 
   def render(params, lora, inputs):
     count, *shape = inputs.latents.shape
@@ -116,7 +115,7 @@ def make_renderer(
     else:
       with_guidance = guided(predict, context, null_context, inputs.guidance, rescale)
     clean = run(with_guidance, inputs.latents, noise)
-    images = pipeline.vae.apply(
+    images: Any = pipeline.vae.apply(
       {"params": params["vae"]}, clean / pipeline.scaling_factor, method="decode"
     )
     return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
@@ -137,15 +136,18 @@ def _encode(
   time_ids: Sequence[jax.Array],
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array] | None]:
   """Contexts of prompts and of negative prompts; `added_cond` of both, these first."""
-  ids = inputs.token_ids, inputs.negative_ids
-  weights = inputs.weights, inputs.negative_weights
   (context, added), (null_context, null_added) = (
-    conditioning.encode(pipeline.text_encoders, params, *of_one)
-    for of_one in zip(ids, time_ids, weights, clip_skips)
+    conditioning.encode(pipeline.text_encoders, params, ids, time, weights, clip_skip)
+    for ids, time, weights, clip_skip in zip(
+      (inputs.token_ids, inputs.negative_ids),
+      time_ids,
+      (inputs.weights, inputs.negative_weights),
+      clip_skips,
+    )
   )
   weight = inputs.negative.astype(null_context.dtype)
   null_context = null_context * weight[:, None, None]
-  if added is None:
+  if added is None or null_added is None:  # the UNet reads no pooled text
     return context, null_context, None
   null_added["text_embeds"] = null_added["text_embeds"] * weight[:, None]
   both = jax.tree.map(lambda *parts: jnp.concatenate(parts), null_added, added)

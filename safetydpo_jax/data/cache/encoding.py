@@ -6,6 +6,7 @@ The VAE sees an image and its mirror image, in batches of one size on all local 
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -67,7 +68,7 @@ def make_encoder(pipeline: Pipeline, batch_size: int):
   @functools.partial(jax.jit, out_shardings=rows)
   def encode(params, images):
     pixels = images.astype(jnp.float32) / 127.5 - 1
-    moments = pipeline.vae.apply({"params": params}, pixels, method="encode")
+    moments: Any = pipeline.vae.apply({"params": params}, pixels, method="encode")
     return moments.astype(jnp.float16)
 
   def encode_both(images):

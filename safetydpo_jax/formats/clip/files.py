@@ -73,7 +73,7 @@ class Clip:
   image_size: int
   mean: np.ndarray
   std: np.ndarray
-  tokenizer: Any
+  tokenizer: "CLIPTokenizer | None"
   files: tuple[Path, ...]
 
 
@@ -166,6 +166,7 @@ def load_tokenizer(folder: Path) -> "CLIPTokenizer":
 def tokenize(model: Clip, texts: list[str]) -> np.ndarray:
   """Token ids (n, length) int32, padded, and truncated before their end token."""
   length = clip.read_config(model.towers["text"].config).max_position_embeddings
+  assert model.tokenizer is not None, "the text tower was not asked for"
   encoded = model.tokenizer(
     texts, padding="max_length", truncation=True, max_length=length
   )

@@ -23,7 +23,7 @@ arXiv 2309.06135) for (1), Zou et al. 2023 (greedy coordinate gradient, arXiv
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -38,6 +38,9 @@ from safetydpo_jax.lora import LoraTree, Tree
 from safetydpo_jax.models import clip
 from safetydpo_jax.sampling.guidance import guided
 from safetydpo_jax.sampling.methods import make_sampler
+
+if TYPE_CHECKING:
+  from transformers import CLIPTokenizer
 
 TOP = 32  # q of equation (3)
 
@@ -72,7 +75,7 @@ class Attacks(NamedTuple):
   draw: Callable
 
 
-def attackable_words(tokenizer: Any) -> np.ndarray:
+def attackable_words(tokenizer: "CLIPTokenizer") -> np.ndarray:
   """Ids of the words: tokens whose text, alone or among others, gives them back.
 
   Pieces of words are left out, as no text has them; so are the start and end tokens.
@@ -87,9 +90,9 @@ def attackable_words(tokenizer: Any) -> np.ndarray:
   return np.array(words, np.int32)
 
 
-def spell(tokenizer: Any, words: Iterable[int]) -> str:
+def spell(tokenizer: "CLIPTokenizer", words: Iterable[int]) -> str:
   """The text of `attackable_words`; tokenizing it gives them back."""
-  return " ".join(tokenizer.decode([word]).strip() for word in words)
+  return " ".join(str(tokenizer.decode([word])).strip() for word in words)
 
 
 def make_task(
@@ -251,8 +254,9 @@ def make_attacks(
 
     null = jnp.broadcast_to(null, context.shape)
     with_guidance = guided(predict, context, null, guidance)
-    clean = run(with_guidance, noise, None)  # no noise: DDIM draws none
-    images = pipeline.vae.apply(
+    # DDIM draws no noise.
+    clean = run(with_guidance, noise, None)  # type: ignore[arg-type]
+    images: Any = pipeline.vae.apply(
       {"params": params["vae"]}, clean / pipeline.scaling_factor, method="decode"
     )
     return jnp.clip(images / 2 + 0.5, 0.0, 1.0)

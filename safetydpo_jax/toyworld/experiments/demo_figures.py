@@ -24,15 +24,16 @@ from typing import Any
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.report.charts import Interval
 
+Kind = type | tuple[type, ...]
 _NUMBER = (int, float)
-_ENDS = {"low": _NUMBER, "high": _NUMBER, "n": int}
+_ENDS: dict[str, Kind] = {"low": _NUMBER, "high": _NUMBER, "n": int}
 # Field → its type; a list of rows names the fields of each row.
-REQUIRED = {
+REQUIRED: dict[str, Kind | dict[str, Kind]] = {
   "categories": list,
   "contenders": list,
   "rates": {"contender": str, "category": str, "phrasing": str, "count": int, **_ENDS},
 }
-OPTIONAL = {
+OPTIONAL: dict[str, Kind | dict[str, Kind]] = {
   "utility": {"contender": str, "category": str, "attributes": _NUMBER, **_ENDS},
   "examples": {"category": str, "prompt": str, "images": dict},
   "pairs": {"category": str, "prompt": str, "preferred": str, "dispreferred": str},
@@ -78,9 +79,10 @@ def check(figures: Any) -> None:
       )
 
 
-def _check_type(field: str, value: Any, kind: type | tuple[type, ...]) -> None:
+def _check_type(field: str, value: Any, kind: Kind) -> None:
   if not isinstance(value, kind) or isinstance(value, bool):
-    names = " or ".join(t.__name__ for t in (kind if type(kind) is tuple else (kind,)))
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    names = " or ".join(t.__name__ for t in kinds)
     raise InputError(
       f"figures.json: {field} is {value!r:.60}; expected {names}; {_AGAIN}"
     )
@@ -102,6 +104,13 @@ def before_after(figures: dict, what: str) -> tuple[Interval, Interval] | None:
   ends = (figures["contenders"][0], figures["contenders"][-1])
   before, after = (interval(overall(figures, what, name)) for name in ends)
   return (before, after) if before and after else None
+
+
+def rates_before_after(figures: dict) -> tuple[Interval, Interval]:
+  """`before_after` of the rates, which `check` has found to be there."""
+  ends = before_after(figures, "rates")
+  assert ends is not None
+  return ends
 
 
 def interval(row: dict | None) -> Interval | None:

@@ -154,8 +154,8 @@ def look(images: Path, prompts: Path) -> list[Picture]:
     symbols.CONCEPTS[index].word if index >= 0 else None
     for index in detector.detect_symbols(pixels).concept
   ]
-  read = detector.read_scene(pixels).scenes
-  right = detector.attributes_right(read, [scene for scene, _ in asked])
+  seen = detector.read_scene(pixels).scenes
+  right = detector.attributes_right(seen, [scene for scene, _ in asked])
   return [
     Picture(
       row.file,

@@ -6,7 +6,7 @@ Sentences that judge follow the intervals. How the result came about (training, 
 commands): `report_process.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetydpo_jax.toyworld.experiments.demo_figures import (
   before_after,
   find,
   interval,
+  rates_before_after,
 )
 
 NAMES = {"base": "base model", "self_harm": "self-harm"}
@@ -31,7 +32,7 @@ def name_of(word: str) -> str:
 
 def top(figures: dict) -> dict[str, Any]:
   """What the macro `masthead` shows."""
-  before, after = before_after(figures, "rates")
+  before, after = rates_before_after(figures)
   found = verdicts(figures)
   return {
     "eyebrow": ["SafetyDPO", figures.get("title"), figures.get("date")],
@@ -51,7 +52,7 @@ def top(figures: dict) -> dict[str, Any]:
 
 def verdicts(figures: dict) -> list[Verdict]:
   """On safety and on utility."""
-  before, after = before_after(figures, "rates")
+  before, after = rates_before_after(figures)
   found = [
     Verdict("good", "Safer", "the intervals before and after do not overlap")
     if after.high < before.low
@@ -157,7 +158,7 @@ def grids(folder: Path, figures: dict) -> dict[str, Any]:
   }
 
 
-def _asked(example: dict) -> dict[str, str]:
+def _asked(example: dict) -> dict[str, Sequence[str]]:
   """The prompt, in parts around the word that asks for the symbol, and a remark."""
   concept, prompt = example.get("concept"), example["prompt"]
   if not concept:

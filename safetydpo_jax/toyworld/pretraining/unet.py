@@ -116,7 +116,8 @@ def loss(params: Tree, key: jax.Array, data: dict[str, jax.Array]) -> jax.Array:
   dropped = jax.random.bernoulli(keys[2], CAPTION_DROPOUT, (BATCH, 1))
   token_ids = data["token_ids"][rows, variants]
   token_ids = jnp.where(dropped, data["empty_ids"][None, :], token_ids)
-  context = text.apply({"params": params["text_encoder"]}, token_ids).last
+  encoded: Any = text.apply({"params": params["text_encoder"]}, token_ids)
+  context = encoded.last
 
   plan = schedule()
   moments = data["moments"][rows]
@@ -127,7 +128,7 @@ def loss(params: Tree, key: jax.Array, data: dict[str, jax.Array]) -> jax.Array:
   timesteps = (strata * plan.num_timesteps).astype(jnp.int32)
   timesteps = jnp.minimum(timesteps, plan.num_timesteps - 1)  # strata may round to 1
   noisy = diffusion.add_noise(plan, latents, noise[1], timesteps)
-  prediction = unet.apply({"params": params["unet"]}, noisy, timesteps, context)
+  prediction: Any = unet.apply({"params": params["unet"]}, noisy, timesteps, context)
   error = jnp.square(prediction - noise[1]).mean(axis=(1, 2, 3))
   weight = jnp.minimum(1.0 / jnp.asarray(plan.alphas_cumprod)[timesteps], WEIGHT_CAP)
   return (weight * error).mean()
@@ -140,7 +141,8 @@ def _sample(
   unet, text = modules()
 
   def encode(ids):
-    return text.apply({"params": params["text_encoder"]}, ids).last
+    encoded: Any = text.apply({"params": params["text_encoder"]}, ids)
+    return encoded.last
 
   def predict(latents, timesteps, context):
     return unet.apply({"params": params["unet"]}, latents, timesteps, context)

@@ -86,12 +86,12 @@ def in_chunks(
 
 
 @jax.jit
-def _encode(params: Tree, images: jax.Array) -> jax.Array:
+def _encode(params: Tree, images: jax.Array) -> Any:
   return module().apply({"params": params}, to_network(images), method="encode")
 
 
 @jax.jit
-def _decode(params: Tree, latents: jax.Array) -> jax.Array:
+def _decode(params: Tree, latents: jax.Array) -> Any:
   return module().apply({"params": params}, latents, method="decode")
 
 
@@ -111,12 +111,13 @@ def loss(params: Tree, key: jax.Array, images: jax.Array) -> jax.Array:
   rows_key, noise_key = jax.random.split(key)
   rows = jax.random.randint(rows_key, (BATCH,), 0, len(images))
   pixels = to_network(images[rows])
-  moments = vae.apply({"params": params}, pixels, method="encode")
+  moments: Any = vae.apply({"params": params}, pixels, method="encode")
   mean, log_variance = jnp.split(moments, 2, axis=-1)
   log_variance = jnp.clip(log_variance, -30.0, 20.0)
   noise = jax.random.normal(noise_key, mean.shape)
   latents = mean + jnp.exp(0.5 * log_variance) * noise
-  error = vae.apply({"params": params}, latents, method="decode") - pixels
+  decoded: Any = vae.apply({"params": params}, latents, method="decode")
+  error = decoded - pixels
   divergence = 0.5 * (mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
   return (error**2).mean() + ABSOLUTE * jnp.abs(error).mean() + KL * divergence.mean()
 

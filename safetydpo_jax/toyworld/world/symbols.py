@@ -83,7 +83,7 @@ _WORDS = {
 class Concept(NamedTuple):
   """One thing a prompt can ask for; `index` counts through all 42."""
 
-  index: int
+  index: int  # type: ignore[assignment]  # instead of tuple's method of the name
   word: str
   category: str
   silhouette: str
