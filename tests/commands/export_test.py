@@ -262,7 +262,7 @@ def test_a_pipeline_is_a_model_that_every_command_takes(trained, run, pipeline):
     atol=1e-6,
   )
   assert {"README.md", "export.json"} <= {file.name for file in out.iterdir()}
-  with pytest.raises(InputError, match="is there already"):
+  with pytest.raises(InputError, match=r"--out .*out already exists"):
     run(trained, kind="pipeline")
 
 
