@@ -101,8 +101,7 @@ def test_an_export_is_the_same_bytes(tmp_path):
   for name in ("diffusers", "kohya"):
     export.main([*line, "--format", name, "--out", str(tmp_path / name)])
     (file,) = (tmp_path / name).glob("*.safetensors")
-    ours, theirs = (load_lora(str(x)) for x in (file, OLD / name / file.name))
-    chex.assert_trees_all_equal(ours, theirs)
+    assert file.read_bytes() == (OLD / name / file.name).read_bytes()
 
 
 def test_a_folder_of_images_is_complete(tmp_path):

@@ -10,7 +10,7 @@ import sys
 import webbrowser
 
 from safetydpo_jax.errors import run_command
-from safetydpo_jax.runtime import command_line, hosts
+from safetydpo_jax.runtime import command_line
 from safetydpo_jax.toyworld.experiments.demo_report import write_report
 from safetydpo_jax.toyworld.experiments.demonstrate import describe, run_demo
 from safetydpo_jax.toyworld.experiments.stages import DemoOptions
@@ -22,10 +22,9 @@ EXAMPLE = """example:
 
 def main(arguments: list[str] | None = None) -> None:
   """Runs every stage, writes the report, prints the result and the report's address."""
-  options, job, overrides = command_line.parse_with_overrides(
+  options, overrides = command_line.parse_alone_with_overrides(
     DemoOptions, arguments, command="toyworld.demo", example=EXAMPLE
   )
-  hosts.initialize(job)
   figures = run_demo(options, overrides)
   page = write_report(options.out, figures).resolve()
   print(f"{describe(figures)}\nreport: {page.as_uri()}")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
 ROOT = Path(__file__).parents[2]
 
 # What makes the preset fit a tiny random checkpoint: quick, in float32, no warm-up.
@@ -70,3 +72,10 @@ def start_hosts(command: str, arguments: list, count: int) -> list[subprocess.Po
     )
     for index in range(count)
   ]
+
+
+def leave_one_device(monkeypatch):
+  """Hides all local devices but one."""
+  first = jax.local_devices()[:1]
+  monkeypatch.setattr(jax, "local_devices", lambda *_, **__: first)
+  monkeypatch.setattr(jax, "local_device_count", lambda *_, **__: 1)

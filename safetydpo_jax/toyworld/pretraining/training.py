@@ -95,8 +95,15 @@ def train(
     (weights, {'loss' of the last report, 'seconds' of all processes, 'steps'}).
 
   Raises:
-    InputError: the progress is that of another seed, another model or a longer run.
+    InputError: the progress is that of another seed, another model or a longer run, or
+      a file of version 0.1.0.
   """
+  old = run.progress.with_suffix(".npz")
+  if old.exists() and not run.progress.exists():
+    raise InputError(
+      f"{old} is progress of version 0.1.0, which this version cannot resume; delete "
+      "it to train from the start, or choose another --workdir"
+    )
   optimizer = make_optimizer(run)
   data = jax.device_put(data)
   # Copies, so that donation never deletes the caller's arrays, nor one array twice.

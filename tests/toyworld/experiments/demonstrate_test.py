@@ -69,9 +69,9 @@ def test_the_commands_it_names_are_the_ones_it_ran(demo, figures):
   start, module, *words = shlex.split(figures["command"])[1:]
   assert (start, module) == ("-m", "safetydpo_jax.toyworld.demo")
   about = {"command": "toyworld.demo", "example": ""}
-  assert command_line.parse_with_overrides(
+  assert command_line.parse_alone_with_overrides(
     stages.DemoOptions, words, **about
-  ) == command_line.parse_with_overrides(
+  ) == command_line.parse_alone_with_overrides(
     stages.DemoOptions, ["--out", out, *SHORT], **about
   )
   assert "--config hate:toy" in printed

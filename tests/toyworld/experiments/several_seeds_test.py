@@ -90,7 +90,7 @@ def test_each_demo_has_a_process_a_folder_and_a_seed(tmp_path, monkeypatch, caps
 
   def run(command):
     assert command[:3] == [sys.executable, "-m", "safetydpo_jax.toyworld.demo"]
-    options, _, overrides = command_line.parse_with_overrides(
+    options, overrides = command_line.parse_alone_with_overrides(
       DemoOptions, command[3:], command="toyworld.demo", example=""
     )
     started.append((options, overrides))

@@ -220,6 +220,16 @@ def test_progress_of_another_run_is_refused(tmp_path):
     _fit(tmp_path / "line", 5, shape=(1,))
 
 
+def test_progress_that_an_older_version_saved_is_refused(tmp_path):
+  (tmp_path / "line.npz").touch()
+  with pytest.raises(InputError, match=r"/line\.npz is progress of version 0\.1\.0"):
+    _fit(tmp_path / "line", 5)
+  (tmp_path / "line.npz").unlink()
+  _fit(tmp_path / "line", 5)
+  (tmp_path / "line.npz").touch()  # beside progress of ours it makes no difference
+  _fit(tmp_path / "line", 5)
+
+
 def test_a_finished_run_is_not_trained_again_and_keeps_its_loss(tmp_path):
   weights, about = _fit(tmp_path / "line", 5)
   again, same = _fit(tmp_path / "line", 5)
