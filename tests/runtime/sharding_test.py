@@ -74,9 +74,15 @@ def collectives(compiled):
 
 @pytest.fixture(scope="module")
 def step_on_all(pipeline, batch):
-  """A step on eight devices with whole weights, by accumulation; compiled once."""
-  mesh = sharding.make_mesh()
-  return functools.cache(lambda count: compile_step(pipeline, mesh, batch, count))
+  """accumulation → a step on eight devices with whole weights, and its results."""
+
+  @functools.cache
+  def take(accumulation):
+    mesh = sharding.make_mesh()
+    step, arguments = compile_step(pipeline, mesh, batch, accumulation)
+    return step, jax.device_get(step(*arguments))
+
+  return take
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -89,12 +95,11 @@ def test_eight_devices_equal_one_with_a_single_all_reduce(
   expected, expected_metrics = one(*arguments)
   assert collectives(one) == []
 
-  eight, arguments = step_on_all(accumulation)
-  state, metrics = eight(*arguments)
+  eight, (state, metrics) = step_on_all(accumulation)
   # In ENTRY: after the accumulation loop, not once for each microbatch.
   assert collectives(eight) == [("all-reduce", "ENTRY")]
   chex.assert_trees_all_close(
-    jax.device_get(metrics), jax.device_get(expected_metrics), rtol=2e-4, atol=1e-5
+    metrics, jax.device_get(expected_metrics), rtol=2e-4, atol=1e-5
   )
   for path in ("a", "b"):
     moved = [
@@ -110,8 +115,7 @@ def test_eight_devices_equal_one_with_a_single_all_reduce(
 @pytest.fixture(scope="module")
 def whole(step_on_all):
   """State and metrics after a step with whole weights on eight devices."""
-  step, arguments = step_on_all(1)
-  return jax.device_get(step(*arguments))
+  return step_on_all(1)[1]
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(4, 2), (2, 4)])
