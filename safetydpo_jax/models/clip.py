@@ -275,9 +275,14 @@ def encode_text(
 
 
 def weigh(states: jax.Array, weights: jax.Array | np.ndarray) -> jax.Array:
-  """Chunks' states z (m, p, d) by their tokens' weights (m, p); computed in float32."""
+  """Chunks' states z (m, p, d) by their tokens' weights (m, p); computed in float32.
+
+  Weights of 1 leave a chunk as it is, also where its mean is 0.
+  """
   chex.assert_equal_shape_prefix([states, weights], 2)
   exact = states.astype(jnp.float32)
   weighted = exact * weights[..., None]
   before, after = (z.mean((1, 2), keepdims=True) for z in (exact, weighted))
-  return (weighted * (before / after)).astype(states.dtype)
+  plain = (weights == 1).all(1)[:, None, None]
+  scaled = jnp.where(plain, exact, weighted * (before / jnp.where(plain, 1.0, after)))
+  return scaled.astype(states.dtype)

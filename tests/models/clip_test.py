@@ -219,3 +219,10 @@ def test_every_field_of_transformers_config_is_read_or_bookkeeping():
       assert clip.DEFAULTS[field] == default, field
     elif field not in plain and field != "model_type":
       assert field in BOOKKEEPING, f"{field} is passed over"
+
+
+def test_weights_of_one_change_nothing_even_where_the_mean_is_zero():
+  """As that of an untrained final norm is, but for rounding."""
+  states = np.array([[[1.0, -1.0], [2.0, -2.0]]], np.float32)
+  found = clip.weigh(states, np.ones((1, 2), np.float32))
+  np.testing.assert_array_equal(found, states)
