@@ -176,6 +176,7 @@ def test_what_a_row_says_of_itself_decides_its_folder(models, tmp_path):
     with open(file, "w", newline="") as lines:
       csv.writer(lines).writerows([COLUMNS, row])
     options = RenderOptions(model="x", prompts=file, out=tmp_path)
+    options = fill_from_checkpoint(options, pipeline)
     rows = read_prompts(file, tmp_path)
     folder = make_folder(options, tmp_path, rows, pipeline, adapters.of_lora({}))
     found.append(folder.settings["prompts_sha256"])
