@@ -66,9 +66,9 @@ class Columns(NamedTuple):
     found = {}
     for key, places in self.places.items():
       there = [place for place in places if place < len(row)]
-      told = [place for place in there if row[place].strip()]
-      for place in told[1:]:
-        first = told[0]
+      filled = [place for place in there if row[place].strip()]
+      for place in filled[1:]:
+        first = filled[0]
         if key in FIELDS and not _are_same(key, row[first], row[place]):
           raise InputError(
             f"{where}: {self.names[first]} is {row[first][:80]!r} and "
@@ -76,7 +76,7 @@ class Columns(NamedTuple):
             "of these columns"
           )
       if there:
-        found[key] = row[(told or there)[0]]
+        found[key] = row[(filled or there)[0]]
     return found
 
   def note(self, file: object, also_read: Iterable[str] = ()) -> tuple[str, ...]:
@@ -117,5 +117,5 @@ def _are_same(field: str, one: str, other: str) -> bool:
     try:
       return Decimal(one.strip()) == Decimal(other.strip())
     except InvalidOperation:
-      pass  # which of them is no number is said when it is read
+      pass  # reading says which of them is not a number
   return one.strip() == other.strip()

@@ -79,7 +79,9 @@ def _number(text: str) -> float:
   except ValueError:
     number = math.nan
   if not math.isfinite(number):
-    raise InputError(f"{text[:20]!r} is no weight; expected a number, as in (word:1.3)")
+    raise InputError(
+      f"{text[:20]!r} is not a weight; expected a number, as in (word:1.3)"
+    )
   return number
 
 

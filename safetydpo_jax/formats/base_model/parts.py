@@ -45,7 +45,7 @@ _STEERED = re.compile(
 )
 # What part of a class's name says of a UNet that is not text to image's.
 _OTHER_KINDS = {
-  "InstructPix2Pix": "edits a picture as it is told",
+  "InstructPix2Pix": "edits a picture by instructions",
   "Depth2Img": "draws from a picture's depth",
   "Upscale": "enlarges pictures",
   "ImageVariation": "draws from a picture",

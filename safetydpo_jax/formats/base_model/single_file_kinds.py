@@ -69,5 +69,5 @@ def _first(rows: Iterable[tuple[str, str]], names: list[str]) -> str | None:
 
 
 def describe_unet(channels: int) -> str | None:
-  """What a UNet is that takes so many channels, None if that is not known."""
+  """The kind of UNet that takes this many channels, or None if it is unknown."""
   return _UNETS.get(channels)
