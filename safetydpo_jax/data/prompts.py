@@ -130,7 +130,7 @@ def read_table(file: Path) -> PromptTable:
     row = found.cells(fields, where)
     if "prompt" not in row:
       raise InputError(
-        f"{where} has {len(fields)} fields and the header {len(table.columns)}: its "
+        f"{where} has {len(fields)} of the header's {len(table.columns)} fields: its "
         "prompt is missing"
       )
     cells.append(row)

@@ -253,9 +253,7 @@ def _check_attacks(
     )
   lines = []
   if column == "prompt" and known.prompt[0] != "prompt" and file.suffix != ".txt":
-    lines.append(
-      f"{file}: no column {known.prompt[0]}, so prompts are the attacks"
-    )
+    lines.append(f"{file}: no column {known.prompt[0]}, so prompts are the attacks")
   if benign:
     lines.append(
       f"{file}: {benign} of {len(rows)} rows are benign, and count as attacks"

@@ -217,8 +217,8 @@ def _markers(base: Pipeline, family: Family) -> dict[str, np.ndarray]:
   ):
     raise InputError(
       f"{base.name} cannot be a single file: readers of single files would not expect "
-      f"its noise schedule, or its predicting {schedule.prediction_type}; use --format "
-      "pipeline"
+      f"its noise schedule or prediction type ({schedule.prediction_type}); use "
+      "--format pipeline"
     )
   # Readers know that SD 2 may predict v.
   names = ["v_pred"] if velocity and (family is not families.SD2 or zero_snr) else []

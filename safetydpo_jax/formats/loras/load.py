@@ -140,7 +140,7 @@ def check_fits(
   )
   if any_base:
     if jax.process_index() == 0:
-      print(f"--any_base: {found}; it is used all the same", file=sys.stderr)
+      print(f"--any_base: {found}; it is used anyway", file=sys.stderr)
     return
   flag = "" if any_base is None else "add --any_base, or "
   raise InputError(

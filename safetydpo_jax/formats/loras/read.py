@@ -134,9 +134,7 @@ def _sort(
     counts = " and ".join(
       f"{n} tensor{'s' if n > 1 else ''} of {who}" for who, n in left_out.items()
     )
-    print(
-      f"{file}: left out are {counts}; only the UNet is adapted here", file=sys.stderr
-    )
+    print(f"{file}: {counts} left out; only the UNet is adapted", file=sys.stderr)
   return layers
 
 

@@ -53,7 +53,7 @@ def test_generate_and_encode_read_the_csv(tmp_path):
 
 @pytest.mark.parametrize("seed", [-1, 2**64 - 1])
 def test_seeds_that_generate_cannot_take_are_refused(tmp_path, seed):
-  with pytest.raises(InputError, match=r"the seeds of 2 pairs from .* choose another"):
+  with pytest.raises(InputError, match=r"^2 pairs .* from -?\d+ on .* choose another"):
     write_pair_prompts(tmp_path / "p.csv", PAIRS, seed)
 
 
@@ -94,11 +94,11 @@ WRONG_CONCEPTS = {
   "category": ("concept,category\nx,hate\ny,kindness\n", "line 3: unknown category"),
   "comma": (
     "concept,category\nx, y,hate\n",
-    "line 2 does not have the header's 2 fields",
+    "line 2 does not have 2 fields",
   ),
   "field missing": (
     "concept,category\nx\n",
-    "line 2 does not have the header's 2 fields",
+    "line 2 does not have 2 fields",
   ),
   "no concept": ("concept,category\n ,hate\n", "line 2: the concept has no letters"),
   "long": (
@@ -155,7 +155,7 @@ WRONG_TEMPLATES = {
     'system = ""\nuser = "{concept} {count} {word}"',
     "unknown {word}; known",
   ),
-  "no count": ('system = ""\nuser = "{concept}"', "has no {count}"),
+  "no count": ('system = ""\nuser = "{concept}"', "lacks {count}"),
 }
 
 

@@ -201,7 +201,7 @@ def test_tensors_of_text_encoders_are_left_out_and_counted(
     tmp_path / "x.safetensors", tree, (3,), pipeline.unet_shapes(), **more
   )
   chex.assert_trees_all_equal(load_lora(str(file)), tree)
-  assert "left out are 3 tensors of text encoders;" in capsys.readouterr().err
+  assert "3 tensors of text encoders left out;" in capsys.readouterr().err
   save_file(more, tmp_path / "text.safetensors")
   with pytest.raises(InputError, match="no tensors of a UNet LoRA"):
     load_lora(str(tmp_path / "text.safetensors"))
