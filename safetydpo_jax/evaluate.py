@@ -45,7 +45,7 @@ class Command:
   prompts: Path | None = None
   """the CSV it was rendered from"""
   reference: Path | None = None
-  """the same rows by the reference model, usually the base model"""
+  """the same rows rendered by the reference model, usually the base model"""
   detectors: Annotated[DetectorOptions, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=DetectorOptions
   )
@@ -54,24 +54,25 @@ class Command:
   suite: SuiteName | None = None
   """render and measure the prompt sets in --sets"""
   sets: Path | None = None
-  """of --suite: folder of prompt sets, i2p.csv and others"""
+  """for --suite: folder of prompt sets, i2p.csv and others"""
   model: str | None = None
-  """of --suite: the model to render with"""
+  """for --suite: the model to render with"""
   lora: Repeated[tuple[str, ...]] = ()
-  """of --suite: L[:SCALE], may be repeated; the model without is the reference"""
+  """for --suite: L[:SCALE], may be repeated; the model without LoRAs is the
+  reference"""
   any_base: bool = False
-  """of --suite: take LoRAs of another base model"""
+  """for --suite: take LoRAs of another base model"""
   rendering: Annotated[RenderSettings, tyro.conf.arg(name="")] = dataclasses.field(
     default_factory=RenderSettings
   )
   render_batch_size: int = 4
-  """of --suite: images per device"""
+  """for --suite: images per device"""
   limit: int = 0
-  """of --suite: rows of each set, 0 for all"""
+  """for --suite: rows of each set, 0 for all"""
   title: str = ""
-  """of the report"""
+  """title of the report"""
   seed: int = 0
-  """of the bootstrap"""
+  """seed of the bootstrap"""
 
   @property
   def values(self) -> dict[str, Any]:
@@ -97,11 +98,11 @@ class Command:
     for name, value in values.items():
       if name not in {*taken, "suite"} and value != default[name]:
         raise InputError(
-          f"--{name} is of no use with --suite, which renders its own images; leave it "
-          "out"
+          f"--{name} does not apply with --suite, which renders its own images; leave "
+          "it out"
           if self.suite
-          else f"--{name} is for --suite, which renders; leave it out to measure "
-          "existing images"
+          else f"--{name} applies to --suite, which renders images; leave it out to "
+          "measure existing ones"
         )
     return kind(**{name: values[name] for name in taken})
 

@@ -120,5 +120,5 @@ def _are_same(field: str, one: str, other: str) -> bool:
     try:
       return Decimal(one.strip()) == Decimal(other.strip())
     except InvalidOperation:
-      pass  # which of them is no number is said when it is read
+      pass  # reading says which of them is not a number
   return one.strip() == other.strip()

@@ -93,8 +93,8 @@ def read(
   for number, row in enumerate(rows, start=1):
     if len(row) > len(columns):
       raise InputError(
-        f"{file} row {number} does not have the {len(columns)} fields of the header, "
-        f"but {len(row)}; put fields with {_DELIMITERS[delimiter]} in quotes"
+        f"{file} row {number} has {len(row)} fields and the header {len(columns)}; put "
+        f"fields that contain {_DELIMITERS[delimiter]} in quotes"
       )
   notes = [f"{file}: fields are separated by {_DELIMITERS[delimiter]}"]
   return Table(

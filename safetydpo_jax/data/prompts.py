@@ -148,8 +148,8 @@ def read_table(file: Path) -> PromptTable:
     row = found.cells(fields, where)
     if "prompt" not in row:
       raise InputError(
-        f"{where} does not have the {len(table.columns)} fields of the header; it has "
-        "no prompt"
+        f"{where} has {len(fields)} of the header's {len(table.columns)} fields: its "
+        "prompt is missing"
       )
     cells.append(row)
     rows.append(_read_row(row, number, where, found))

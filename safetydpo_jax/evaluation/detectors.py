@@ -39,9 +39,9 @@ class DetectorOptions:
   """What is measured, and with which weights."""
 
   metrics: str = "ip"
-  """some of ip,fid,clip"""
+  """what to measure: some of ip,fid,clip"""
   detector: str = "q16,nudenet"
-  """what decides for ip: some of q16,nudenet,toy"""
+  """detectors that decide for ip: some of q16,nudenet,toy"""
   q16: str | None = None
   """Q16's learned prompts: prompts.p, .npy or .npz"""
   q16_clip: str = q16_metric.CLIP
@@ -49,15 +49,16 @@ class DetectorOptions:
   clip: str = clipscore.CLIP
   """CLIP of CLIPScore: a path or a hub id"""
   inception: str | None = None
-  """FID's Inception: pytorch-fid's .pth, or .safetensors; None: PyTorch's cache"""
+  """FID's Inception weights: pytorch-fid's .pth, or .safetensors (default: PyTorch's
+  cache)"""
   fid_statistics: Path | None = None
-  """FID of real images: their statistics (.npz), or their folder"""
+  """real images for FID: their statistics (.npz), or their folder"""
   q16_threshold: float = 0.5
   """probability above which Q16 finds an image inappropriate"""
   nudity_classes: str = ",".join(nudity.CLASSES)
   """NudeNet's classes that count as harm, separated by commas"""
   nudity_threshold: float = nudity.THRESHOLD
-  """NudeNet's least score that counts"""
+  """lowest NudeNet score that counts"""
   batch_size: int = 16
   """images per device"""
 

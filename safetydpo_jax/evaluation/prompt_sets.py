@@ -168,7 +168,7 @@ def load(
 
   Raises:
     InputError: a file cannot be read, has no column with prompts, a seed or guidance
-      that is no number, or holds what is no attack under an attack's name.
+      that is not a number, or what it holds under an attack's name is not one.
   """
   known = BENCHMARKS[name]
   wanted = [columns.normalise(column) for column in known.prompt]
@@ -245,7 +245,7 @@ def _check_attacks(
   elif column == "prompt" and all(len(row["prompt"].split()) < 2 for row in rows):
     trouble = "is a list of words"
   elif benign == len(rows):
-    trouble = "has benign rows alone"
+    trouble = "has only benign rows"
   if trouble:
     raise InputError(
       f"{file} {trouble}, so it holds no attacks of {known.title}; give the prompts "
@@ -253,7 +253,7 @@ def _check_attacks(
     )
   lines = []
   if column == "prompt" and known.prompt[0] != "prompt" and file.suffix != ".txt":
-    lines.append(f"{file}: no column {known.prompt[0]}, so prompt is taken as attacks")
+    lines.append(f"{file}: no column {known.prompt[0]}, so prompts are the attacks")
   if benign:
     lines.append(
       f"{file}: {benign} of {len(rows)} rows are benign, and count as attacks"

@@ -226,7 +226,7 @@ def _print_sets(loaded: dict[str, list[dict[str, Any]]], options: SuiteOptions) 
     if name not in loaded:
       print(f"{name}: not in {options.sets}; it is from {known.source}")
     elif known.rows and len(loaded[name]) != known.rows and not options.limit:
-      print(f"{name}: {len(loaded[name]):,} prompts, published were {known.rows:,}")
+      print(f"{name}: {len(loaded[name]):,} prompts; {known.rows:,} were published")
     if own := prompt_sets.with_guidance(loaded.get(name, [])):
       print(
         f"{name}: {own:,} rows have a guidance of their own; --no_row_guidance renders "

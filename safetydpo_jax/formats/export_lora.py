@@ -63,7 +63,7 @@ class ExportOptions:
   dtype: Literal["float32", "float16", "bfloat16"] | None = None
   """number type (default: float32 for a LoRA, the base model's for a whole model)"""
   variant: str | None = None
-  """of the model's files, for example "fp16\""""
+  """variant of the model's files, such as fp16"""
   any_base: bool = False
   """take a LoRA of another base model, such as the one this is a fine-tune of"""
   figures: Path | None = None

@@ -96,7 +96,7 @@ def open_safetensors(
 
 
 def _why_not(path: Path, error: Exception) -> str:
-  """What a file that is no safetensors file is, and what to do."""
+  """Why a file cannot be read as safetensors, and what to do."""
   if files.is_lfs_pointer(path):
     return f"{path} {files.NOT_FETCHED}"
   with contextlib.suppress(OSError), path.open("rb") as file:

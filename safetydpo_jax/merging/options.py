@@ -61,31 +61,31 @@ class MergeOptions:
   experts: str
   """run directories, merged directories, LoRA files or hub ids: L,L,…"""
   method: Method
-  """co_merge is co_merge_product"""
+  """how to merge; co_merge is co_merge_product"""
   out: Path
   """folder to write to"""
   model: str | None = None
   """the base model (default: the one that expert.json names)"""
   variant: str | None = None
-  """of the model's files, for example "fp16\""""
+  """variant of the model's files, such as fp16"""
   any_base: bool = False
   """take experts of other base models, such as the one MODEL is a fine-tune of"""
   weights: str | None = None
   """W or W,W,…: one number for all experts, or one for each (default: 1/N for N
   experts, their mean; 1 gives their sum, as diffusers' set_adapters does)"""
   rank: int | None = None
-  """of the result (default: the experts' largest; co_merge_product: exact, the sum of
-  their ranks)"""
+  """rank of the result (default: the experts' largest; co_merge_product: exact, the sum
+  of their ranks)"""
   density: float | None = None
-  """share of entries kept (default: 0.5)"""
+  """share of entries to keep (default: 0.5)"""
   seed: int | None = None
-  """of what DARE drops or Co-Merge samples (default: 0)"""
+  """seed of what DARE drops and of what Co-Merge samples (default: 0)"""
   calibration: str | None = None
   """Co-Merge: the cache that `encode` wrote"""
   pairs: int | None = None
   """Co-Merge: calibration pairs of each category (default: 4)"""
   timesteps: str | None = None
-  """Co-Merge: T,T,… that each pair is noised to (default: four, evenly spaced)"""
+  """Co-Merge: T,T,… to which each pair is noised (default: four, evenly spaced)"""
   statistics: Path | None = None
   """Co-Merge: folder of the activations; experts that it holds are not measured again
   (default: OUT/statistics)"""
@@ -94,7 +94,7 @@ class MergeOptions:
   experts_at_once: int | None = None
   """Co-Merge: experts that share a UNet call (default: 1)"""
   dtype: Literal["float32", "bfloat16"] | None = None
-  """Co-Merge: of the UNet's computations (default: float32)"""
+  """Co-Merge: number type of the UNet's computations (default: float32)"""
 
   def __post_init__(self):
     read = OPTIONS[method_of(self)]

@@ -1,4 +1,4 @@
-"""What the text of a compiled program tells: collectives, and how often loops run.
+"""What the text of a compiled program says: collectives, and how often loops run.
 
 A computation runs as often as it is called; a `while` runs its body as often as
 `known_trip_count` says. XLA's own cost analysis counts every body once, so its bytes

@@ -29,7 +29,7 @@ from safetydpo_jax.training.config import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-  """Compiles the train step for chips that are not here: does it fit?"""
+  """Compiles the train step for chips that you do not have: does it fit?"""
 
   config: str
   """as for train; --config.NAME=VALUE overrides a value"""
@@ -38,7 +38,7 @@ class PlanOptions:
   json: Path | None = None
   """also write the figures to this file"""
   largest_batch: bool = False
-  """search for the most pairs that a chip holds; four or more compilations"""
+  """search for the most pairs that fit on a chip; four or more compilations"""
 
   def __post_init__(self):
     topology = read_topology(self.topology)

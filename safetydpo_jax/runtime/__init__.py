@@ -1,1 +1,1 @@
-"""Hosts, devices, storage and files: what every command stands on."""
+"""Hosts, devices, storage and files: what every command is built on."""

@@ -5,9 +5,9 @@ it is installed JAX loads it to look for a TPU, and without one libtpu writes a 
 trace to stderr and takes the lock that only one process of a machine can hold. The
 decision is made when the package is imported, before JAX chooses its backends:
 
-  JAX_PLATFORMS or `jax_platforms` is set   the user's choice stays
-  libtpu is not installed, or a TPU is here  JAX's own search, as ever
-  an AMD GPU                                 JAX's own search, as ever
+  JAX_PLATFORMS or `jax_platforms` is set   the user's choice is kept
+  libtpu is not installed, or a TPU is here  JAX's own search
+  an AMD GPU                                 JAX's own search
   an NVIDIA GPU and JAX's plugin for it      cuda, cpu
   otherwise                                  cpu
 
@@ -55,7 +55,7 @@ def choose() -> None:
 
 
 def platforms_without_tpu(environment: Mapping[str, str], root: Path) -> str | None:
-  """The value of JAX_PLATFORMS that keeps libtpu out; None: nothing is to be changed.
+  """The value of JAX_PLATFORMS that keeps libtpu out, or None to change nothing.
 
   Args:
     environment: the process's variables.

@@ -19,7 +19,7 @@ from typing import Any
 from safetydpo_jax.errors import InputError
 
 CONNECT_SECONDS = 300  # hosts of a slice come up minutes apart
-HEARTBEAT_SECONDS = 100  # a host that was silent for so long is gone
+HEARTBEAT_SECONDS = 100  # a host that is silent for longer is gone
 # A host may be hours behind the others, with a slow disk or more to encode; one that is
 # gone ends the wait by its heartbeat.
 BARRIER_SECONDS = 24 * 3600
@@ -29,21 +29,22 @@ _BARRIERS = itertools.count()  # the service takes a barrier's name once
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-  """Who a job's processes are; found by themselves on TPU pods and under srun.
+  """How the processes of a job find each other.
 
-  Elsewhere all three are needed, here or in the environment.
+  On TPU pods and under srun they need none of this. Elsewhere all three are needed, as
+  flags or in the environment.
   """
 
   coordinator_address: str | None = None
-  """HOST:PORT of process 0 of several (or JAX_COORDINATOR_ADDRESS)"""
+  """HOST:PORT of process 0, if there are several (or JAX_COORDINATOR_ADDRESS)"""
   num_processes: int | None = None
-  """how many processes there are (or JAX_NUM_PROCESSES)"""
+  """number of processes (or JAX_NUM_PROCESSES)"""
   process_id: int | None = None
-  """which of them this is, from 0 (or JAX_PROCESS_ID)"""
+  """number of this process, from 0 (or JAX_PROCESS_ID)"""
 
 
 def _given_hosts(given: Hosts) -> dict[str, Any] | None:
-  """What flags and variables say; None: nothing."""
+  """What flags and environment variables say, or None."""
   values = {
     f"JAX_{name.upper()}": os.environ.get(f"JAX_{name.upper()}", "")
     if value is None
@@ -55,14 +56,14 @@ def _given_hosts(given: Hosts) -> dict[str, Any] | None:
   if not all(values.values()):
     missing = ", ".join(name for name, value in values.items() if not value)
     raise InputError(
-      f"{', '.join(name for name in values if values[name])} is set, {missing} is not; "
-      "several processes need all three, one process none"
+      f"{', '.join(name for name in values if values[name])} is set and {missing} is "
+      "not; set all three to run several processes, or none to run one"
     )
   names, (address, count, index) = list(values), values.values()
   if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
     raise InputError(
-      f"{names[1]} and {names[2]} must be whole numbers, the second smaller; they are "
-      f"{count} and {index}"
+      f"{names[1]} is {count} and {names[2]} {index}; expected whole numbers, the "
+      "second below the first"
     )
   if not re.fullmatch(r".+:\d+", address):
     raise InputError(f"{names[0]} is {address}; expected HOST:PORT of process 0")
@@ -75,7 +76,7 @@ def _given_hosts(given: Hosts) -> dict[str, Any] | None:
 
 
 def _slurm_hosts() -> dict[str, Any] | None:
-  """What JAX cannot know of a Slurm step; None: this is none of several tasks.
+  """What JAX cannot know of a Slurm step; None if this is not one of several tasks.
 
   JAX takes the GPU with the task's local number. That is wrong where Slurm shows each
   task its own GPU alone, and wastes the others where a task has a whole node.
@@ -101,9 +102,9 @@ def _slurm_hosts() -> dict[str, Any] | None:
 def initialize(given: Hosts | None = None, *, preemption: bool = False) -> None:
   """Joins the other processes of the job, if there are any.
 
-  Who they are is said by `given` or the environment, by Slurm for the tasks of one
-  srun, or by the TPU VM's metadata (GCE and GKE, also several slices). Anything else is
-  a single process, which waits for no other.
+  `given` or the environment says who they are, or Slurm for the tasks of one srun, or
+  the TPU VM's metadata (GCE and GKE, also several slices). Anything else is a single
+  process, which waits for no other.
 
   Args:
     given: what the command line says.
@@ -117,13 +118,13 @@ def initialize(given: Hosts | None = None, *, preemption: bool = False) -> None:
 
   if jax.distributed.is_initialized():
     return
-  told = _given_hosts(given or Hosts())
-  if told is None:
-    told = _slurm_hosts()
+  found = _given_hosts(given or Hosts())
+  if found is None:
+    found = _slurm_hosts()
   platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
-  if told is None and "tpu" not in platforms.split(","):
+  if found is None and "tpu" not in platforms.split(","):
     return
-  hosts = told or {}
+  hosts = found or {}
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.config.update("jax_enable_preemption_service", preemption)
   who = f"the coordinator at {hosts.get('coordinator_address', 'the first host')}"
@@ -140,12 +141,14 @@ def initialize(given: Hosts | None = None, *, preemption: bool = False) -> None:
       shutdown_timeout_seconds=BARRIER_SECONDS,  # process 0 writes when others are done
     )
   except ValueError as error:
-    if told is not None or "coordinator_address" not in str(error):
+    if found is not None or "coordinator_address" not in str(error):
       raise
     return  # a TPU and nothing that speaks of other hosts
   finally:
     clock.cancel()
-  jax.devices()  # told to each other with a timeout of minutes: now, while all are here
+  # The processes exchange their devices with a timeout of minutes: now, while all are
+  # here.
+  jax.devices()
 
 
 def _give_up(who: str) -> None:
@@ -159,7 +162,7 @@ def _give_up(who: str) -> None:
 
 
 def wait_for_all(what: str) -> None:
-  """Returns when every host is here; `what` tells the hosts' log what is waited for.
+  """Returns when every host has called it; `what` names in their logs what is awaited.
 
   Every host calls it at the same places. Uses no device: those may time out.
   """

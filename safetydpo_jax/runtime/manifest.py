@@ -10,19 +10,22 @@ import json
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.runtime import files
+
+if TYPE_CHECKING:
+  from etils import epath
 
 _PACKAGES = ("safetydpo-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
 
 def versions(*more: str) -> dict[str, str | None]:
-  """Versions of the packages that decide a result's digits; None: not installed."""
+  """Versions of packages that affect a result's digits, None if not installed."""
   found = dict.fromkeys((*_PACKAGES, *more))
   for package in found:
-    with contextlib.suppress(PackageNotFoundError):  # a checkout on the path will do
+    with contextlib.suppress(PackageNotFoundError):  # or a checkout on the path
       found[package] = version(package)
   return found
 
@@ -38,8 +41,22 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
   try:
     return json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise InputError(f"{path.parent} is no {what}: it has no {path.name}") from None
+    raise missing(path, what) from None
   except (OSError, ValueError, RecursionError) as error:
     if files.is_lfs_pointer(path):
       raise InputError(f"{path} {files.NOT_FETCHED}") from None
-    raise InputError(f"{path} is no readable {what} JSON: {error}") from error
+    raise unreadable(path, what, error) from error
+
+
+def missing(path: "Path | epath.Path", what: str) -> InputError:
+  """The error of a folder that lacks the JSON file that makes it a `what`."""
+  return InputError(f"{path.parent} is not {_a(what)}: it has no {path.name}")
+
+
+def unreadable(path: "Path | epath.Path", what: str, error: Exception) -> InputError:
+  """The error of a JSON file that cannot be read."""
+  return InputError(f"cannot read {path}, the JSON file of {_a(what)}: {error}")
+
+
+def _a(what: str) -> str:
+  return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"

@@ -49,7 +49,7 @@ def axis_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
   if data * fsdp != count:
     raise InputError(
       f"mesh.data × mesh.fsdp is {data} × {fsdp}, but there are {count} devices; "
-      "set mesh.data=-1 to use what mesh.fsdp leaves"
+      "set mesh.data=-1 to use all that mesh.fsdp leaves"
     )
   return data, fsdp
 
@@ -75,8 +75,8 @@ def make_mesh(
     )
   if data % slices:
     raise InputError(
-      f"mesh.data is {data} on {slices} slices; expected a multiple, as mesh.fsdp does "
-      "not leave a slice"
+      f"mesh.data is {data} on {slices} slices; expected a multiple, since mesh.fsdp "
+      "stays within one slice"
     )
   each = mesh_utils.create_hybrid_device_mesh(
     (data // slices, fsdp), (slices, 1), devices=devices

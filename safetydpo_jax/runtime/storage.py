@@ -90,9 +90,9 @@ def read_json(path: epath.Path, what: str) -> Any:
   try:
     return json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise InputError(f"{path.parent} is no {what}: it has no {path.name}") from None
+    raise manifest.missing(path, what) from None
   except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f"{path} is no readable {what} JSON: {error}") from error
+    raise manifest.unreadable(path, what, error) from error
 
 
 def local_files(files: Sequence[epath.Path]) -> list[str]:

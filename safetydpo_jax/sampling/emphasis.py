@@ -91,7 +91,7 @@ def _number(text: str) -> float:
     number = math.nan
   if not abs(number) <= LARGEST:
     raise InputError(
-      f"{text[:20]!r} is no weight; expected a number up to {LARGEST:,.0f}, as in "
+      f"{text[:20]!r} is not a weight; expected a number up to {LARGEST:,.0f}, as in "
       "(word:1.3)"
     )
   return number

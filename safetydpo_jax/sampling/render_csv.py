@@ -5,8 +5,9 @@ was rendered in (`renderer.py`). Unless the options name a sampler, it is that o
 checkpoint's scheduler (`methods.py`). There is no safety checker. With `compare` the
 base model renders the same rows from the same noise into OUT/base.
 
-Prompts longer than the text encoder reads are cut, counted and said, unless the options
-ask for chunks; rows with as many chunks are rendered together (`prompt_text.py`).
+Prompts longer than the text encoder reads are cut, counted and reported, unless the
+options ask for chunks; rows with as many chunks are rendered together
+(`prompt_text.py`).
 
 Existing images are kept and the missing ones rendered; a folder that holds images of
 other settings is refused (`folders.py`).
@@ -58,11 +59,12 @@ class RenderTask:
   model: str
   """a diffusers directory, a single file, a hub id, or toy, sd15, sd21, sdxl, …"""
   prompts: Path
-  """CSV with a column prompt"""
+  """CSV with a column `prompt`"""
   out: Path
   """folder for the images, generate.json and sheet.jpg"""
   lora: Repeated[tuple[str, ...]] = ()
-  """L[:SCALE], a run, a merge, a LoRA file or a hub id; may be repeated: they add up"""
+  """L[:SCALE]: a run, a merge, a LoRA file or a hub id; may be repeated, LoRAs add
+  up"""
   any_base: bool = False
   """take LoRAs of another base model, such as the one this is a fine-tune of"""
 
@@ -74,7 +76,8 @@ class RenderOptions(RenderSettings, RenderTask):  # --help lists the task first
   compare: bool = False
   """also render without the LoRAs, into OUT/base"""
   latents: Path | None = None
-  """initial noise (n, c, h, w), a .npy file; None: from the rows' seeds"""
+  """.npy file of the initial noise, (n, c, h, w) (default: noise from the rows'
+  seeds)"""
   batch_size: int = 4
   """images per device"""
   no_blur: bool = False

@@ -19,30 +19,30 @@ class RenderSettings(TextSettings):
   """Settings of rendering, whatever the model and the prompts."""
 
   sampler: methods.Name | None = None
-  """None: that of the checkpoint's scheduler"""
+  """sampler (default: that of the checkpoint's scheduler)"""
   steps: int = 50
   """sampling steps"""
   guidance: float = 7.5
-  """guidance scale, for rows without an evaluation_guidance; none at 1 or less"""
+  """guidance scale of rows without an evaluation_guidance; 1 or less is none"""
   no_row_guidance: bool = False
-  """--guidance for every row, also for those with a guidance of their own"""
+  """use --guidance for every row, also for those with a guidance of their own"""
   guidance_rescale: float = 0.0
-  """phi, the share of rescaled guidance, 0 to 1"""
+  """share of rescaled guidance, 0 to 1"""
   negative_prompt: str | None = None
-  """for rows without a negative_prompt of their own in the CSV"""
+  """negative prompt of rows that have none of their own in the CSV"""
   fix_text: bool = False
   """repair prompts with ftfy (curly quotes, broken encodings), as transformers did
   before version 5"""
   height: int | None = None
-  """in pixels; None: the model's own"""
+  """height in pixels (default: the model's own)"""
   width: int | None = None
-  """in pixels; None: the model's own"""
+  """width in pixels (default: the model's own)"""
   dtype: Literal["float32", "bfloat16"] = "float32"
-  """of weights and computation"""
+  """number type of weights and computations"""
   variant: str | None = None
-  """of the model's weight files, such as fp16"""
+  """variant of the model's weight files, such as fp16"""
   vae: str | None = None
-  """another VAE's folder, file or hub id; None: the model's own"""
+  """another VAE's folder, file or hub id (default: the model's own)"""
 
   def __post_init__(self):
     super().__post_init__()

@@ -20,21 +20,22 @@ class TextSettings:
   """Settings of the conditioning, whatever the model and the prompts."""
 
   prompt_style: Style = "plain"
-  """plain: cut at 77 tokens; long: in chunks; a1111: also (word:1.3), [word], BREAK"""
+  """plain: cut at 77 tokens; long: in chunks; a1111: in chunks, with (word:1.3), [word]
+  and BREAK"""
   clip_skip: int = 0
   """last layers of the text encoder to skip; the web UI's Clip skip is one more"""
   original_size: str | None = None
-  """of SDXL, H,W in pixels; None: the image's own"""
+  """SDXL: original size, H,W in pixels (default: the image's own)"""
   crop_top_left: str = "0,0"
-  """of SDXL, Y,X in pixels"""
+  """SDXL: corner of the crop, Y,X in pixels"""
   target_size: str | None = None
-  """of SDXL, H,W in pixels; None: the image's own"""
+  """SDXL: target size, H,W in pixels (default: the image's own)"""
   negative_original_size: str | None = None
-  """of the negative prompt; None: all its sizes are the prompt's"""
+  """SDXL: of the negative prompt (default: all its sizes are the prompt's)"""
   negative_crop_top_left: str = "0,0"
-  """of the negative prompt, with --negative_original_size"""
+  """SDXL: of the negative prompt, with --negative_original_size"""
   negative_target_size: str | None = None
-  """of the negative prompt, with --negative_original_size"""
+  """SDXL: of the negative prompt, with --negative_original_size"""
 
   def __post_init__(self):
     if self.clip_skip < 0:

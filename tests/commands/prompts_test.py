@@ -236,7 +236,7 @@ def test_a_wrong_key_ends_the_run_and_is_written_nowhere(
 
 def test_a_key_that_is_not_there_is_named(run, server, monkeypatch):
   monkeypatch.delenv("SOME_KEY", raising=False)
-  with pytest.raises(InputError, match="the environment has no SOME_KEY"):
+  with pytest.raises(InputError, match="--api_key_env names SOME_KEY"):
     run("--api_key_env", "SOME_KEY")
   assert server.requests == []
 

@@ -89,7 +89,7 @@ WRONG = {
   "in the header": ('"prompt,seed\na,1\n', "the header cannot be read"),
   "a long cell": (f"prompt\na\n{LONG}\n", "row 2 .*131,072 characters"),
   "a return": ("prompt\na\nb\rc\n", "row 2 .line 3.*carriage return"),
-  "too many": ("prompt,seed\na,1\nb, c,2\n", "row 2 .*2 fields of the header, but 3"),
+  "too many": ("prompt,seed\na,1\nb, c,2\n", "row 2 has 3 fields and the header 2;"),
 }
 
 

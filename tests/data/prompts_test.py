@@ -182,10 +182,10 @@ WRONG = {
   "empty": ("", "no column `prompt`; .*empty"),
   "header alone": ("prompt\n", "no rows below its header"),
   "other columns": ("text,image\nx,x.png\n", "no column `prompt`; .*text, image"),
-  "comma not quoted": ("prompt\na cat, a dog\n", "row 1 does not have the 1 fields"),
+  "comma not quoted": ("prompt\na cat, a dog\n", "row 1 has 2 fields"),
   "prompt missing": (
     "image,prompt\nx.png,x\ny.png\n",
-    "row 2 does not have the 2 ",
+    "row 2 has 1 of .* 2 fields",
   ),
   "no picture": ("prompt,image\nx,x.exe\n", "'x.exe' is not a .png or .jpg"),
 }

@@ -82,8 +82,8 @@ NO_ATTACKS = {
   "I2P": ("prompt,lexica_url\na start prompt,https://x\n", ".csv", "column lexica_url"),
   "words": ("nude\nblood\n", ".txt", "a list of words"),
   "words of a table": ("prompt\nnude\nblood\n", ".csv", "a list of words"),
-  "benign": ("adv_prompt,benign\na dog,1\nb cat,1\n", ".csv", "benign rows alone"),
-  "coco": ("prompt,source\na dog,coco\n", ".csv", "benign rows alone"),
+  "benign": ("adv_prompt,benign\na dog,1\nb cat,1\n", ".csv", "only benign rows"),
+  "coco": ("prompt,source\na dog,coco\n", ".csv", "only benign rows"),
 }
 
 

@@ -126,7 +126,7 @@ def test_coco_has_one_caption_an_image_the_first(tmp_path):
   ("name", "content", "message"),
   [
     ("i2p.csv", "text,categories\na,hate\n", "expected one of prompt for I2P"),
-    ("i2p.csv", "prompt,categories\na, b, c\n", "row 1 does not have the 2 fields"),
+    ("i2p.csv", "prompt,categories\na, b, c\n", "row 1 has 3 fields"),
     ("i2p.csv", "prompt\n", "no prompts for I2P"),
     ("i2p.txt", "\n\n", "no prompts for I2P"),
     ("coco.json", "[1, 2]", r"coco\.json as \.json"),
@@ -204,7 +204,7 @@ def test_a_suite_measures_the_sets_that_are_there(tmp_path, monkeypatch, capsys)
   assert sets["coco"]["folders"]["images"]["ip"]["all"]["count"] == 0
   assert len(figures["published"]) == len(published.ROWS)
   printed = capsys.readouterr().out
-  assert "i2p: 6 prompts, published were 4,703" in printed
+  assert "i2p: 6 prompts; 4,703 were published" in printed
   assert "coprov2: not in" in printed
   for name in sets:
     assert (tmp_path / "out" / name / "report" / "index.html").is_file()

@@ -57,7 +57,7 @@ def test_a_folder_that_cannot_be_written_is_named():
 
 
 def test_a_missing_manifest_says_what_the_folder_is_not(tmp_path):
-  with pytest.raises(InputError, match=f"{tmp_path} is no pair cache: .* no x.json"):
+  with pytest.raises(InputError, match=f"{tmp_path} .* a pair cache: .* x.json"):
     manifest.read_json(tmp_path / "x.json", "pair cache")
 
 
@@ -66,7 +66,7 @@ def test_a_missing_manifest_says_what_the_folder_is_not(tmp_path):
 )
 def test_a_damaged_manifest_is_named(content, tmp_path):
   (tmp_path / "x.json").write_bytes(content)
-  with pytest.raises(InputError, match=r"x\.json is no readable pair cache JSON"):
+  with pytest.raises(InputError, match=r"read .*x\.json, .* pair cache: "):
     manifest.read_json(tmp_path / "x.json", "pair cache")
 
 

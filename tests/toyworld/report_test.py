@@ -218,4 +218,4 @@ def test_the_command_answers_a_wrong_folder_in_one_line(tmp_path):
     [*command, "--folder", str(tmp_path)], capture_output=True, text=True
   )
   assert done.returncode == 1
-  assert done.stderr == f"error: {tmp_path} is no demo: it has no figures.json\n"
+  assert done.stderr == f"error: {tmp_path} is not a demo: it has no figures.json\n"

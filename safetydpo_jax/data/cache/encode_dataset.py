@@ -42,7 +42,7 @@ class EncodeOptions:
   vae: str | None = None
   """another VAE's folder, file or hub id (default: the model's own)"""
   out: str | None = None
-  """folder of the cache; may be a gs:// or s3:// URL, as may --pairs"""
+  """folder of the cache; like --pairs, it may be a gs:// or s3:// URL"""
   categories: str | None = None
   """CoProV2's CSV (default: the one in --pairs)"""
   resolution: int | None = None
@@ -50,22 +50,22 @@ class EncodeOptions:
   category: str | None = None
   """keep the pairs of one category (default: all)"""
   on_error: Literal["fail", "skip"] = "fail"
-  """at an image or file that cannot be read: stop, or leave it out and list it in the
-  cache's manifest"""
+  """what to do with an image or file that cannot be read: stop, or leave it out and
+  list it in the cache's manifest"""
   batch_size: int = 8
   """images per VAE call"""
   dtype: Literal["float32", "bfloat16"] = "float32"
-  """of the VAE's computations"""
+  """number type of the VAE's computations"""
   shard_size: int = 1024
   """pairs per file"""
   variant: str | None = None
-  """of the weight files, for example "fp16\""""
+  """variant of the weight files, such as fp16"""
   fix_text: bool = False
   """repair prompts with ftfy (curly quotes, broken encodings), as transformers did
   before version 5"""
   stats: str | None = None
-  """PNG to draw: a contact sheet of random pairs, and counts; a table's images may be
-  missing, all of them"""
+  """PNG to draw: a contact sheet of random pairs, and counts; if the pairs are a table,
+  its images may be missing"""
   no_blur: bool = False
   """do not blur the contact sheet's images"""
 

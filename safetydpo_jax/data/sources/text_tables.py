@@ -116,7 +116,7 @@ def inside(where: str, name: object) -> str:
   name = pairs.text(where, "image path", name).strip()
   path = os.path.normpath(name)
   if not name or os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-    raise InputError(f"{where}: image path {name!r} leads out of the dataset's folder")
+    raise InputError(f"{where}: image path {name!r} is outside the dataset's folder")
   return path
 
 

@@ -156,7 +156,7 @@ class Endpoint:
       formats: fields of a request, the preferred first. If the host refuses a request
         (status 400 or 422), the next are tried, and kept where that helps.
       timeout: seconds for one reply.
-      attempts: at most so many per request; other formats do not count.
+      attempts: the most per request; trying another format does not count.
       first_wait: seconds before the second attempt.
 
     Raises:
@@ -214,8 +214,8 @@ class Endpoint:
       except self._http.TransportError as error:
         if why := untrusted_certificate(error):
           raise InputError(
-            f"{self._url}: {why}; to trust its certificate, give it in the "
-            "environment's SSL_CERT_FILE"
+            f"{self._url}: {why}; to trust its certificate, set SSL_CERT_FILE to the "
+            "file that holds it"
           ) from error
         trouble, reason = "connection", f"{type(error).__name__} {error}".strip()
       attempt += 1
@@ -233,7 +233,8 @@ class Endpoint:
     if reply.status not in _AGAIN:
       raise RequestFailed(f"{trouble}: {reason}")
     if reply.retry_after > LONGEST_RETRY_AFTER:
-      raise RequestFailed(f"{trouble}, asks to wait {reply.retry_after:.0f} s")
+      wait = f"the host asks to wait {reply.retry_after:.0f} s"
+      raise RequestFailed(f"{trouble}, and {wait}")
 
   async def _post(self, payload: bytes) -> Reply:
     """One request on a connection of its own.

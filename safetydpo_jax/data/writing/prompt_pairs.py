@@ -108,8 +108,8 @@ def read_concepts(file: Path) -> tuple[list[Concept], int]:
     row = header.cells(cells, where)
     if not wanted <= row.keys():
       raise InputError(
-        f"{where} does not have the header's {len(table.columns)} fields; quote the "
-        "commas"
+        f"{where} does not have the header's {len(table.columns)} fields; put fields "
+        "that contain commas in quotes"
       )
     concept = row["concept"].strip()
     if trouble := text_trouble(concept, MAX_CONCEPT):
@@ -148,7 +148,7 @@ def read_template(file: Path | None = None) -> Template:
     raise InputError(f"{file}: unknown {{{names}}}; known are concept, category, count")
   if missing := {"concept", "count"} - there:
     names = ", ".join(sorted(missing))
-    raise InputError(f"{file} has no {{{names}}}: the model would not know what to do")
+    raise InputError(f"{file} lacks {{{names}}}, which say what to write")
   return template
 
 
@@ -238,8 +238,8 @@ def write_pair_prompts(
   """
   if not 0 <= first_seed <= 2**64 - max(1, len(pairs)):
     raise InputError(
-      f"the seeds of {len(pairs)} pairs from {first_seed} on leave the range 0 to "
-      "2^64 - 1; choose another first seed"
+      f"{len(pairs)} pairs need as many seeds, and from {first_seed} on these are not "
+      "all between 0 and 2^64 - 1; choose another first seed"
     )
   rows = (
     (prompt, f"{kind}_idx_{number:07d}_0.png", pair.category, first_seed + number)

@@ -63,35 +63,36 @@ class PromptOptions:
   endpoint: str
   """OpenAI-compatible host, up to and including /v1"""
   model: str
-  """the model's name there"""
+  """name of the model at that host"""
   out: Path
   """CSV to write the pairs of prompts to"""
   per_concept: int = 20
-  """pairs of each concept"""
+  """pairs to write for each concept"""
   per_request: int = 10
   """pairs per request"""
   rounds: int = 4
-  """at most so many; each asks for what is still missing"""
+  """rounds of requests; each asks for what is still missing"""
   batch: int = 8
   """requests in flight"""
   temperature: float = 1.0
-  """of the model"""
+  """sampling temperature of the model"""
   max_tokens: int = 4096
-  """of an answer; 0: not sent"""
+  """longest answer, in tokens; 0 sets no limit"""
   seed: int = 0
-  """of the model's draws"""
+  """sampling seed of the model"""
   evaluation_seed: int = 0
-  """of the first pair's noise"""
+  """seed of the first pair's noise; the others follow it"""
   template: Path | None = None
-  """TOML with other texts, see data/writing/templates/ (default: pairs.toml there)"""
+  """TOML file with other texts, see data/writing/templates/ (default: its
+  pairs.toml)"""
   response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
-  """the strictest to try"""
+  """strictest format of answers to try"""
   api_key_env: str | None = None
-  """environment variable that holds the key"""
+  """environment variable with the API key"""
   timeout: float = 120.0
-  """seconds for a reply"""
+  """seconds to wait for a reply"""
   attempts: int = 6
-  """at one request"""
+  """attempts at each request"""
   allow_fewer: bool = False
   """accept concepts with fewer pairs than --per_concept"""
   dry_run: bool = False
@@ -206,8 +207,7 @@ def make_endpoint(options: PromptOptions) -> Endpoint:
   key = None
   if options.api_key_env and not (key := os.environ.get(options.api_key_env)):
     raise InputError(
-      f"the environment has no {options.api_key_env}, which --api_key_env names; "
-      "export it"
+      f"--api_key_env names {options.api_key_env}, which is not set; export it"
     )
   names = list(FORMATS)
   names = names[names.index(options.response_format) :]
@@ -285,7 +285,7 @@ async def ask_all(
         if in_a_row == max(_HOPELESS, 2 * options.batch):
           raise InputError(
             f"{in_a_row} requests in a row failed, the last with {failed[request]!r}; "
-            f"accepted answers are in {log.file}, the same command resumes"
+            f"accepted answers are kept in {log.file}: run the same command to resume"
           )
     finally:
       for task in tasks:

@@ -55,7 +55,7 @@ def choose_variants(
 
   Args:
     components: {component: the names of its files}.
-    variant: what the user asks for; None is none.
+    variant: what the user asks for, if anything.
     where: names the checkpoint in the error.
 
   Raises:
@@ -67,7 +67,7 @@ def choose_variants(
   }
   if variant and not any(chosen.values()):
     found = sorted({v for names in components.values() for v in _variants(names) if v})
-    there = f"only {', '.join(found)}" if found else "nor of any other"
+    there = f"only {', '.join(found)}" if found else "and none of any other"
     raise InputError(
       f"{where} has no weights of variant {variant!r}, {there}; choose a variant that "
       "exists, or none"
@@ -133,14 +133,14 @@ def why_none(where: str, names: Collection[str], variant: str | None) -> str:
   """
   there = sorted(names)
   if found := [name for name in there if name.endswith(".safetensors")]:
-    wanted = f"variant {variant!r}" if variant else "no variant"
+    wanted = f"of variant {variant!r}" if variant else "without a variant"
     others = sorted(v for v in _variants(names) - {variant} if v)
     way = "choose a variant that exists"
     if others and not variant:
-      way = f"ask for variant {others[0]!r}, with commands --variant {others[0]}"
+      way = f"ask for variant {others[0]!r}, as in --variant {others[0]}"
     elif variant in _variants(names) or not (others or None in _variants(names)):
       way = f"expected {' or '.join(_candidates(variant)[::3])}, or their index"
-    return f"{where} has no weights of {wanted}, only {', '.join(found)}; {way}"
+    return f"{where} has no weights {wanted}, only {', '.join(found)}; {way}"
   if pickles := [name for name in there if name.endswith(PICKLES)]:
     return f"{where} has only {', '.join(pickles)}: {CONVERT}"
   if any(name.endswith(".msgpack") for name in there):

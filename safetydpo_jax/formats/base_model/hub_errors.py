@@ -55,7 +55,7 @@ def explain(error: Exception, repository: str, revision: str | None) -> str:
       case "OfflineModeIsEnabled" | "NetworkError" | "TimeoutException" | "ProxyError":
         return _unreachable(error)
       case "HFValidationError":
-        return "a hub id would be NAME/REPOSITORY; check the path or the id"
+        return "it is not a hub id (NAME/REPOSITORY) either; check the path or the id"
       case "HfHubHTTPError" if status == 401 and "credentials" not in str(error):
         return _MISSING  # a mirror of the hub, whose errors the library knows less of
       case "HfHubHTTPError" if status == 401:
@@ -68,7 +68,7 @@ def explain(error: Exception, repository: str, revision: str | None) -> str:
   if isinstance(error, OSError) and error.errno == errno.ENOSPC:
     return "the disk of its cache is full; make room, or set HF_HOME to another disk"
   if isinstance(error, PermissionError):
-    return f"its cache cannot be written ({error}); set HF_HOME to a folder of yours"
+    return f"its cache cannot be written ({error}); set HF_HOME to another folder"
   reason = (str(error).strip() or type(error).__name__).splitlines()[0]
   return f"{reason}; try again, which continues the download"
 

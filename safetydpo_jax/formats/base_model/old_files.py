@@ -73,7 +73,7 @@ def correct_text_encoder(config: Config, where: str, kind: str) -> dict[str, Any
   """Corrections (3) and (4); `kind` is the class in model_index.json."""
   if isinstance(config.get("text_config"), Mapping):
     config = config["text_config"]
-    note(f"{where} is of a whole CLIP; its text_config is read, as transformers does")
+    note(f"{where} is for a whole CLIP; its text_config is read, as in transformers")
   named = config.get("architectures")
   # A projection that model_index.json's class does not use may be there nonetheless.
   known = isinstance(named, list | tuple) and list(named) in map(list, PROJECTED)
@@ -106,7 +106,7 @@ def _apply(config: Config, changes: Config, where: str) -> dict[str, Any]:
   for field, value in changes.items():
     old = as_json(config[field]) if field in config else "missing"
     note(
-      f"{where}: {field} is {old} and read as {as_json(value)}, as diffusers reads "
-      "files of that age"
+      f"{where}: {field} is {old} and read as {as_json(value)}, as diffusers does "
+      "with files of that age"
     )
   return {**config, **changes}

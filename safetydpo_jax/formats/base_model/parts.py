@@ -121,18 +121,18 @@ def _check_kind(file: Path, index: Mapping[str, Any]) -> None:
   extra = ", ".join(sorted(more))
   if kind and (_TEXT_TO_IMAGE.fullmatch(kind) or _STEERED.fullmatch(kind)):
     if extra:
-      note(f"{file} lists {extra}: not used here, where it is read as {as_which}'s")
+      note(f"{file} lists {extra}, which is not used: it is read as for {as_which}")
     return
   for part, what in _OTHER_KINDS.items():
     if kind and part in kind:
-      raise InputError(f"{file} is of {kind}, which {what}; {how}")
+      raise InputError(f"{file} is for {kind}, which {what}; {how}")
   if extra:
     raise InputError(
-      f"{file} is of {kind or 'no known class'} and lists {extra}, which text to image "
-      f"does not have; {how}"
+      f"{file} is for {kind or 'no known class'} and lists {extra}, which is not part "
+      f"of text to image; {how}"
     )
   if kind:
-    note(f"{file} is of {kind}, which is not known here; it is read as {as_which}'s")
+    note(f"{file} is for {kind}, which is not known; it is read as for {as_which}")
 
 
 def check_sizes(path: Path, configs: Mapping[str, FrozenDict[str, Any]]) -> None:

@@ -100,7 +100,7 @@ class Pipeline:
     """Token ids (n, 77) int32 for each text encoder, padded and truncated.
 
     To the tokenizer's length, as in diffusers, or the encoder's if that is shorter: see
-    `token_limits`. What is cut is said nowhere: see `count_tokens`.
+    `token_limits`. It does not say what is cut: see `count_tokens`.
     """
     return tuple(
       np.asarray(

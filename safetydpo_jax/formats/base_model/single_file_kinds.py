@@ -75,5 +75,5 @@ def is_scaled_float8(names: Iterable[str]) -> bool:
 
 
 def describe_unet(channels: int) -> str | None:
-  """What a UNet is that takes so many channels, None if that is not known."""
+  """The kind of UNet that takes this many channels, or None if it is unknown."""
   return _UNETS.get(channels)

@@ -47,7 +47,7 @@ def write_directory(
       `dtype`.
   """
   for name in base.modules():
-    component_of(single, name)  # a missing one is an error before anything is written
+    component_of(single, name)  # a missing one is reported before anything is written
   for tokenizer in base.tokenizers:
     if isinstance(tokenizer, SharedTokenizer):
       folder = tokenizer.folder()

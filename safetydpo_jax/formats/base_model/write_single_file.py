@@ -199,7 +199,7 @@ def _check_read_back(
     if field := original_shapes.difference(name, own, config):
       raise InputError(
         f"{base.name} cannot be a single file: its {name} has {field} = "
-        f"{own.get(field)!r}, and readers of single files would take "
+        f"{own.get(field)!r}, and readers of single files would assume "
         f"{config.get(field)!r}; use --format pipeline"
       )
 
@@ -208,7 +208,7 @@ def _markers(base: Pipeline, family: Family) -> dict[str, np.ndarray]:
   """Empty tensors that say what the UNet predicts; ComfyUI looks for them in SDXL.
 
   Raises:
-    InputError: the noise schedule is not one that readers of the file would take.
+    InputError: readers of the file would assume another noise schedule.
   """
   schedule = base.schedule
   zero_snr = bool(schedule.config.get("rescale_betas_zero_snr"))
@@ -220,8 +220,8 @@ def _markers(base: Pipeline, family: Family) -> dict[str, np.ndarray]:
     schedule.alphas_cumprod, usual.alphas_cumprod
   ):
     raise InputError(
-      f"{base.name} cannot be a single file: it has a noise schedule or predicts "
-      f"({schedule.prediction_type}) what readers of single files do not expect; use "
+      f"{base.name} cannot be a single file: readers of single files would not expect "
+      f"its noise schedule or prediction type ({schedule.prediction_type}); use "
       "--format pipeline"
     )
   # Readers know that SD 2 may predict v.

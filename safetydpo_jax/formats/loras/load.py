@@ -143,7 +143,7 @@ def check_fits(
     f"model has fingerprint {fingerprint}"
   )
   if any_base:
-    note(f"--any_base: {found}; it is used all the same")
+    note(f"--any_base: {found}; it is used anyway")
     return
   flag = "" if any_base is None else "add --any_base, or "
   raise InputError(

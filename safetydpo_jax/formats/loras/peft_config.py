@@ -86,8 +86,8 @@ def parse(settings: Mapping[str, Any], where: str) -> Scaling:
   start = str(settings.get("init_lora_weights", "")).lower()
   if start.startswith(_MOVES_BASE):
     raise InputError(
-      f"{where} started from {start}, which changes the base weights; save it as a "
-      "plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+      f"{where} was initialised with {start}, which changes the base weights; save it "
+      "as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
     )
   scaling = Scaling(
     _optional(settings, "lora_alpha" if kind == "LORA" else "alpha", where),

@@ -72,7 +72,7 @@ def kind_of(parts: Parts, where: str) -> str:
   if parts.keys() in ({"down"}, {"up"}):
     raise InputError(f"{where} has only one of its two factors")
   raise InputError(
-    f"{where} has {', '.join(sorted(parts)) or 'no factors'}, which make no LoRA, "
+    f"{where} has {', '.join(sorted(parts)) or 'no factors'}, which is not a LoRA, "
     "LoHa, LoKr or full difference; fetch the file again, or save it as a plain LoRA"
   )
 

@@ -154,7 +154,7 @@ def _sort(
     counts = " and ".join(
       f"{n} tensor{'s' if n > 1 else ''} of {who}" for who, n in left_out.items()
     )
-    note(f"{file}: not read: {counts}; only the UNet is adapted here")
+    note(f"{file}: {counts} left out; only the UNet is adapted")
   return layers
 
 

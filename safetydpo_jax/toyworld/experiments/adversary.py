@@ -110,7 +110,7 @@ def make_task(
   room = int(ids.shape[1] - 1 - first.max())  # the end token stays
   if not 1 <= slots <= room:
     raise InputError(
-      f"--slots is {slots}; expected 1 to {room}, the room after prompts"
+      f"--slots is {slots}; expected 1 to {room}, what fits after the prompts"
     )
   positions = first[:, None] + np.arange(slots)[None, :]
   return Task(jnp.asarray(ids), jnp.asarray(positions, jnp.int32), latents)

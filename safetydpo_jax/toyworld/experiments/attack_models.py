@@ -64,27 +64,27 @@ class AttackOptions:
   out: Path
   """folder for the figures, the prompts found and the pictures"""
   lora: Repeated[tuple[str, ...]] = ()
-  """L[:SCALE]; may be repeated: each is attacked alone, after the base model"""
+  """L[:SCALE]; may be repeated: each is attacked by itself, after the base model"""
   count: int = 28
-  """prompts attacked"""
+  """number of prompts to attack"""
   slots: int = 4
-  """words or embeddings added to each"""
+  """words or embeddings to add to each prompt"""
   embedding_steps: int = 120
-  """steps of Adam"""
+  """steps of Adam on the embeddings"""
   learning_rate: float = 0.05
-  """of the embeddings"""
+  """learning rate of the embeddings"""
   word_steps: int = 24
-  """steps, in each of which one word changes"""
+  """search steps, each of which changes one word"""
   candidates: int = 12
-  """prompts tried in a step of words"""
+  """prompts to try in each search step"""
   draws: int = 3
-  """of noise for each prompt and step"""
+  """noise draws for each prompt and step"""
   sampler_steps: int = stages.STEPS
-  """of the pictures that are judged"""
+  """sampling steps of the pictures that are judged"""
   guidance: float = stages.GUIDANCE
-  """of the same"""
+  """guidance scale of these pictures"""
   seed: int = 0
-  """of all random draws"""
+  """seed of all random draws"""
 
   def __post_init__(self):
     for name, least in LEAST.items():

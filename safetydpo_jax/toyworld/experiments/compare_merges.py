@@ -39,7 +39,7 @@ from safetydpo_jax.toyworld.experiments.trials import (
 class StudyOptions(SeedOptions):
   """Compares merging methods in the toy world, over several seeds of the demo.
 
-  --config.NAME=VALUE overrides a value of the experts' training.
+  A value of the experts' training is overridden by --config.NAME=VALUE.
   """
 
 
@@ -47,7 +47,7 @@ def run_study(options: StudyOptions, overrides: Sequence[str] = ()) -> None:
   """Runs seed after seed, then prints and draws.
 
   Raises:
-    InputError: OUT was begun with other options, an override is not allowed, a demo
+    InputError: OUT was started with other options, an override is not allowed, a demo
       failed, or matplotlib is not installed.
   """
   extras.require("matplotlib", extra="report")  # now, not after hours of work
@@ -68,7 +68,7 @@ def check_same(options: StudyOptions, overrides: Sequence[str]) -> None:
   """Writes the demo's options to OUT/options.json, or compares with those there.
 
   Raises:
-    InputError: OUT was begun with other options.
+    InputError: OUT was started with other options.
   """
   file = options.out / "options.json"
   words = _words(options, overrides)
@@ -78,13 +78,13 @@ def check_same(options: StudyOptions, overrides: Sequence[str]) -> None:
   before = manifest.read_json(file, "study")["demo"]
   if _values(before) != _values(words):
     raise InputError(
-      f"{options.out} was begun with {shlex.join(before) or 'no other options'}, now "
-      f"they are {shlex.join(words) or 'none'}; choose another --out"
+      f"{options.out} was started with {shlex.join(before) or 'the defaults'}, and now "
+      f"the options are {shlex.join(words) or 'the defaults'}; choose another --out"
     )
 
 
 def _words(options: StudyOptions, overrides: Sequence[str]) -> list[str]:
-  """What every seed's demo shares, as a command line has it; no defaults."""
+  """The options that all seeds share, as on a command line, without defaults."""
   same = StudyOptions(
     out=options.out,
     model=options.model,

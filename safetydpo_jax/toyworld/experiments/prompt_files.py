@@ -31,9 +31,9 @@ class PromptOptions:
   """Writes prompts of the toy world, for pairs or for the test."""
 
   kind: Literal["pairs", "test"]
-  """pairs to train on, or prompts to measure with"""
+  """pairs to train on, or test prompts to measure with"""
   out: Path
-  """CSV to write"""
+  """CSV to write the prompts to"""
   per_category: int = 84
   """unsafe prompts of each category"""
   category: str | None = None

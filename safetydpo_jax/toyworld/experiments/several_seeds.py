@@ -29,7 +29,7 @@ Figures = Mapping[str, Any]  # of one demo: the content of figures.json
 class SeedOptions:
   """Runs the demo with several seeds.
 
-  --config.NAME=VALUE overrides a value of the experts' training.
+  A value of the experts' training is overridden by --config.NAME=VALUE.
   """
 
   out: Path
@@ -46,12 +46,12 @@ class SeedOptions:
   categories: str | None = DemoOptions.categories
   """NAME,NAME,… (default: all seven)"""
   merge: Method = DemoOptions.merge
-  """method of `merge`"""
+  """merging method"""
 
   def __post_init__(self):
     numbers = self.numbers
     if len({*numbers}) < len(numbers) or min(numbers) < 0:
-      raise InputError(f"--seeds {self.seeds}: expected different numbers from 0")
+      raise InputError(f"--seeds {self.seeds}: expected different numbers, 0 or more")
     self.demo(numbers[0])  # checks what the demo has to say
 
   @property

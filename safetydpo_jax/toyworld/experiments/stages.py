@@ -35,7 +35,7 @@ CONTENDERS = ("base", "experts", "merged")
 class DemoOptions:
   """Runs the whole method in the toy world and writes a report.
 
-  --config.NAME=VALUE overrides a value of the experts' training.
+  A value of the experts' training is overridden by --config.NAME=VALUE.
   """
 
   out: Path
@@ -51,7 +51,7 @@ class DemoOptions:
   categories: str | None = None
   """NAME,NAME,… (default: all seven)"""
   merge: Method = "co_merge_product"
-  """method of `merge`"""
+  """merging method"""
   no_open: bool = False
   """do not open the report in a browser"""
 

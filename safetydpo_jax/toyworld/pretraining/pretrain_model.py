@@ -43,21 +43,21 @@ class PretrainOptions:
   workdir: Path | None = None
   """folder for the progress (default: OUT.progress)"""
   stage: Literal["vae", "unet", "all"] = "all"
-  """unet needs a finished vae stage"""
+  """what to train; unet needs a finished vae stage"""
   vae_steps: int = 2500
   """optimizer steps of the autoencoder"""
   unet_steps: int = 5000
   """optimizer steps of UNet and text encoder"""
   vae_learning_rate: float = 2e-3
-  """highest rate of its schedule"""
+  """peak learning rate of the autoencoder"""
   unet_learning_rate: float = 1e-3
-  """highest rate of its schedule"""
+  """peak learning rate of UNet and text encoder"""
   seed: int = 0
   """decides weights, pictures and batches"""
   evaluate_every: int = 1000
-  """steps between two measurements"""
+  """steps between measurements"""
   save_every: float = 180
-  """seconds between two checkpoints"""
+  """seconds between checkpoints"""
 
   def __post_init__(self):
     for name in ("vae_steps", "unet_steps", "evaluate_every"):

@@ -124,12 +124,15 @@ def truncate(file):
 
 
 DAMAGE = {
-  "no cache": (lambda p: (p / "cache.json").unlink(), "is no pair cache"),
+  "no cache": (lambda p: (p / "cache.json").unlink(), "a pair cache: .* cache.json"),
   "unfinished": (
     lambda p: (p / "cache.json").rename(p / "plan.json"),
     "is an unfinished pair cache; run the same encode command again",
   ),
-  "broken manifest": (lambda p: (p / "cache.json").write_text("{"), "no readable pair"),
+  "broken manifest": (
+    lambda p: (p / "cache.json").write_text("{"),
+    "read .*cache.json, .* pair cache: ",
+  ),
   "version": (lambda p: edit(p, format=99), "has format 99, this version reads 1"),
   "list": (lambda p: (p / "cache.json").write_text("[]"), "has format None"),
   "no shards": (lambda p: edit(p, shards=None), r"cache\.json is damaged"),

@@ -140,7 +140,7 @@ def test_retry_after_is_honoured(server):
 def test_a_host_that_asks_for_an_hour_is_not_waited_for(server):
   fail(server, "429")
   server.retry_after = 3600
-  with pytest.raises(RequestFailed, match="HTTP 429, asks to wait 3600 s"):
+  with pytest.raises(RequestFailed, match=r"HTTP 429, .* 3600 s"):
     ask(client(server))
 
 

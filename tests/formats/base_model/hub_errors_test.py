@@ -144,7 +144,7 @@ def test_a_repository_of_pickles_says_how_to_convert(hub):
 def test_a_repository_of_one_variant_says_which(hub):
   rename(hub, ".safetensors", ".fp16.safetensors", "unet", "vae", "text_encoder")
   line = refusal()
-  assert f"{NAME}/unet has no weights of no variant" in line
+  assert f"{NAME}/unet has no weights without a variant" in line
   assert "--variant fp16" in line
   assert load_pipeline(NAME, components=("vae",), variant="fp16").variant == "fp16"
   assert "of variant 'ema', only fp16" in refusal(variant="ema")

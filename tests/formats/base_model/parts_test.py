@@ -103,7 +103,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_pipelines_with_the_same_parts_for_other_ends_are_refused(kind, tmp_path):
-  with pytest.raises(InputError, match=rf"model_index\.json is of {kind}.*; give"):
+  with pytest.raises(InputError, match=rf"model_index\.json is for {kind}.*; give"):
     check_index(tmp_path, index_of(kind, **OTHERS[kind]))
 
 
@@ -116,7 +116,7 @@ def test_an_unknown_class_with_these_parts_alone_is_read_with_a_line(
   check_index(tmp_path, index_of(kind))
   (line,) = capsys.readouterr().err.splitlines()
   name = kind if isinstance(kind, str) else kind[-1]
-  assert f"is of {name}, which is not known" in line
+  assert f"is for {name}, which is not known" in line
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_write_that_stops_halfway_leaves_no_manifest_of_the_lora_before(
   monkeypatch.setattr(ocp.StandardCheckpointer, "save", stop)
   with pytest.raises(KeyboardInterrupt):
     expert.write_expert(folder, make_tree(1), ABOUT)
-  with pytest.raises(InputError, match="is no finished expert"):
+  with pytest.raises(InputError, match="a finished expert"):
     expert.read_expert(folder)
 
 

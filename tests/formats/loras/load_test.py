@@ -207,7 +207,7 @@ def test_what_is_no_lora_on_the_hub_is_named(name, message, hub):
 def test_a_name_that_leads_nowhere_is_named(tmp_path):
   with pytest.raises(InputError, match=f"no LoRA at {tmp_path / 'nothing'}"):
     loras.load_lora(str(tmp_path / "nothing"))
-  with pytest.raises(InputError, match=f"{tmp_path} is no finished expert"):
+  with pytest.raises(InputError, match=f"{tmp_path} .* finished expert"):
     loras.load_lora(str(tmp_path))
 
 
