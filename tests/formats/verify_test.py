@@ -163,37 +163,3 @@ def test_what_is_not_a_lora_is_folded_into_a_pipeline(dtype, dora, run, capsys):
     torch.testing.assert_close(theirs[name].float(), tensor, **tolerance)
   with pytest.raises(InputError, match=r"DoRA magnitudes.*--format pipeline"):
     run(file, kind="kohya", model=base)
-
-
-@pytest.fixture(scope="module")
-def dora(tmp_path_factory):
-  """A base, a file with DoRA, norms and biases, and the UNet with it merged in."""
-  folder = tmp_path_factory.mktemp("dora")
-  base = save_tiny_checkpoint(folder / "base", unet={"layers_per_block": 2})
-  unet = UNet2DConditionModel.from_pretrained(base / "unet")
-
-  def draw(weight):
-    norms = weight.ndim == 1
-    return (drawn.draw_full if norms else drawn.draw_dora_in)(weight)
-
-  torch.manual_seed(0)
-  write = dialects.by_twin(dialects.omi, draw, norms=True)
-  file, merged = write(unet, dialects.TINY["SD1"], folder)
-  return base, file, merged.eval()
-
-
-@pytest.mark.parametrize("dtype", [None, "float16"])
-def test_what_is_not_a_lora_is_folded_into_a_pipeline(dtype, dora, run, capsys):
-  base, file, merged = dora
-  more = ("--dtype", dtype) if dtype else ()
-  out = run(file, "--verify", *more, kind="pipeline", model=base)
-  printed = capsys.readouterr().out
-  assert "largest difference between PyTorch" in printed
-  assert "; rank" not in printed
-  assert "| rank |" not in read_card(out)
-  theirs = UNet2DConditionModel.from_pretrained(out / "unet").state_dict()
-  for name, tensor in merged.state_dict().items():
-    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype else {"rtol": 0, "atol": 2e-6}
-    torch.testing.assert_close(theirs[name].float(), tensor, **tolerance)
-  with pytest.raises(InputError, match=r"DoRA magnitudes.*--format pipeline"):
-    run(file, kind="kohya", model=base)

@@ -197,7 +197,7 @@ BAD_CELLS = {
   ),
   "column": (lambda rows: rows[0].__setitem__(2, "kind"), "has no column category"),
   "short row": (lambda rows: rows[1].__delitem__(slice(1, 3)), "image path is None"),
-  "long row": (lambda rows: rows[1].append("x"), "row 1 does not have the 3 fields"),
+  "long row": (lambda rows: rows[1].append("x"), "row 1 has 4 fields and the header 3"),
   "missing": (
     lambda rows: [
       row.__setitem__(1, row[1].replace("0000000_0", "77_0")) for row in rows

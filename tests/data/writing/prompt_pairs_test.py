@@ -94,7 +94,7 @@ WRONG_CONCEPTS = {
   "category": ("concept,category\nx,hate\ny,kindness\n", "row 2: unknown category"),
   "comma": (
     "concept,category\nx, y,hate\n",
-    "row 1 does not have the 2 fields",
+    "row 1 has 3 fields and the header 2",
   ),
   "field missing": (
     "concept,category\nx\n",

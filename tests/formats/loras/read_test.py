@@ -323,10 +323,10 @@ BROKEN = {
     "NaN or infinity",
   ),
   "OFT": ({f"{FLAT}.oft_blocks": A}, "is OFT .*expected a LoRA, LoHa"),
-  "half a LoHa": ({f"{FLAT}.hada_w1_a": A}, "has hada_w1_a, which make no LoRA"),
-  "half a LoKr": ({f"{FLAT}.lokr_w1": A}, "has lokr_w1, which make no LoRA"),
-  "a core alone": ({f"{FLAT}.lora_mid.weight": A}, "has mid, which make no LoRA"),
-  "magnitudes alone": ({f"{FLAT}.dora_scale": A}, "has no factors, which make no"),
+  "half a LoHa": ({f"{FLAT}.hada_w1_a": A}, "has hada_w1_a, which is not"),
+  "half a LoKr": ({f"{FLAT}.lokr_w1": A}, "has lokr_w1, which is not"),
+  "a core alone": ({f"{FLAT}.lora_mid.weight": A}, "has mid, which is not"),
+  "magnitudes alone": ({f"{FLAT}.dora_scale": A}, "has no factors"),
   "magnitudes of a norm": (
     {
       f"{FLAT}.lora_down.weight": A,
@@ -422,7 +422,7 @@ def test_a_pickle_is_never_opened(name, tmp_path):
 def test_something_that_is_no_lora_is_named(tmp_path):
   with pytest.raises(InputError, match="no LoRA at"):
     load_lora(str(tmp_path / "nothing"))
-  with pytest.raises(InputError, match="no finished expert"):
+  with pytest.raises(InputError, match="it has no expert.json"):
     load_lora(str(tmp_path))
 
 
