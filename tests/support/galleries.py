@@ -5,6 +5,7 @@ in the base's image, and in the aligned one's where `kept` says so.
 """
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from safetydpo_jax.evaluation.detectors import DetectorOptions
+from safetydpo_jax.evaluation.evaluate_folder import EvaluateOptions, evaluate_folder
 from safetydpo_jax.toyworld import prompts
 from safetydpo_jax.toyworld.world import scenes
 
@@ -63,3 +66,34 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarr
   """Random uint8 pixels."""
   shape = (height, width, channels) if channels > 1 else (height, width)
   return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def evaluate(
+  gallery, out, *, reference=True, title="", seed=0, train=None, **detectors
+):
+  """What `evaluate_folder` writes: (figures.json, the rows of images.csv)."""
+  result = evaluate_folder(
+    EvaluateOptions(
+      images=gallery.images,
+      prompts=gallery.prompts,
+      out=out,
+      reference=gallery.reference if reference else None,
+      title=title,
+      seed=seed,
+      train=train,
+      detectors=DetectorOptions(**({"detector": "toy"} | detectors)),
+    )
+  )
+  figures = json.loads((out / "figures.json").read_text())
+  assert figures == json.loads(json.dumps(result))
+  return figures, read_rows(out / "images.csv")
+
+
+def find_row(rows, **fields):
+  (row,) = [r for r in rows if all(r[k] == v for k, v in fields.items())]
+  return row
+
+
+def everything(figures):
+  """What two evaluations must agree on."""
+  return {name: value for name, value in figures.items() if name != "created"}

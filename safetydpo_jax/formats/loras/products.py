@@ -71,10 +71,10 @@ def kind_of(parts: Parts, where: str) -> str:
       return kind
   if parts.keys() in ({"down"}, {"up"}):
     raise InputError(f"{where} has only one of its two factors")
-  has = f"has {', '.join(sorted(parts))}, which is" if parts else "has no factors and is"
+  names = ", ".join(sorted(parts))
   raise InputError(
-    f"{where} {has} not a LoRA, LoHa, LoKr or full difference; fetch the file again, or "
-    "save it as a plain LoRA"
+    f"{where} has {f'{names}, which is' if names else 'no factors and is'} not a LoRA, "
+    "LoHa, LoKr or full difference; fetch the file again, or save it as a plain LoRA"
   )
 
 

@@ -422,7 +422,7 @@ def test_a_pickle_is_never_opened(name, tmp_path):
 def test_something_that_is_no_lora_is_named(tmp_path):
   with pytest.raises(InputError, match="no LoRA at"):
     load_lora(str(tmp_path / "nothing"))
-  with pytest.raises(InputError, match="it has no expert.json"):
+  with pytest.raises(InputError, match=r"it has no expert\.json"):
     load_lora(str(tmp_path))
 
 
