@@ -27,6 +27,7 @@ from safetydpo_jax.formats.loras.adapter import Adapter
 from safetydpo_jax.formats.loras.load import check_fits, load_adapter, split_scale
 from safetydpo_jax.formats.loras.write import (
   DTYPES,
+  FILE_NAME,
   target_modules,
   write_diffusers,
   write_kohya,
@@ -35,6 +36,7 @@ from safetydpo_jax.formats.tensors import open_safetensors
 from safetydpo_jax.lora import rank_of
 from safetydpo_jax.runtime import manifest
 
+LORA_FILES = {"diffusers": FILE_NAME, "kohya": kohya.FILE_NAME}
 CARD = "README.md"
 ABOUT = "export.json"
 # Components that have weights, or settings, to fetch.
@@ -98,8 +100,10 @@ def export_lora(options: ExportOptions) -> None:
   if options.verify:
     verify.check_installed()
   figures = model_card.read_figures(options.figures) if options.figures else ""
-  source = read_source(options)
   whole = options.format in WHOLE
+  if not whole:
+    check_only_format(options)
+  source = read_source(options)
   if whole:
     with fused.new_folder(options.out) as folder:
       files = WHOLE[options.format](folder, source, options)
@@ -132,6 +136,22 @@ def export_lora(options: ExportOptions) -> None:
     verify.check(found, dtype)
   if options.push:
     push(options.out, options.push, None if whole else [files[0].name, CARD])
+
+
+def check_only_format(options: ExportOptions) -> None:
+  """Refuses a folder that holds the LoRA in another format.
+
+  Readers would take either file, and the card would describe one of them.
+
+  Raises:
+    InputError: naming the file.
+  """
+  for name, file in LORA_FILES.items():
+    if name != options.format and (options.out / file).exists():
+      raise InputError(
+        f"--out {options.out} holds an export for {name} ({file}); choose another "
+        "--out, or delete it"
+      )
 
 
 def read_source(options: ExportOptions) -> Source:

@@ -53,7 +53,8 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 NOT_READ = "pickles can run code and are not read"
 HOW_TO_CONVERT = (
   f"{NOT_READ}; if you trust it, convert it once with PyTorch: "
-  "safetensors.torch.save_file(torch.load(OLD, weights_only=True), NEW)"
+  "x = torch.load(OLD, weights_only=True); "
+  'safetensors.torch.save_file(x.get("state_dict", x), NEW)'
 )
 
 

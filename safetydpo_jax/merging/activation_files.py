@@ -30,7 +30,7 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.weights import torch_name
 from safetydpo_jax.formats.tensors import open_safetensors
 from safetydpo_jax.lora import Tree
-from safetydpo_jax.runtime import files
+from safetydpo_jax.runtime import files, manifest
 
 TABLE, PICTURE = "winners.txt", "winners.png"
 _CELL, _MARGIN, _FONT = (40, 16), 8, 11  # pixels
@@ -98,8 +98,8 @@ def read_activations(
   for name, value in calibration.items():
     if before.get(name) != value:
       raise InputError(
-        f"{file} was measured with {name} {before.get(name)}, now it is {value}; "
-        "choose another --statistics"
+        f"{file} was measured {manifest.change(name, before.get(name), value)}; choose "
+        "another --statistics"
       )
   wanted = {
     "/".join(path): (inputs, leaf.shape[1]) for path, leaf in flatten_dict(lora).items()

@@ -50,6 +50,7 @@ from safetydpo_jax.merging.options import (
   with_defaults,
 )
 from safetydpo_jax.runtime import hosts, manifest, sharding
+from safetydpo_jax.runtime.log import note
 
 __all__ = ["MERGED", "MergeOptions", "merge_experts"]
 
@@ -115,7 +116,7 @@ def merge_experts(options: MergeOptions) -> None:
 
 
 def check_out_is_ours(out: Path, names: Sequence[str]) -> None:
-  """Refuses a folder that holds anything but an earlier merge.
+  """Refuses a folder that holds anything but an earlier merge, which is replaced.
 
   Raises:
     InputError: naming what is there.
@@ -129,6 +130,7 @@ def check_out_is_ours(out: Path, names: Sequence[str]) -> None:
   if expert.MANIFEST in there:
     about = manifest.read_json(out / expert.MANIFEST, "merged expert")
     if isinstance(about, dict) and about.get("category") == MERGED:
+      note(f"{out}: replacing an earlier merge by {about.get('method')}")
       return
   # A merge that was stopped before it wrote its manifest leaves these.
   ours = {"lora", STATISTICS, activation_files.TABLE, activation_files.PICTURE}

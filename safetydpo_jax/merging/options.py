@@ -65,7 +65,7 @@ class MergeOptions:
   out: Path
   """folder to write to"""
   model: str | None = None
-  """the base model (default: the one that expert.json names)"""
+  """the base model (default: the one that expert.json names; files name none)"""
   variant: str | None = None
   """variant of the model's files, such as fp16"""
   any_base: bool = False
@@ -182,5 +182,10 @@ def parse_weights(text: str | None, count: int) -> list[float]:
     raise InputError(
       f"--weights is {text!r}; expected one finite number, or {count} separated by "
       "commas, one for each expert"
+    )
+  if not any(numbers):
+    raise InputError(
+      f"--weights is {text!r}, which leaves nothing of any expert; expected a weight "
+      "other than 0"
     )
   return numbers * count if len(numbers) == 1 else numbers

@@ -18,13 +18,16 @@ import textwrap
 import typing
 from collections import ChainMap
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 from tyro.conf import UseAppendAction as Repeated  # noqa: F401, for `--lora A --lora B`
 from tyro.constructors import (
   MISSING,
   ConstructorRegistry,
+  PrimitiveConstructorSpec,
+  PrimitiveTypeInfo,
   StructConstructorSpec,
   StructFieldSpec,
   StructTypeInfo,
@@ -148,6 +151,25 @@ def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
     about = functools.partial(_help, info.type, field.name)
     fields.append(StructFieldSpec(field.name, kind, default, about))
   return StructConstructorSpec(info.type, tuple(fields))
+
+
+@_RULES.primitive_rule
+def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+  """Of "one of these texts, or None": the texts, in the order they are written in.
+
+  tyro's own rule offers the word None too, and all in an order that varies.
+  """
+  names = [a for kind in get_args(info.type) for a in get_args(kind)]
+  if names and set(get_args(info.type)) == {Literal[*names], NoneType}:
+    return PrimitiveConstructorSpec(
+      nargs=1,
+      metavar=f"{{{','.join(names)}}}",
+      instance_from_str=lambda words: words[0],
+      is_instance=lambda value: value is None or value in names,
+      str_from_instance=lambda value: [str(value)],
+      choices=tuple(names),
+    )
+  return None
 
 
 def _help(options: type, name: str) -> str | None:

@@ -60,3 +60,9 @@ def unreadable(path: "Path | epath.Path", what: str, error: Exception) -> InputE
 
 def _a(what: str) -> str:
   return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
+
+
+def change(name: str, before: Any, now: Any) -> str:
+  """ "with NAME 1, now it is 2" of a setting; None is one that is not there."""
+  was = f"without {name}" if before is None else f"with {name} {before!r}"
+  return f"{was}, now {'there is none' if now is None else f'it is {now!r}'}"

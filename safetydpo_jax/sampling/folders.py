@@ -94,8 +94,8 @@ def check_same_settings(folder: Folder) -> None:
   for name, value in settings.items():
     if before.get(name) != value:
       raise InputError(
-        f"{out} holds images with {name} {before.get(name)!r}, now it is {value!r}; "
-        f"choose another --out, or delete its images and {plan.name}"
+        f"{out} holds images {manifest.change(name, before.get(name), value)}; choose "
+        f"another --out, or delete its images and {plan.name}"
       )
 
 

@@ -235,6 +235,14 @@ def test_layer_kinds_are_named_as_peft_names_targets(pipeline):
   assert lora_files.adapted_layers(tree) == ["net.2", "proj", "to_out.0", "to_q"]
 
 
+def test_a_folder_holds_a_lora_in_one_format(trained, run, tmp_path):
+  run(trained, kind="kohya")
+  with pytest.raises(InputError, match=r"--out .*out .*kohya \(safetydpo_lora"):
+    run(trained, kind="diffusers")
+  assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+  run(f"{trained}:0.5", kind="kohya")  # of one format the next replaces the last
+
+
 def test_an_expert_of_another_model_is_refused(pipeline, run, tmp_path):
   tree = lora.init_lora(jax.random.key(0), pipeline.params["unet"], 2)
   other = make_expert(tmp_path / "other", tree, "0123456789abcdef")

@@ -58,7 +58,7 @@ def test_an_expert_that_was_not_measured_is_none(tmp_path):
   [
     ({"seed": 1}, "measured with seed 1, now it is 0; choose another --statistics"),
     ({"timesteps": [100]}, r"measured with timesteps \[100\], now it is \[100, 700\]"),
-    ({"cache": "ffff"}, "measured with cache ffff, now it is 89ab"),
+    ({"cache": "ffff"}, "measured with cache 'ffff', now it is '89ab'"),
   ],
 )
 def test_another_calibration_is_refused(changes, message, tmp_path):

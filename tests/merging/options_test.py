@@ -63,6 +63,7 @@ def test_the_help_shows_the_table_s_defaults(capsys):
     ("co_merge_factor", {"calibration": None}, r"co_merge_factor needs --calibration"),
     ("ties", {"density": 1.5}, r"--density is 1.5"),
     ("dare_ties", {"seed": 2**32}, r"--seed is 4294967296"),
+    ("linear", {"weights": "0,-0.0"}, r"--weights is '0,-0.0'"),
     ("svd", {"weights": "1,2,3"}, r"--weights is '1,2,3'.* 2 separated by commas"),
   ],
 )

@@ -29,7 +29,7 @@ class Options:
   """1 or less is none"""
   compare: bool = False
   """also without"""
-  sampler: Literal["ddim", "pndm"] | None = None
+  sampler: Literal["ddim", "pndm", "euler", "lms", "heun"] | None = None
   """the model's sampler
   (default: the checkpoint's)"""
 
@@ -92,6 +92,13 @@ def test_what_is_no_option_is_named_and_refused(words, capsys):
     parse(*words)
   assert left.value.code == 2
   assert words[-1] in capsys.readouterr().err
+
+
+def test_choices_are_listed_as_they_are_written_and_none_is_not_one(capsys):
+  with pytest.raises(SystemExit):
+    parse("--sampler", "None")
+  shown = " ".join(capsys.readouterr().err.split())
+  assert "('ddim', 'pndm', 'euler', 'lms', 'heun')" in shown.replace("│ ", "")
 
 
 def test_overrides_are_let_through_and_nothing_else():

@@ -70,6 +70,18 @@ def test_a_damaged_manifest_is_named(content, tmp_path):
     manifest.read_json(tmp_path / "x.json", "pair cache")
 
 
+@pytest.mark.parametrize(
+  ("before", "now", "words"),
+  [
+    (1, "a", "with x 1, now it is 'a'"),
+    (None, 0, "without x, now it is 0"),
+    (0, None, "with x 0, now there is none"),
+  ],
+)
+def test_a_changed_setting_is_said_in_words(before, now, words):
+  assert manifest.change("x", before, now) == words
+
+
 def test_a_manifest_can_be_read_by_people(tmp_path):
   manifest.write_json(tmp_path / "x.json", {"a": [1], "b": {}})
   text = (tmp_path / "x.json").read_text()

@@ -12,7 +12,7 @@ from etils import epath
 
 from safetydpo_jax.data.cache import records, shards
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.runtime import storage
+from safetydpo_jax.runtime import manifest, storage
 from safetydpo_jax.runtime.files import make_folder
 
 
@@ -37,8 +37,8 @@ def check_same_settings(
   for name, value in settings.items():
     if before.get(name) != value:
       raise InputError(
-        f"{out} holds a cache with {name} {before.get(name)!r}, now it is {value!r}; "
-        "choose another --out, or delete it"
+        f"{out} holds a cache {manifest.change(name, before.get(name), value)}; choose "
+        "another --out, or delete it"
       )
 
 

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 from safetydpo_jax.data.writing import prompt_pairs
 from safetydpo_jax.data.writing.prompt_pairs import Concept, PromptPair
 from safetydpo_jax.errors import InputError
+from safetydpo_jax.runtime import manifest
 
 _BEGINNING = b'{"settings": '
 
@@ -191,10 +192,11 @@ def _check_settings(file: Path, line: bytes, settings: dict[str, Any]) -> None:
       "another --out"
     ) from None
   for name in (*settings, *before):
-    if before.get(name) != settings.get(name):
+    was, now = before.get(name), settings.get(name)
+    if was != now:
       raise InputError(
-        f"{file} was started with {name} {before.get(name)!r}, now it is "
-        f"{settings.get(name)!r}; choose another --out, or delete it"
+        f"{file} was started {manifest.change(name, was, now)}; choose another --out, "
+        "or delete it"
       )
 
 

@@ -1,13 +1,15 @@
 """Where a model is: a directory, a file, this package's toy model, or the hub."""
 
 import contextlib
+import difflib
 import glob
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model import component_files, hub_errors
 from safetydpo_jax.formats.base_model.single_file import SUFFIX, split_choice
+from safetydpo_jax.formats.base_model.single_file_families import CHOICES
 from safetydpo_jax.formats.tensors import NOT_READ
 
 PRESETS = {
@@ -53,6 +55,8 @@ def locate(
       there = _by_component(str(file.relative_to(local)) for file in local.glob("*/*"))
       component_files.choose_variants(there, variant, str(local))
     return local
+  if reason := _why_not_on_hub(repository, PRESETS):
+    raise InputError(f"there is no model {model}: {reason}")
   what = f"preset {model!r}" if model in PRESETS else f"model {model!r}"
   chosen: dict[str, str | None] = dict.fromkeys(sorted({"unet", *components}))
   if variant:
@@ -64,6 +68,30 @@ def locate(
   for name, its in chosen.items():
     _check_weights(path / name, its, f"{repository}/{name}", repository, revision)
   return path
+
+
+def _why_not_on_hub(name: str, presets: Collection[str] = ()) -> str:
+  """What to give instead of a name that no repository of the hub has; "" if one may.
+
+  A file's name, a path, and a name without an owner are not looked for there.
+  """
+  file, colon, _ = name.rpartition(":")
+  if colon and file.lower().endswith(SUFFIX):
+    if not Path(file).is_file():
+      return f"there is no file {file}"
+    return f"expected {' or '.join(f'{file}:{choice}' for choice in CHOICES)}"
+  if name.lower().endswith(SUFFIX):
+    return "there is no such file"
+  if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+    return "there is no such folder"
+  if "/" in name:
+    return ""
+  near = difflib.get_close_matches(name, presets, n=1)
+  return (
+    f"expected a folder, a {SUFFIX} file, OWNER/NAME on the hub"
+    + (f", or one of {', '.join(presets)}" if presets else "")
+    + (f"; did you mean {near[0]}?" if near else "")
+  )
 
 
 def _by_component(names: Iterable[str]) -> dict[str, list[str]]:
@@ -99,6 +127,8 @@ def locate_vae(vae: str, weights: bool) -> Path:
     return path
   if path.exists():
     raise InputError(f"VAE {vae} has no config.json; expected a diffusers folder")
+  if reason := _why_not_on_hub(vae):
+    raise InputError(f"there is no VAE {vae}: {reason}")
   patterns = ["config.json"]
   if weights:
     patterns += component_files.patterns("", None)
@@ -167,9 +197,12 @@ def _download(
     )
   except Exception as error:  # the library's own, and those of its HTTP client
     at = f" at revision {revision}" if revision else ""
+    near = Path(repository).parent
+    here = f" (the folder {near} has no {Path(repository).name})"
     raise InputError(
-      f"{what} is not a local directory, and {repository}{at} cannot be downloaded "
-      f"from the Hugging Face hub: {hub_errors.explain(error, repository, revision)}"
+      f"{what} is not a local directory{here if near.is_dir() else ''}, and "
+      f"{repository}{at} cannot be downloaded from the Hugging Face hub: "
+      f"{hub_errors.explain(error, repository, revision)}"
     ) from error
 
 

@@ -254,16 +254,21 @@ def _text_config(shapes: Shapes, key, blocks: str, most: int | None) -> dict[str
   }
 
 
-def difference(name: str, own: Mapping[str, Any], derived: Mapping[str, Any]) -> str:
-  """The first field in which a network's config is not the one derived, or "".
+def difference(
+  name: str, own: Mapping[str, Any], derived: Mapping[str, Any]
+) -> tuple[str, Any, Any] | None:
+  """The first field in which two configs of a network differ, and its values, or None.
+
+  A field that a config leaves out has its default.
 
   Args:
     name: unet, vae, text_encoder or text_encoder_2.
     own: its config.json.
     derived: the one derived from its tensors' shapes.
   """
-  found = [_settled(name, config) for config in (own, derived)]
-  return next((field for field in found[0] if found[0][field] != found[1][field]), "")
+  one, other = (_settled(name, config) for config in (own, derived))
+  fields = ((field, one[field], other[field]) for field in one)
+  return next((found for found in fields if found[1] != found[2]), None)
 
 
 def _settled(name: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -196,11 +196,11 @@ def _check_read_back(
   """
   for name, config in networks.configs_of(family, shapes).items():
     own = base.modules()[name].config
-    if field := original_shapes.difference(name, own, config):
+    if found := original_shapes.difference(name, own, config):
+      field, value, usual = found
       raise InputError(
-        f"{base.name} cannot be a single file: its {name} has {field} = "
-        f"{own.get(field)!r}, and readers of single files would assume "
-        f"{config.get(field)!r}; use --format pipeline"
+        f"{base.name} cannot be a single file: its {name} has {field} = {value!r}, and "
+        f"readers of single files would assume {usual!r}; use --format pipeline"
       )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model import hub
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
+from safetydpo_jax.formats.base_model.single_file import SUFFIX
 from safetydpo_jax.formats.loras import adapter as adapters
 from safetydpo_jax.formats.loras import expert, kohya
 from safetydpo_jax.formats.loras.adapter import Adapter
@@ -77,7 +78,9 @@ def load_adapter(
 ) -> tuple[Adapter, dict[str, Any]]:
   """As `load_lora`, with what a file changes besides: DoRA, norms, biases, kernels."""
   path = Path(name)
-  if not path.exists() and _ON_HUB.fullmatch(name):
+  # OWNER/NAME.safetensors is a file that is missing: no repository is called so.
+  file = name.count("/") == 1 and name.endswith(SUFFIX)
+  if not path.exists() and _ON_HUB.fullmatch(name) and not file:
     path = hub.locate_lora(name)
   if path.is_file():
     return read_lora_file(path, unet_config=unet_config), {}
@@ -96,6 +99,8 @@ def _read_folder(
     return adapters.of_lora(lora), about
   if (folder / PEFT_CONFIG).is_file():
     return read_peft_folder(folder, unet_config), {}
+  if (folder / "model_index.json").is_file():
+    raise InputError(f"{folder} is a whole model, not a LoRA; give it as --model")
   for file in (folder / FILE_NAME, folder / kohya.FILE_NAME):
     if file.is_file():
       return read_lora_file(file, unet_config=unet_config), {}
@@ -110,8 +115,10 @@ def _read_folder(
     return read_peft_folder(inner, unet_config), {}
   if pickles := [path.name for path in there if path.suffix in PICKLES]:
     raise InputError(f"{folder} has its LoRA only as {pickles[0]}; {HOW_TO_CONVERT}")
-  lora, about = expert.read_expert(folder)
-  return adapters.of_lora(lora), about
+  raise InputError(
+    f"{folder} is not a LoRA: it has no {expert.MANIFEST}, which a finished run has, "
+    f"no {SUFFIX} file and no {PEFT_CONFIG}"
+  )
 
 
 def _only(paths: list[Path], folder: Path, what: str) -> Path:

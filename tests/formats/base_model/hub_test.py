@@ -110,6 +110,39 @@ def test_a_vae_that_is_none_is_one_clear_line(tiny_checkpoint, tmp_path):
     load_pipeline(tiny_checkpoint, vae_from=tmp_path)
   with pytest.raises(InputError, match=r"VAE 'no/such' .* cannot be downloaded"):
     load_pipeline(tiny_checkpoint, vae_from="no/such")
+  with pytest.raises(InputError, match=r"no VAE a/b\.safetensors: .*no such file"):
+    load_pipeline(tiny_checkpoint, vae_from="a/b.safetensors")
+
+
+NOWHERE = {
+  "a misspelt preset": ("sd51", "OWNER/NAME .*sd21base.*did you mean sd15"),
+  "no preset": ("gpt2", "expected a folder.*sdxl$"),
+  "a file": ("models/foo.safetensors", "no such file$"),
+  "a file, chosen": ("foo.safetensors:epsilon", "there is no file foo.safetensors$"),
+  "a folder": ("./models/foo", "no such folder$"),
+  "folders": ("models/sd/foo", "no such folder$"),
+}
+
+
+@pytest.mark.parametrize(("name", "message"), NOWHERE.values(), ids=NOWHERE)
+def test_what_is_no_name_on_the_hub_is_not_looked_for_there(name, message, monkeypatch):
+  monkeypatch.delattr("huggingface_hub.snapshot_download")
+  with pytest.raises(InputError, match=f"there is no model {name}: .*{message}"):
+    load_pipeline(name)
+
+
+def test_what_follows_a_file_s_colon_is_what_its_unet_predicts(tmp_path):
+  (tmp_path / "x.safetensors").touch()
+  with pytest.raises(InputError, match=r"expected .*x\.safetensors:epsilon or .*:v_pr"):
+    load_pipeline(tmp_path / "x.safetensors:foo")
+
+
+def test_a_folder_of_the_owner_s_name_is_told_of(tmp_path, monkeypatch):
+  """`models/foo` may be meant as a path, and is a hub id if there is no such folder."""
+  (tmp_path / "models").mkdir()
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(InputError, match=r"\(the folder models has no foo\), and"):
+    load_pipeline("models/foo")
 
 
 def test_one_variant_of_the_components_is_downloaded_and_no_more():

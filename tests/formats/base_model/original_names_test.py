@@ -57,7 +57,7 @@ def test_a_unet_s_names_and_config(name):
   shapes = {n.removeprefix("u."): tuple(x.shape) for n, x in theirs.items()}
   derived = original_shapes.unet_config(shapes, pooled)
   assert read_levels(derived)[1:] == read_levels(config)[1:]
-  assert original_shapes.difference("unet", config, derived) == ""
+  assert original_shapes.difference("unet", config, derived) is None
   # LitEma's names, without dots, are those of the same tensors.
   for key in shapes:
     assert original_names.unflatten(key.replace(".", "")) == key
@@ -72,7 +72,7 @@ def test_a_vae_s_names_and_config():
   assert len(theirs) == 248
   shapes = {n.removeprefix("v."): tuple(x.shape) for n, x in theirs.items()}
   derived = original_shapes.vae_config(shapes)
-  assert original_shapes.difference("vae", VAE, derived) == ""
+  assert original_shapes.difference("vae", VAE, derived) is None
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -95,4 +95,4 @@ def test_a_text_encoder_s_names_and_config(name):
     derived = original_shapes.open_clip_config(shapes, projected, encoder.layers)
   else:
     derived = original_shapes.clip_config(shapes)
-  assert original_shapes.difference(encoder.component, config, derived) == ""
+  assert original_shapes.difference(encoder.component, config, derived) is None

@@ -207,7 +207,17 @@ def test_what_is_no_lora_on_the_hub_is_named(name, message, hub):
 def test_a_name_that_leads_nowhere_is_named(tmp_path):
   with pytest.raises(InputError, match=f"no LoRA at {tmp_path / 'nothing'}"):
     loras.load_lora(str(tmp_path / "nothing"))
-  with pytest.raises(InputError, match=f"{tmp_path} .* finished expert"):
+  with pytest.raises(InputError, match=f"{tmp_path} is not a LoRA: .*expert.json"):
+    loras.load_lora(str(tmp_path))
+  with pytest.raises(InputError, match=r"no LoRA at runs/x\.safetensors"):
+    loras.load_lora("runs/x.safetensors")  # not a repository's name
+
+
+def test_a_model_is_not_searched_for_a_lora(tmp_path):
+  """Published folders have single files beside model_index.json."""
+  (tmp_path / "model_index.json").touch()
+  (tmp_path / "v1-5-pruned.safetensors").touch()
+  with pytest.raises(InputError, match=f"{tmp_path} is a whole model"):
     loras.load_lora(str(tmp_path))
 
 
