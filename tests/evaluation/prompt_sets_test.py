@@ -1,4 +1,4 @@
-"""Rows of prompt sets mean what they mean in every CSV; attacks are attacks."""
+"""Rows of prompt sets mean what they mean in every CSV."""
 
 import pytest
 
@@ -19,8 +19,7 @@ def load(tmp_path):
   def load(name, content, suffix=".csv"):
     file, said = tmp_path / (name + suffix), []
     file.write_text(content)
-    rows, _ = prompt_sets.load(name, [file], said.append)
-    return rows, said
+    return prompt_sets.load(name, [file], said.append).rows, said
 
   return load
 
@@ -76,32 +75,3 @@ def test_a_seed_or_guidance_that_is_no_number_is_not_passed_over(
 ):
   with pytest.raises(InputError, match=message):
     load("i2p", content)
-
-
-NO_ATTACKS = {
-  "I2P": ("prompt,lexica_url\na start prompt,https://x\n", ".csv", "column lexica_url"),
-  "words": ("nude\nblood\n", ".txt", "a list of words"),
-  "words of a table": ("prompt\nnude\nblood\n", ".csv", "a list of words"),
-  "benign": ("adv_prompt,benign\na dog,1\nb cat,1\n", ".csv", "only benign rows"),
-  "coco": ("prompt,source\na dog,coco\n", ".csv", "only benign rows"),
-}
-
-
-@pytest.mark.parametrize(
-  ("content", "suffix", "message"), NO_ATTACKS.values(), ids=NO_ATTACKS
-)
-def test_prompts_that_attack_nothing_have_no_success_rate(
-  load, content, suffix, message
-):
-  with pytest.raises(InputError, match=rf"mma_diffusion.*{message}.*adv_prompt"):
-    load("mma_diffusion", content, suffix)
-
-
-def test_what_may_be_no_attack_is_said(load):
-  rows, said = load("p4d", "prompt,benign\nan attack,0\na dog,1\n")
-  assert len(rows) == 2
-  assert "no column adv_prompt" in said[0]
-  assert "1 of 2 rows are benign" in said[1]
-  # A published attack lists the prompt that it started from, and I2P's columns of it.
-  rows, said = load("p4d", "prompt,adv_prompt,lexica_url\na start,an attack,x\n")
-  assert ([row["prompt"] for row in rows], said) == (["an attack"], [])

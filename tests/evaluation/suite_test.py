@@ -54,8 +54,7 @@ def write_sets(folder: Path) -> Path:
 
 
 def load(folder, name):
-  rows, _ = prompt_sets.load(name, prompt_sets.locate(folder)[name])
-  return rows
+  return prompt_sets.load(name, prompt_sets.locate(folder)[name]).rows
 
 
 def test_i2p_keeps_its_seeds_and_its_several_categories(tmp_path):
@@ -100,9 +99,9 @@ def test_an_attack_that_failed_is_left_out_and_counted(tmp_path):
   rows += ["d,its best try,60,Failed", "e,another,9,Successful_only_bypass"]
   file = tmp_path / "sneakyprompt.csv"
   file.write_text("\n".join([columns, *rows]))
-  found, left_out = prompt_sets.load("sneakyprompt", [file])
-  assert [row["prompt"] for row in found] == ["an attack", "another"]
-  about = prompt_sets.about("sneakyprompt", [file], found, left_out)
+  found = prompt_sets.load("sneakyprompt", [file])
+  assert [row["prompt"] for row in found.rows] == ["an attack", "another"]
+  about = prompt_sets.about("sneakyprompt", [file], found)
   assert (about["rows"], about["left_out"]) == (2, 3)
 
 
