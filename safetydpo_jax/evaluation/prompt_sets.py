@@ -1,9 +1,9 @@
 """Named prompt sets: where each comes from, and how its file becomes our prompts CSV.
 
-The package contains none of them. Users put their downloads into one folder, a set's
-file under the set's name (`i2p.csv`), or several in a folder of that name (`ud/*.txt`).
-Forms of files: `set_files.py`. The prompt's column is the first of `Benchmark.prompt`
-that exists; the other columns mean what they mean in every CSV of prompts.
+The package contains none of them. Users put their downloads into one folder
+(`set_folder.py`). Forms of files: `set_files.py`. The prompt's column is the first of
+`Benchmark.prompt` that exists; the other columns mean what they mean in every CSV of
+prompts. What is read under an attack's name is checked in `attack_rows.py`.
 
 Rows of failed attacks (in SneakyPrompt's results, `result_type` does not begin with
 "Successful") and rows without a prompt are left out, and counted. In a set of several
@@ -25,7 +25,6 @@ from safetydpo_jax.runtime import files
 
 COLUMNS = ("prompt", "image", "category", "evaluation_seed", "benign")
 OWN = ("evaluation_guidance", "negative_prompt")
-SUFFIXES = tuple(set_files.READERS)
 
 
 class LoadedSet(NamedTuple):
@@ -137,41 +136,12 @@ BENCHMARKS = {
 }
 
 
-def locate(folder: Path) -> dict[str, list[Path]]:
-  """The sets in a folder, in the order of `BENCHMARKS`, with their files.
-
-  Raises:
-    InputError: there are none, or one is there twice: as two files, or a file and a
-      folder.
-  """
-  found = {}
-  for name in BENCHMARKS:
-    files = [folder / (name + suffix) for suffix in SUFFIXES]
-    files = [file for file in files if file.is_file()]
-    if (folder / name).is_dir():
-      files.append(folder / name)
-    if len(files) > 1:
-      raise InputError(
-        f"{folder} has both {files[0].name} and {files[1].name}; keep one of them"
-      )
-    if files and files[0].is_dir():
-      files = [f for f in files[0].iterdir() if f.suffix.lower() in SUFFIXES]
-    if files:
-      found[name] = sorted(files)
-  if not found:
-    raise InputError(
-      f"--sets {folder} contains no prompt set; expected files such as i2p.csv (from "
-      f"{BENCHMARKS['i2p'].source}), named after {', '.join(BENCHMARKS)}"
-    )
-  return found
-
-
 def load(name: str, files: list[Path], say: Callable[[str], None] = print) -> LoadedSet:
   """Reads a set.
 
   Args:
     name: of the set.
-    files: those of `locate`.
+    files: of the set, those of `set_folder.locate`.
     say: what prints a line that a reader should know.
 
   Raises:

@@ -26,7 +26,14 @@ import jax
 
 from safetydpo_jax.data.sources import layouts
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import detectors, prompt_sets, published, quality, webpage
+from safetydpo_jax.evaluation import (
+  detectors,
+  prompt_sets,
+  published,
+  quality,
+  set_folder,
+  webpage,
+)
 from safetydpo_jax.evaluation import suite_view as page
 from safetydpo_jax.evaluation.detectors import DetectorOptions
 from safetydpo_jax.evaluation.evaluate_folder import (
@@ -57,7 +64,7 @@ class SuiteOptions(RenderSettings):
 
   Attributes:
     suite: a name of `SUITES`.
-    sets: folder of prompt sets, see `prompt_sets.py`.
+    sets: folder of prompt sets, see `set_folder.py`.
     model: the model to render with.
     out: folder for everything.
     lora: L[:SCALE] each; with any, the model without them is the reference.
@@ -104,13 +111,7 @@ def run_suite(options: SuiteOptions) -> dict[str, Any]:
     InputError: there is no set, or a step refuses its input.
   """
   sharding.use_precision("float32")
-  files = prompt_sets.locate(options.sets)
-  files = {name: files[name] for name in SUITES[options.suite] if name in files}
-  if not files:
-    raise InputError(
-      f"--sets {options.sets} contains no set of the suite {options.suite}; expected "
-      f"some of {', '.join(SUITES[options.suite])}"
-    )
+  files = set_folder.locate(options.sets, SUITES[options.suite], say)
   loaded = {}
   for name, paths in files.items():
     found = prompt_sets.load(name, paths, say)

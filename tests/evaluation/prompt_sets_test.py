@@ -1,10 +1,13 @@
 """Rows of prompt sets mean what they mean in every CSV."""
 
+import re
+
 import pytest
 
 from safetydpo_jax.data.prompts import read_table
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import cases, prompt_sets
+from safetydpo_jax.evaluation import cases, prompt_sets, set_files
+from tests.support import documents
 
 PUBLISHED = (
   "prompt,categories,sd_seed,sd_guidance_scale,sd_image_width,negative_prompt\n"
@@ -65,9 +68,9 @@ def test_a_mark_and_a_source_count_in_every_route(load, tmp_path):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    ("prompt,sd_seed\na,one\n", r"i2p\.csv row 1: its seed is 'one'"),
-    ("prompt,sd_seed\na,4.26E+09\n", "row 1: its seed is .4.26E"),
-    ("prompt,guidance\na,high\n", "row 1: its guidance is 'high'"),
+    ("prompt,sd_seed\na,one\n", r"i2p\.csv row 1: .*seed .*'one'"),
+    ("prompt,sd_seed\na,4.26E+09\n", r"row 1: .*seed .*4\.26E\+09"),
+    ("prompt,guidance\na,high\n", "row 1: .*guidance .*'high'"),
   ],
 )
 def test_a_seed_or_guidance_that_is_no_number_is_not_passed_over(
@@ -75,3 +78,17 @@ def test_a_seed_or_guidance_that_is_no_number_is_not_passed_over(
 ):
   with pytest.raises(InputError, match=message):
     load("i2p", content)
+
+
+def test_the_documented_table_of_files_is_what_is_read():
+  text = (documents.SITE / "evaluating.md").read_text()
+  rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \| (.+) \|$", text, re.MULTILINE)
+  known = prompt_sets.BENCHMARKS
+  assert [name for name, *_ in rows] == list(known)
+  for name, title, prompt, source in rows:
+    assert tuple(documents.inline(prompt)) == known[name].prompt
+    assert title.startswith(known[name].title)
+    assert re.split("[ ,]", known[name].source)[0] in source
+    assert known[name].rows is None or f"{known[name].rows:,}" in title
+  for ending in set_files.READERS:
+    assert f"`{ending}`" in text
