@@ -45,9 +45,9 @@ def locate(
       unread.append(entry)
   found = {}
   for name in names:
-    first, *more = entries.get(name, [None])
-    if first is None:
+    if name not in entries:
       continue
+    first, *more = entries[name]
     if more:
       raise InputError(
         f"{folder} has both {first.name} and {more[0].name}; keep one of them"
