@@ -20,7 +20,7 @@ from safetydpo_jax.evaluation.detectors import DetectorOptions
 from safetydpo_jax.evaluation.evaluate_folder import EvaluateOptions, evaluate_folder
 from safetydpo_jax.evaluation.suite import Name as SuiteName
 from safetydpo_jax.evaluation.suite import SuiteOptions, run_suite
-from safetydpo_jax.evaluation.summary import print_summary
+from safetydpo_jax.evaluation.summary import print_suite, print_summary
 from safetydpo_jax.runtime import command_line, hosts
 from safetydpo_jax.runtime.command_line import Repeated
 from safetydpo_jax.sampling.settings import RenderSettings, settings_of
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
   options = command.job()
   hosts.initialize(processes)
   if isinstance(options, SuiteOptions):
-    run_suite(options)
+    print_suite(run_suite(options))
   else:
     print_summary(evaluate_folder(options))
   if jax.process_index() == 0:

@@ -1,9 +1,9 @@
 """Named prompt sets: where each comes from, and how its file becomes our prompts CSV.
 
-The package contains none of them. Users put their downloads into one folder, a set's
-file under the set's name (`i2p.csv`), or several in a folder of that name (`ud/*.txt`).
-Forms of files: `set_files.py`. The prompt's column is the first of `Benchmark.prompt`
-that exists; the other columns mean what they mean in every CSV of prompts.
+The package contains none of them. Users put their downloads into one folder
+(`set_folder.py`). Forms of files: `set_files.py`. The prompt's column is the first of
+`Benchmark.prompt` that exists; the other columns mean what they mean in every CSV of
+prompts. What is read under an attack's name is checked in `attack_rows.py`.
 
 Rows of failed attacks (in SneakyPrompt's results, `result_type` does not begin with
 "Successful") and rows without a prompt are left out, and counted. In a set of several
@@ -20,14 +20,25 @@ from typing import Any, NamedTuple
 
 from safetydpo_jax.data import columns, prompts
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import cases, set_files
+from safetydpo_jax.evaluation import attack_rows, cases, set_files
 from safetydpo_jax.runtime import files
 
 COLUMNS = ("prompt", "image", "category", "evaluation_seed", "benign")
 OWN = ("evaluation_guidance", "negative_prompt")
-SUFFIXES = tuple(set_files.READERS)
-# Columns of I2P that are in no file of a published attack.
-OF_I2P = ("lexica_url", "inappropriate_percentage", "prompt_toxicity")
+
+
+class LoadedSet(NamedTuple):
+  """What is read of a set's files.
+
+  Attributes:
+    rows: with the columns `COLUMNS`, and those of `OWN` that they have.
+    left_out: how many rows were left out.
+    caveats: why the rows may not be what the set's name says, a line each.
+  """
+
+  rows: list[dict[str, Any]]
+  left_out: int
+  caveats: tuple[str, ...] = ()
 
 
 class Benchmark(NamedTuple):
@@ -125,56 +136,23 @@ BENCHMARKS = {
 }
 
 
-def locate(folder: Path) -> dict[str, list[Path]]:
-  """The sets in a folder, in the order of `BENCHMARKS`, with their files.
-
-  Raises:
-    InputError: there are none, or one is there twice: as two files, or a file and a
-      folder.
-  """
-  found = {}
-  for name in BENCHMARKS:
-    files = [folder / (name + suffix) for suffix in SUFFIXES]
-    files = [file for file in files if file.is_file()]
-    if (folder / name).is_dir():
-      files.append(folder / name)
-    if len(files) > 1:
-      raise InputError(
-        f"{folder} has both {files[0].name} and {files[1].name}; keep one of them"
-      )
-    if files and files[0].is_dir():
-      files = [f for f in files[0].iterdir() if f.suffix.lower() in SUFFIXES]
-    if files:
-      found[name] = sorted(files)
-  if not found:
-    raise InputError(
-      f"--sets {folder} contains no prompt set; expected files such as i2p.csv (from "
-      f"{BENCHMARKS['i2p'].source}), named after {', '.join(BENCHMARKS)}"
-    )
-  return found
-
-
-def load(
-  name: str, files: list[Path], say: Callable[[str], None] = print
-) -> tuple[list[dict[str, Any]], int]:
-  """A set's rows with the columns `COLUMNS`, and how many were left out.
-
-  A row also has its own guidance and negative prompt, where its file gives them.
+def load(name: str, files: list[Path], say: Callable[[str], None] = print) -> LoadedSet:
+  """Reads a set.
 
   Args:
     name: of the set.
-    files: those of `locate`.
+    files: of the set, those of `set_folder.locate`.
     say: what prints a line that a reader should know.
 
   Raises:
     InputError: a file cannot be read, has no column with prompts, a seed or guidance
-      that is not a number, or what it holds under an attack's name is not one.
+      that is not a number, or what it holds under an attack's name cannot be one.
   """
   known = BENCHMARKS[name]
   wanted = [columns.normalise(column) for column in known.prompt]
-  rows, left_out = [], 0
+  rows, left_out, caveats = [], 0, []
   for file in files:
-    found = set_files.read(file, {*wanted, "result_type"})
+    found = set_files.read(file, {*wanted, "result_type", *attack_rows.READ})
     column = next((c for c in wanted if c in found.columns), None)
     if column is None:
       raise InputError(
@@ -193,12 +171,21 @@ def load(
       cells = {**cells, "prompt": cells[column], "category": category}
       number_in_set = len(rows) + len(taken)
       taken.append(_row(cells, number_in_set, known.kind, f"{file} row {number}"))
-    for note in (*found.notes, *_check_attacks(known, file, column, found, taken)):
-      say(note)
+    doubts = []
+    if known.kind == "attack" and taken:
+      if trouble := attack_rows.why_none(file, found, column, taken):
+        raise InputError(
+          f"{file} {trouble}. Give prompts that {known.title} found, in a column "
+          f"{attack_rows.ADVERSARIAL}, from {known.source}"
+        )
+      doubts = attack_rows.doubts(found, column, taken)
+    for line in (*found.notes, *(f"{file} {doubt}" for doubt in doubts)):
+      say(line)
+    caveats += [f"{file.name} {doubt}" for doubt in doubts]
     rows += taken
   if not rows:
     raise InputError(f"{files[0]} contains no prompts for {known.title}")
-  return rows, left_out
+  return LoadedSet(rows, left_out, tuple(caveats))
 
 
 def _row(cells: dict[str, str], number: int, kind: str, where: str) -> dict[str, Any]:
@@ -221,44 +208,6 @@ def _row(cells: dict[str, str], number: int, kind: str, where: str) -> dict[str,
     "negative_prompt": cells.get("negative_prompt") or None,
   }
   return row | {name: value for name, value in own.items() if value is not None}
-
-
-def _check_attacks(
-  known: Benchmark,
-  file: Path,
-  column: str,
-  found: set_files.SetFile,
-  rows: list[dict[str, Any]],
-) -> list[str]:
-  """Lines about rows of an attack's file that may be no attacks.
-
-  Raises:
-    InputError: none of them can be one. An attack success rate would be made of them.
-  """
-  if known.kind != "attack" or not rows:
-    return []
-  of_i2p = [name for name in OF_I2P if name in found.columns]
-  benign = sum(row["benign"] for row in rows)
-  trouble = None
-  if column == "prompt" and of_i2p:
-    trouble = f"has I2P's column {of_i2p[0]}: attacks start from such prompts"
-  elif column == "prompt" and all(len(row["prompt"].split()) < 2 for row in rows):
-    trouble = "is a list of words"
-  elif benign == len(rows):
-    trouble = "has only benign rows"
-  if trouble:
-    raise InputError(
-      f"{file} {trouble}, so it holds no attacks of {known.title}; give the prompts "
-      f"that an attack found, in a column {known.prompt[0]}, from {known.source}"
-    )
-  lines = []
-  if column == "prompt" and known.prompt[0] != "prompt" and file.suffix != ".txt":
-    lines.append(f"{file}: no column {known.prompt[0]}, so prompts are the attacks")
-  if benign:
-    lines.append(
-      f"{file}: {benign} of {len(rows)} rows are benign, and count as attacks"
-    )
-  return lines
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -291,16 +240,14 @@ def without_guidance(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   return [{k: v for k, v in row.items() if k != "evaluation_guidance"} for row in rows]
 
 
-def about(
-  name: str, files: list[Path], rows: list[dict], left_out: int
-) -> dict[str, Any]:
+def about(name: str, files: list[Path], loaded: LoadedSet) -> dict[str, Any]:
   """What was used, for figures.json: numbers of rows, hashes, the published number."""
-  known = BENCHMARKS[name]
+  known, rows = BENCHMARKS[name], loaded.rows
   return {
     "title": known.title,
     "kind": known.kind,
     "rows": len(rows),
-    "left_out": left_out,
+    "left_out": loaded.left_out,
     "published_rows": known.rows,
     "benign": sum(row["benign"] for row in rows),
     "own_guidance": with_guidance(rows),
@@ -309,4 +256,5 @@ def about(
     },
     "source": known.source,
     "licence": known.licence,
+    "caveats": list(loaded.caveats),
   }

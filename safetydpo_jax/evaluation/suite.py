@@ -26,7 +26,14 @@ import jax
 
 from safetydpo_jax.data.sources import layouts
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import detectors, prompt_sets, published, quality, webpage
+from safetydpo_jax.evaluation import (
+  detectors,
+  prompt_sets,
+  published,
+  quality,
+  set_folder,
+  webpage,
+)
 from safetydpo_jax.evaluation import suite_view as page
 from safetydpo_jax.evaluation.detectors import DetectorOptions
 from safetydpo_jax.evaluation.evaluate_folder import (
@@ -57,7 +64,7 @@ class SuiteOptions(RenderSettings):
 
   Attributes:
     suite: a name of `SUITES`.
-    sets: folder of prompt sets, see `prompt_sets.py`.
+    sets: folder of prompt sets, see `set_folder.py`.
     model: the model to render with.
     out: folder for everything.
     lora: L[:SCALE] each; with any, the model without them is the reference.
@@ -104,42 +111,36 @@ def run_suite(options: SuiteOptions) -> dict[str, Any]:
     InputError: there is no set, or a step refuses its input.
   """
   sharding.use_precision("float32")
-  files = prompt_sets.locate(options.sets)
-  files = {name: files[name] for name in SUITES[options.suite] if name in files}
-  if not files:
-    raise InputError(
-      f"--sets {options.sets} contains no set of the suite {options.suite}; expected "
-      f"some of {', '.join(SUITES[options.suite])}"
-    )
-  loaded, left_out = {}, {}
+  files = set_folder.locate(options.sets, SUITES[options.suite], say)
+  loaded = {}
   for name, paths in files.items():
-    rows, left_out[name] = prompt_sets.load(name, paths, say)
-    rows = rows[: options.limit] if options.limit else rows
+    found = prompt_sets.load(name, paths, say)
+    rows = found.rows[: options.limit] if options.limit else found.rows
     # So the CSV, and what is rendered of it, is as if the set had no such column.
-    loaded[name] = (
-      prompt_sets.without_guidance(rows) if options.no_row_guidance else rows
-    )
+    if options.no_row_guidance:
+      rows = prompt_sets.without_guidance(rows)
+    loaded[name] = found._replace(rows=rows)
   evaluations = {name: evaluation_of(name, options) for name in loaded}
   _check_inputs(options, list(evaluations.values()))
-  for name, rows in loaded.items():
+  for name, found in loaded.items():
     # As rendering would, hours later.
-    prompt_checks.gather(f"the set {name},", prompt_sets.to_rows(rows), options)
+    prompt_checks.gather(f"the set {name},", prompt_sets.to_rows(found.rows), options)
   if jax.process_index() == 0:
     _print_sets(loaded, options)
     make_folder(options.out / "prompts")
     # An earlier run's table would vouch for sets that this run has not reached.
     (options.out / "figures.json").unlink(missing_ok=True)
-    for name, rows in loaded.items():
-      prompt_sets.write(options.out / "prompts" / f"{name}.csv", rows)
+    for name, found in loaded.items():
+      prompt_sets.write(options.out / "prompts" / f"{name}.csv", found.rows)
   hosts.wait_for_all("the prompts are there")
 
   sets = {}
-  for name, rows in loaded.items():
+  for name, found in loaded.items():
     evaluation = evaluations[name]
     for render in renderings_of(evaluation, options):
       render_csv(render)
     result = evaluate_folder(evaluation)
-    about = prompt_sets.about(name, files[name], rows, left_out[name])
+    about = prompt_sets.about(name, files[name], found)
     sets[name] = {**about, **summarise(result, about["kind"])}
   result = {
     "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -219,15 +220,19 @@ def _check_inputs(options: SuiteOptions, evaluations: list[EvaluateOptions]) -> 
     layouts.read_official(train)
 
 
-def _print_sets(loaded: dict[str, list[dict[str, Any]]], options: SuiteOptions) -> None:
+def _print_sets(
+  loaded: dict[str, prompt_sets.LoadedSet], options: SuiteOptions
+) -> None:
   """Which sets are missing, have another size than published, or their own guidance."""
   for name in SUITES[options.suite]:
     known = prompt_sets.BENCHMARKS[name]
     if name not in loaded:
       print(f"{name}: not in {options.sets}; it is from {known.source}")
-    elif known.rows and len(loaded[name]) != known.rows and not options.limit:
-      print(f"{name}: {len(loaded[name]):,} prompts; {known.rows:,} were published")
-    if own := prompt_sets.with_guidance(loaded.get(name, [])):
+      continue
+    rows = loaded[name].rows
+    if known.rows and len(rows) != known.rows and not options.limit:
+      print(f"{name}: {len(rows):,} prompts; {known.rows:,} were published")
+    if own := prompt_sets.with_guidance(rows):
       print(
         f"{name}: {own:,} rows have a guidance of their own; --no_row_guidance renders "
         f"them with {options.guidance}"

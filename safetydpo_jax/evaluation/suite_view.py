@@ -126,6 +126,11 @@ def attacks(result: dict) -> dict | None:
   return {
     "published": len(sets) > (OPTIMISED in sets),
     "own": sets[OPTIMISED]["title"] if OPTIMISED in sets else "",
+    "caveats": [
+      f"{about['title']}: {line}."
+      for about in sets.values()
+      for line in about["caveats"]
+    ],
     "columns": ["Attack", *(_label(folder, result) for folder in folders)],
     "rows": [
       [about["title"]]

@@ -24,7 +24,8 @@ def parsed(monkeypatch):
     seen = []
     monkeypatch.setattr(evaluate, "evaluate_folder", seen.append)
     monkeypatch.setattr(evaluate, "run_suite", seen.append)
-    monkeypatch.setattr(evaluate, "print_summary", lambda result: None)
+    for name in ("print_summary", "print_suite"):
+      monkeypatch.setattr(evaluate, name, lambda result: None)
     evaluate.main(list(words))
     return seen[0]
 
@@ -148,6 +149,14 @@ def test_what_is_missing_or_does_not_fit_is_one_line(
 ):
   with pytest.raises(InputError, match=message):
     parsed(*arguments, "--out", str(tmp_path))
+
+
+def test_the_figures_of_a_suite_are_printed(monkeypatch):
+  printed = []
+  monkeypatch.setattr(evaluate, "run_suite", lambda options: {"suite": options.suite})
+  monkeypatch.setattr(evaluate, "print_suite", printed.append)
+  evaluate.main(list(SUITE))
+  assert printed == [{"suite": "safety"}]
 
 
 def test_the_example_of_the_help_works_as_written(tmp_path, monkeypatch, capsys):

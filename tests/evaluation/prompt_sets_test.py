@@ -1,10 +1,13 @@
-"""Rows of prompt sets mean what they mean in every CSV; attacks are attacks."""
+"""Rows of prompt sets mean what they mean in every CSV."""
+
+import re
 
 import pytest
 
 from safetydpo_jax.data.prompts import read_table
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import cases, prompt_sets
+from safetydpo_jax.evaluation import cases, prompt_sets, set_files
+from tests.support import documents
 
 PUBLISHED = (
   "prompt,categories,sd_seed,sd_guidance_scale,sd_image_width,negative_prompt\n"
@@ -19,8 +22,7 @@ def load(tmp_path):
   def load(name, content, suffix=".csv"):
     file, said = tmp_path / (name + suffix), []
     file.write_text(content)
-    rows, _ = prompt_sets.load(name, [file], said.append)
-    return rows, said
+    return prompt_sets.load(name, [file], said.append).rows, said
 
   return load
 
@@ -66,9 +68,9 @@ def test_a_mark_and_a_source_count_in_every_route(load, tmp_path):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    ("prompt,sd_seed\na,one\n", r"i2p\.csv row 1: its seed is 'one'"),
-    ("prompt,sd_seed\na,4.26E+09\n", "row 1: its seed is .4.26E"),
-    ("prompt,guidance\na,high\n", "row 1: its guidance is 'high'"),
+    ("prompt,sd_seed\na,one\n", r"i2p\.csv row 1: .*seed .*'one'"),
+    ("prompt,sd_seed\na,4.26E+09\n", r"row 1: .*seed .*4\.26E\+09"),
+    ("prompt,guidance\na,high\n", "row 1: .*guidance .*'high'"),
   ],
 )
 def test_a_seed_or_guidance_that_is_no_number_is_not_passed_over(
@@ -78,30 +80,15 @@ def test_a_seed_or_guidance_that_is_no_number_is_not_passed_over(
     load("i2p", content)
 
 
-NO_ATTACKS = {
-  "I2P": ("prompt,lexica_url\na start prompt,https://x\n", ".csv", "column lexica_url"),
-  "words": ("nude\nblood\n", ".txt", "a list of words"),
-  "words of a table": ("prompt\nnude\nblood\n", ".csv", "a list of words"),
-  "benign": ("adv_prompt,benign\na dog,1\nb cat,1\n", ".csv", "only benign rows"),
-  "coco": ("prompt,source\na dog,coco\n", ".csv", "only benign rows"),
-}
-
-
-@pytest.mark.parametrize(
-  ("content", "suffix", "message"), NO_ATTACKS.values(), ids=NO_ATTACKS
-)
-def test_prompts_that_attack_nothing_have_no_success_rate(
-  load, content, suffix, message
-):
-  with pytest.raises(InputError, match=rf"mma_diffusion.*{message}.*adv_prompt"):
-    load("mma_diffusion", content, suffix)
-
-
-def test_what_may_be_no_attack_is_said(load):
-  rows, said = load("p4d", "prompt,benign\nan attack,0\na dog,1\n")
-  assert len(rows) == 2
-  assert "no column adv_prompt" in said[0]
-  assert "1 of 2 rows are benign" in said[1]
-  # A published attack lists the prompt that it started from, and I2P's columns of it.
-  rows, said = load("p4d", "prompt,adv_prompt,lexica_url\na start,an attack,x\n")
-  assert ([row["prompt"] for row in rows], said) == (["an attack"], [])
+def test_the_documented_table_of_files_is_what_is_read():
+  text = (documents.SITE / "evaluating.md").read_text()
+  rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \| (.+) \|$", text, re.MULTILINE)
+  known = prompt_sets.BENCHMARKS
+  assert [name for name, *_ in rows] == list(known)
+  for name, title, prompt, source in rows:
+    assert tuple(documents.inline(prompt)) == known[name].prompt
+    assert title.startswith(known[name].title)
+    assert re.split("[ ,]", known[name].source)[0] in source
+    assert known[name].rows is None or f"{known[name].rows:,}" in title
+  for ending in set_files.READERS:
+    assert f"`{ending}`" in text

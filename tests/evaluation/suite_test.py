@@ -5,6 +5,7 @@ instead of rendered.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +16,13 @@ import pytest
 from PIL import Image
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import prompt_sets, published, suite
+from safetydpo_jax.evaluation import (
+  prompt_sets,
+  published,
+  set_folder,
+  suite,
+  summary,
+)
 from safetydpo_jax.evaluation.detectors import DetectorOptions
 from safetydpo_jax.evaluation.suite import SuiteOptions, run_suite
 from safetydpo_jax.metrics import fid
@@ -54,8 +61,7 @@ def write_sets(folder: Path) -> Path:
 
 
 def load(folder, name):
-  rows, _ = prompt_sets.load(name, prompt_sets.locate(folder)[name])
-  return rows
+  return prompt_sets.load(name, set_folder.locate(folder)[name]).rows
 
 
 def test_i2p_keeps_its_seeds_and_its_several_categories(tmp_path):
@@ -100,16 +106,16 @@ def test_an_attack_that_failed_is_left_out_and_counted(tmp_path):
   rows += ["d,its best try,60,Failed", "e,another,9,Successful_only_bypass"]
   file = tmp_path / "sneakyprompt.csv"
   file.write_text("\n".join([columns, *rows]))
-  found, left_out = prompt_sets.load("sneakyprompt", [file])
-  assert [row["prompt"] for row in found] == ["an attack", "another"]
-  about = prompt_sets.about("sneakyprompt", [file], found, left_out)
+  found = prompt_sets.load("sneakyprompt", [file])
+  assert [row["prompt"] for row in found.rows] == ["an attack", "another"]
+  about = prompt_sets.about("sneakyprompt", [file], found)
   assert (about["rows"], about["left_out"]) == (2, 3)
 
 
 def test_an_attack_without_published_prompts_takes_no_plain_ones(tmp_path):
   file = tmp_path / "unlearn_diff_atk.csv"
   file.write_text("prompt,categories,evaluation_seed\na plain one,sexual,5\n")
-  with pytest.raises(InputError, match=r"adv_prompt for .*run against your own model"):
+  with pytest.raises(InputError, match=r"categories.*adv_prompt .*Diffusion-MU-Attack"):
     load(tmp_path, "unlearn_diff_atk")
   file.write_text("prompt,adv_prompt\na plain one,an attack\n")
   assert [row["prompt"] for row in load(tmp_path, "unlearn_diff_atk")] == ["an attack"]
@@ -125,10 +131,14 @@ def test_coco_has_one_caption_an_image_the_first(tmp_path):
 @pytest.mark.parametrize(
   ("name", "content", "message"),
   [
-    ("i2p.csv", "text,categories\na,hate\n", "expected one of prompt for I2P"),
-    ("i2p.csv", "prompt,categories\na, b, c\n", "row 1 has 3 fields"),
-    ("i2p.csv", "prompt\n", "no prompts for I2P"),
-    ("i2p.txt", "\n\n", "no prompts for I2P"),
+    (
+      "i2p.csv",
+      "text,categories\na,hate\n",
+      r"i2p\.csv .*text, categories.* prompt .*I2P",
+    ),
+    ("i2p.csv", "prompt,categories\na, b, c\n", r"i2p\.csv row 1 .*3"),
+    ("i2p.csv", "prompt\n", r"i2p\.csv .*I2P"),
+    ("i2p.txt", "\n\n", r"i2p\.txt .*I2P"),
     ("coco.json", "[1, 2]", r"coco\.json as \.json"),
     ("coco.json", "[" * 100_000, r"coco\.json as \.json"),
     ("i2p.parquet", "PAR1", r"i2p\.parquet as \.parquet"),
@@ -138,26 +148,6 @@ def test_a_damaged_set_is_named(tmp_path, name, content, message):
   (tmp_path / name).write_text(content)
   with pytest.raises(InputError, match=message):
     load(tmp_path, name.split(".")[0])
-
-
-def test_a_folder_without_sets_says_what_it_expects(tmp_path):
-  with pytest.raises(InputError, match=r"expected files such as i2p\.csv .*coco"):
-    prompt_sets.locate(tmp_path)
-
-
-def test_two_files_of_one_set_are_refused(tmp_path):
-  (tmp_path / "i2p.csv").write_text("prompt\na\n")
-  (tmp_path / "i2p.txt").write_text("a\n")
-  with pytest.raises(InputError, match=r"i2p\.csv and i2p\.txt; keep one"):
-    prompt_sets.locate(tmp_path)
-
-
-def test_a_file_and_a_folder_of_one_set_are_refused(tmp_path):
-  (tmp_path / "i2p.csv").write_text("prompt\na\n")
-  (tmp_path / "i2p").mkdir()
-  (tmp_path / "i2p" / "again.csv").write_text("prompt\na\n")
-  with pytest.raises(InputError, match=r"i2p\.csv and i2p; keep one"):
-    prompt_sets.locate(tmp_path)
 
 
 def draw(options):
@@ -210,14 +200,47 @@ def test_a_suite_measures_the_sets_that_are_there(tmp_path, monkeypatch, capsys)
     assert (tmp_path / "out" / name / "report" / "index.html").is_file()
 
 
+def test_a_suite_says_what_it_takes_and_prints_its_rates(tmp_path, monkeypatch, capsys):
+  sets = write_sets(tmp_path / "sets")
+  (sets / "p4d.txt").write_text("\n".join(UNSAFE[:3]))
+  (sets / "i2p_benchmark.csv").write_text("prompt\n")
+  figures = run(tmp_path, monkeypatch, lora=("merged",))
+  (caveat,) = figures["sets"]["p4d"]["caveats"]
+  printed = capsys.readouterr().out
+  assert re.search(rf"{sets}: .*\bi2p_benchmark\.csv;", printed)
+  assert f"{sets}/{caveat}\n" in printed
+  about = {"fid": 9.876, "against": "reference", "caution": "few images"}
+  coco = figures["sets"]["coco"]["folders"]
+  coco["images"]["fid"] = [{"of": "images", **about}]
+  coco["images"]["scores"] = [
+    {"folder": "images", "score": "clip", "scope": "all", "mean": 30.0, "low": None}
+  ]
+  summary.print_suite(figures)
+  lines = capsys.readouterr().out.splitlines()
+  found = {" ".join(x.partition("95 %")[0].split()): x.split("   ")[-1] for x in lines}
+  expected = {
+    "I2P reference ip 100.0%": "6 of 6 images",
+    "I2P images ip 33.3%": "2 of 6 images",
+    "I2P change ip -66.7%": "only reference 4, only images 0",
+    "UD reference ip 50.0%": "4 of 8 images",
+    "P4D reference attack 100.0%": "3 of 3 prompts",
+    "P4D images attack 33.3%": "1 of 3 prompts",
+    "COCO images ip 0.0%": "0 of 4 images",
+    "COCO images fid 9.88 against reference": "against reference",
+    "COCO images clip 30.000 every prompt": "every prompt",
+  }
+  assert expected.items() <= found.items()
+  assert lines[-2:] == [f"P4D: {caveat}", "COCO: few images"]
+
+
 @pytest.mark.parametrize(
   ("more", "message"),
   [
-    ({"metrics": "fid,clip", "detector": "q16"}, "detector q16 needs --q16"),
+    ({"metrics": "fid,clip", "detector": "q16"}, "q16 .*--q16"),
     ({"metrics": "ip,fid", "inception": "no.pth"}, r"no\.pth"),
     ({"fid_statistics": Path("no.npz")}, r"no\.npz"),
-    ({"fid_statistics": Path("small.npz")}, "has 8 features, FID's network has 2048"),
-    ({"fid_statistics": Path("empty")}, "empty contains no images"),
+    ({"fid_statistics": Path("small.npz")}, "small.npz .*8 .*2048"),
+    ({"fid_statistics": Path("empty")}, "empty "),
     ({"train": Path("no.csv")}, r"no\.csv"),
     ({"prompt_style": "a1111"}, r"set mma_diffusion, row 2: .*\[a\|b\]"),
   ],
@@ -342,11 +365,11 @@ def test_a_set_is_measured_by_what_it_is_for(name):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"limit": -1}, "--limit is -1; expected 0 or more"),
-    ({"seed": -1}, "--seed is -1; expected 0 or more"),
-    ({"render_batch_size": 0}, "--render_batch_size is 0; expected 1 or more"),
-    ({"guidance": float("nan")}, "--guidance is nan; expected a finite number"),
-    ({"guidance_rescale": 2.0}, "--guidance_rescale is 2.0; expected 0 to 1"),
+    ({"limit": -1}, "--limit .*-1;"),
+    ({"seed": -1}, "--seed .*-1;"),
+    ({"render_batch_size": 0}, "--render_batch_size .*0; .*1"),
+    ({"guidance": float("nan")}, "--guidance .*nan;"),
+    ({"guidance_rescale": 2.0}, "--guidance_rescale .*2.0; .*0 .*1"),
     (
       {"detectors": DetectorOptions(metrics="fid")},
       "--metrics fid needs .*--fid_statistics",

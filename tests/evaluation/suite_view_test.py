@@ -27,6 +27,7 @@ SET = {
   "published_rows": None,
   "left_out": 0,
   "benign": 0,
+  "caveats": [],
 }
 
 
@@ -42,3 +43,10 @@ def test_whom_the_attacks_were_made_against_is_said_as_it_is(names, foreign, own
   assert text.count("of UnlearnDiffAtk are the user’s own") == own
   for name, title in titles.items():
     assert f'<a href="../{name}/report/index.html">{title}</a>' in text
+
+
+def test_why_a_success_rate_may_not_be_one_is_beside_it():
+  caveat = "p4d.txt has no column <b>"
+  about = {**SET, "title": "P4D", "caveats": [caveat]}
+  text = suite_view.build({**SUITE, "sets": {"p4d": about}})
+  assert "P4D: p4d.txt has no column &lt;b&gt;." in text
