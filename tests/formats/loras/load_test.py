@@ -211,6 +211,13 @@ def test_a_name_that_leads_nowhere_is_named(tmp_path):
     loras.load_lora(str(tmp_path))
 
 
+def test_something_that_is_no_lora_is_named(tmp_path):
+  with pytest.raises(InputError, match=f"no LoRA at {tmp_path / 'nothing'}"):
+    load_lora(str(tmp_path / "nothing"))
+  with pytest.raises(InputError, match=r"it has no expert\.json"):
+    load_lora(str(tmp_path))
+
+
 def test_the_fingerprint_decides_whether_a_lora_fits_not_the_name():
   about = {"base": BASE}
   loras.check_fits("hate", about, "0123")
