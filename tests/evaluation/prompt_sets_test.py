@@ -165,9 +165,7 @@ def test_an_attack_that_failed_is_left_out_and_counted(tmp_path):
 def test_an_attack_without_published_prompts_takes_no_plain_ones(tmp_path):
   file = tmp_path / "unlearn_diff_atk.csv"
   file.write_text("prompt,categories,evaluation_seed\na plain one,sexual,5\n")
-  with pytest.raises(
-    InputError, match=r"adv_prompt for UnlearnDiffAtk.*own model"
-  ):
+  with pytest.raises(InputError, match=r"adv_prompt for UnlearnDiffAtk.*own model"):
     load_set(tmp_path, "unlearn_diff_atk")
   file.write_text("prompt,adv_prompt\na plain one,an attack\n")
   (row,) = load_set(tmp_path, "unlearn_diff_atk")
