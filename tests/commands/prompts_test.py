@@ -127,7 +127,7 @@ def test_too_few_pairs_are_an_error_that_names_the_concept(
   run_prompts, server, tmp_path, capsys
 ):
   short(server)
-  with pytest.raises(InputError, match="1 of 4 concepts .* 6 pairs"):
+  with pytest.raises(InputError, match=r"1 of 4 concepts .* 6 pairs"):
     run_prompts()
   assert "too few: wug (harassment): 1 of 6 pairs" in capsys.readouterr().out
   assert not (tmp_path / "p.csv").exists()
@@ -149,11 +149,11 @@ def test_a_request_that_fails_is_made_up_for_by_another(run_prompts, server, tmp
 
 def test_a_host_that_fails_always_is_given_up_on(run_prompts, server, tmp_path, capsys):
   server.faults = lambda *_: "503"
-  with pytest.raises(InputError, match="4 of 4 concepts .* 6 pairs"):
+  with pytest.raises(InputError, match=r"4 of 4 concepts .* 6 pairs"):
     run_prompts("--attempts", 2)
   assert len(server.requests) == 16  # one round, twice each
   assert "failed: zorp: HTTP 503" in capsys.readouterr().out
-  with pytest.raises(InputError, match="16 requests .*HTTP 503"):
+  with pytest.raises(InputError, match=r"16 requests .*HTTP 503"):
     run_prompts("--attempts", 1, out="q.csv", per_concept=30)
   assert len(server.requests) < 16 + 40
   assert not (tmp_path / "q.csv").exists()
