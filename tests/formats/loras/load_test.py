@@ -8,6 +8,7 @@ import types
 import chex
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from safetydpo_jax import load_lora, lora
@@ -236,3 +237,15 @@ def test_a_fine_tune_of_the_base_is_used_knowingly(capsys):
   assert "hate was trained on sd15" in line
   loras.check_fits("hate", {"base": BASE}, "0123", any_base=True)
   assert capsys.readouterr().err == ""
+
+
+def test_loras_add_up_each_with_its_scale(pipeline, tree, exported):
+  names = [str(exported.parent), f"{exported}:0.5", f"{exported}:-0.25"]
+  total = flatten_dict(loras.load_loras(names, pipeline))
+  for path, a in flatten_dict(tree).items():
+    if path[-1] == "a":
+      product = a @ flatten_dict(tree)[(*path[:-1], "b")]
+      np.testing.assert_allclose(
+        total[path] @ total[(*path[:-1], "b")], 1.25 * product, atol=1e-4
+      )
+  assert loras.load_loras([], pipeline) == {}
