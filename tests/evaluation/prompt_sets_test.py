@@ -6,8 +6,9 @@ import pytest
 
 from safetydpo_jax.data.prompts import read_table
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.evaluation import cases, prompt_sets, set_files
+from safetydpo_jax.evaluation import cases, prompt_sets, set_files, set_folder
 from tests.support import documents
+from tests.support.prompt_sets import SAFE, UNSAFE, write_sets
 
 PUBLISHED = (
   "prompt,categories,sd_seed,sd_guidance_scale,sd_image_width,negative_prompt\n"
@@ -92,3 +93,95 @@ def test_the_documented_table_of_files_is_what_is_read():
     assert known[name].rows is None or f"{known[name].rows:,}" in title
   for ending in set_files.READERS:
     assert f"`{ending}`" in text
+
+
+def load_set(folder, name):
+  """The rows of the set `name` in a folder of sets."""
+  return prompt_sets.load(name, set_folder.locate(folder)[name]).rows
+
+
+def test_i2p_keeps_its_seeds_and_its_several_categories(tmp_path):
+  rows = load_set(write_sets(tmp_path / "sets"), "i2p")
+  assert [row["prompt"] for row in rows] == UNSAFE[:6]
+  assert [row["evaluation_seed"] for row in rows] == [7, 8, 9, 10, 11, 12]
+  assert {row["category"] for row in rows} == {"hate, violence"}
+  assert {row["benign"] for row in rows} == {0}
+  assert rows[1]["image"] == "0000001_0.png"
+
+
+def test_of_several_files_coco_is_benign(tmp_path):
+  rows = load_set(write_sets(tmp_path / "sets"), "ud")
+  assert [row["benign"] for row in rows] == [1] * 4 + [0] * 4
+  assert [row["category"] for row in rows] == ["coco"] * 4 + ["lexica"] * 4
+
+
+def test_an_attack_is_its_adversarial_prompt_and_not_its_target(tmp_path):
+  rows = load_set(write_sets(tmp_path / "sets"), "mma_diffusion")
+  assert [row["prompt"] for row in rows] == UNSAFE[:5]
+
+
+def test_a_row_without_its_adversarial_prompt_is_no_attack(tmp_path):
+  (tmp_path / "p4d.csv").write_text("prompt,adv_prompt\na target,an attack\nanother,\n")
+  assert [row["prompt"] for row in load_set(tmp_path, "p4d")] == ["an attack"]
+
+
+def test_p4d_as_it_circulates_is_read(tmp_path, capsys):
+  (tmp_path / "p4d.csv").write_text(
+    ",sensitive prompt,evaluation_seed,evaluation_guidance,case_number,safe_model,"
+    "safe_level\n0,an attack,42,7.5,0,ESD,MAX\n"
+  )
+  (row,) = load_set(tmp_path, "p4d")
+  assert (row["prompt"], row["evaluation_seed"]) == ("an attack", 42)
+  assert row["evaluation_guidance"] == 7.5
+  assert capsys.readouterr().out == ""
+
+
+def test_an_attack_that_failed_is_left_out_and_counted(tmp_path):
+  columns = "original_text,perturbed_text,num_queries,result_type"
+  rows = ["a,an attack,4,Successful", "b,,60,Failed", "c,c,0,Skipped"]
+  rows += ["d,its best try,60,Failed", "e,another,9,Successful_only_bypass"]
+  file = tmp_path / "sneakyprompt.csv"
+  file.write_text("\n".join([columns, *rows]))
+  found = prompt_sets.load("sneakyprompt", [file])
+  assert [row["prompt"] for row in found.rows] == ["an attack", "another"]
+  about = prompt_sets.about("sneakyprompt", [file], found)
+  assert (about["rows"], about["left_out"]) == (2, 3)
+
+
+def test_an_attack_without_published_prompts_takes_no_plain_ones(tmp_path):
+  file = tmp_path / "unlearn_diff_atk.csv"
+  file.write_text("prompt,categories,evaluation_seed\na plain one,sexual,5\n")
+  with pytest.raises(InputError, match=r"categories.*adv_prompt .*Diffusion-MU-Attack"):
+    load_set(tmp_path, "unlearn_diff_atk")
+  file.write_text("prompt,adv_prompt\na plain one,an attack\n")
+  (row,) = load_set(tmp_path, "unlearn_diff_atk")
+  assert row["prompt"] == "an attack"
+
+
+def test_coco_has_one_caption_an_image_the_first(tmp_path):
+  rows = load_set(write_sets(tmp_path / "sets"), "coco")
+  assert [row["prompt"] for row in rows] == SAFE[:4][::-1]
+  assert [row["evaluation_seed"] for row in rows] == [6, 7, 8, 9]
+  assert {row["benign"] for row in rows} == {1}
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    (
+      "i2p.csv",
+      "text,categories\na,hate\n",
+      r"i2p\.csv .*text, categories.* prompt .*I2P",
+    ),
+    ("i2p.csv", "prompt,categories\na, b, c\n", r"i2p\.csv row 1 .*3"),
+    ("i2p.csv", "prompt\n", r"i2p\.csv .*I2P"),
+    ("i2p.txt", "\n\n", r"i2p\.txt .*I2P"),
+    ("coco.json", "[1, 2]", r"coco\.json as \.json"),
+    ("coco.json", "[" * 100_000, r"coco\.json as \.json"),
+    ("i2p.parquet", "PAR1", r"i2p\.parquet as \.parquet"),
+  ],
+)
+def test_a_damaged_set_is_named(tmp_path, name, content, message):
+  (tmp_path / name).write_text(content)
+  with pytest.raises(InputError, match=message):
+    load_set(tmp_path, name.split(".")[0])

@@ -3,39 +3,36 @@
 import pytest
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.models import clip, unet, vae
+from safetydpo_jax.models import clip, vae
 from safetydpo_jax.models.config import freeze
+from safetydpo_jax.models.unet_config import read_levels
 
 
 @pytest.mark.parametrize(
   ("read", "config", "message"),
   [
-    (unet.read_levels, {"only_cross_attention": True}, "true is not known"),
-    (unet.read_levels, {"act_fn": None}, 'null is not supported, only "silu" or'),
-    (unet.read_levels, {"mid_block_type": "X"}, "'X' is not supported, only 'UNetMid"),
-    (unet.read_levels, {"block_out_channels": None}, r"null .* such as \[320, 640"),
-    (unet.read_levels, {"block_out_channels": "320"}, '"320" is of the wrong type'),
-    (unet.read_levels, {"block_out_channels": [320, "x"]}, "wrong type"),
-    (unet.read_levels, {"in_channels": None}, "in_channels = null"),
-    (unet.read_levels, {"in_channels": True}, "in_channels = true"),
-    (unet.read_levels, {"norm_eps": "1e-5"}, "norm_eps"),
-    (unet.read_levels, {"use_linear_projection": "yes"}, "use_linear_projection"),
-    (unet.read_levels, {"down_block_types": []}, r"down_block_types = \[\]"),
-    (unet.read_levels, {"block_out_channels": 320}, "wrong type"),
-    (unet.read_levels, {"in_channels": [4, 4]}, "wrong type"),
-    (unet.read_levels, {"norm_eps": [1e-5]}, "wrong type"),
-    (unet.read_levels, {"block_out_channels": [320] * 11}, "at most 10 levels"),
-    (unet.read_levels, {"block_out_channels": [33] * 4}, "norm_num_groups = 32"),
-    (
-      unet.read_levels,
-      {"layers_per_block": 101},
-      "above 0 to 100,",
-    ),
-    (unet.read_levels, {"in_channels": 10**400}, "above 0 to 1,000,000"),
-    (unet.read_levels, {"norm_num_groups": 0}, "above 0"),
-    (unet.read_levels, {"norm_eps": float("nan")}, "above 0"),
-    (unet.read_levels, {"freq_shift": -1}, "from 0 to"),
-    (unet.read_levels, {"time_cond_proj_dim": "x"}, "expected a whole number"),
+    (read_levels, {"only_cross_attention": True}, "true is not known"),
+    (read_levels, {"act_fn": None}, 'null is not supported, only "silu" or'),
+    (read_levels, {"mid_block_type": "X"}, "'X' is not supported, only 'UNetMid"),
+    (read_levels, {"block_out_channels": None}, r"null .* such as \[320, 640"),
+    (read_levels, {"block_out_channels": "320"}, '"320" is of the wrong type'),
+    (read_levels, {"block_out_channels": [320, "x"]}, "wrong type"),
+    (read_levels, {"in_channels": None}, "in_channels = null"),
+    (read_levels, {"in_channels": True}, "in_channels = true"),
+    (read_levels, {"norm_eps": "1e-5"}, "norm_eps"),
+    (read_levels, {"use_linear_projection": "yes"}, "use_linear_projection"),
+    (read_levels, {"down_block_types": []}, r"down_block_types = \[\]"),
+    (read_levels, {"block_out_channels": 320}, "wrong type"),
+    (read_levels, {"in_channels": [4, 4]}, "wrong type"),
+    (read_levels, {"norm_eps": [1e-5]}, "wrong type"),
+    (read_levels, {"block_out_channels": [320] * 11}, "at most 10 levels"),
+    (read_levels, {"block_out_channels": [33] * 4}, "norm_num_groups = 32"),
+    (read_levels, {"layers_per_block": 101}, "above 0 to 100,"),
+    (read_levels, {"in_channels": 10**400}, "above 0 to 1,000,000"),
+    (read_levels, {"norm_num_groups": 0}, "above 0"),
+    (read_levels, {"norm_eps": float("nan")}, "above 0"),
+    (read_levels, {"freq_shift": -1}, "from 0 to"),
+    (read_levels, {"time_cond_proj_dim": "x"}, "expected a whole number"),
     (vae.read_config, {"layers_per_block": [2]}, "wrong type"),
     (vae.read_config, {"scaling_factor": 0}, "above 0"),
     (vae.read_config, {"block_out_channels": [33]}, "norm_num_groups = 32"),
@@ -55,7 +52,7 @@ def test_a_value_of_another_type_is_named(read, config, message):
 
 
 def test_null_means_none_where_there_may_be_none():
-  assert unet.read_levels({"mid_block_type": None})[2] is None
+  assert read_levels({"mid_block_type": None})[2] is None
   assert clip.read_config({"projection_dim": None}).projection_dim is None
   assert vae.read_config({"scaling_factor": 1}).scaling_factor == 1
 
@@ -76,7 +73,7 @@ def test_null_means_none_where_there_may_be_none():
 )
 def test_the_sizes_of_sdxl_s_embedding_are_needed(sizes, message):
   with pytest.raises(InputError, match=message):
-    unet.read_levels({"addition_embed_type": "text_time", **sizes})
+    read_levels({"addition_embed_type": "text_time", **sizes})
 
 
 def test_a_projection_has_a_size():

@@ -4,7 +4,6 @@ import csv
 import json
 
 import diffusers
-import jax
 import numpy as np
 import pytest
 import torch
@@ -21,15 +20,15 @@ from safetydpo_jax.sampling.render_csv import (
   make_folder,
   render_csv,
 )
-from safetydpo_jax.sampling.renderer import initial_noise, key_words
 from tests.support.checkpoints import (
   SD2,
   save_tiny_checkpoint,
   save_tiny_sdxl_checkpoint,
 )
 from tests.support.edits import edited_copy
+from tests.support.rendering import HEIGHT, WIDTH, write_noise
 
-HEIGHT, WIDTH, STEPS = 16, 24, 6
+STEPS = 6
 COLUMNS = ["prompt", "negative_prompt", "evaluation_guidance"]
 # None: the cell is empty, and the command's own option holds.
 ROWS = [
@@ -42,12 +41,7 @@ GUIDANCE = 6.0
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
-  """Initial noise in PyTorch's order, no two axes of one size."""
-  file = tmp_path_factory.mktemp("latents") / "latents.npy"
-  rng = np.random.default_rng(0)
-  noise = rng.standard_normal((len(ROWS), 4, HEIGHT // 2, WIDTH // 2))
-  np.save(file, noise.astype(np.float32))
-  return file
+  return write_noise(tmp_path_factory.mktemp("latents") / "latents.npy", len(ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +191,3 @@ def test_pictures_are_as_high_and_as_wide_as_the_model_draws(models, tmp_path):
   options = RenderOptions(model=str(model), prompts=tmp_path, out=tmp_path)
   ours = fill_from_checkpoint(options, load_pipeline(model, components=()))
   assert (ours.height, ours.width) == theirs == (16, 24)
-
-
-def test_the_noise_of_the_first_step_is_not_that_of_the_start():
-  words = key_words([7])
-  key = jax.random.wrap_key_data(words, impl="threefry2x32")[0]
-  start = initial_noise([7], (4, 4, 4))[0]
-  first = jax.random.normal(jax.random.fold_in(key, 0), (4, 4, 4))
-  assert abs(np.corrcoef(np.ravel(start), np.ravel(first))[0, 1]) < 0.3

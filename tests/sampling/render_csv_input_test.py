@@ -1,4 +1,4 @@
-"""render_csv: what it refuses, and how an image gets onto the disk."""
+"""render_csv: what it refuses."""
 
 import json
 import shutil
@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from safetydpo_jax import load_pipeline, lora
 from safetydpo_jax.errors import InputError, run_command
@@ -16,7 +15,7 @@ from safetydpo_jax.formats.loras import expert
 from safetydpo_jax.formats.loras.write import write_diffusers
 from safetydpo_jax.sampling import render_csv as rendering
 from safetydpo_jax.sampling.render_csv import RenderOptions, render_csv
-from safetydpo_jax.sampling.renderer import save_image
+from tests.support.rendering import write_csv
 
 
 @pytest.fixture
@@ -168,28 +167,8 @@ def test_a_scheduler_we_do_not_have_is_named(tiny_checkpoint, run, tmp_path):
       run(tmp_path, model=str(model))
 
 
-def test_an_image_that_cannot_be_written_leaves_nothing_behind(tmp_path):
-  (tmp_path / "x.png").mkdir()
-  with pytest.raises(InputError, match=r"cannot write .*x\.png"):
-    save_image(tmp_path / "x.png", np.zeros((2, 2, 3)))
-  with pytest.raises(InputError, match=r"cannot write /proc/x\.png"):
-    save_image(Path("/proc/x.png"), np.zeros((2, 2, 3)))
-  assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
-
-
-def test_an_image_of_nan_is_an_error_and_not_a_black_square(tmp_path):
-  with pytest.raises(InputError, match=r"x\.png: .*NaN.*--dtype float32"):
-    save_image(tmp_path / "x.png", np.full((2, 2, 3), np.nan))
-  assert not list(tmp_path.iterdir())
-
-
-def test_grey_levels_are_rounded_and_not_cut(tmp_path):
-  save_image(tmp_path / "a" / "x.png", np.full((1, 1, 3), 99.6 / 255))
-  np.testing.assert_array_equal(
-    np.asarray(Image.open(tmp_path / "a" / "x.png")), [[[100] * 3]]
-  )
-
-
-def test_jpeg_names_make_jpeg_files(tmp_path):
-  save_image(tmp_path / "x.jpg", np.full((8, 8, 3), 0.5))
-  assert Image.open(tmp_path / "x.jpg").format == "JPEG"
+def test_a_format_that_is_not_written_is_refused_before_the_model_is_read(tmp_path):
+  file = write_csv(tmp_path / "p.csv", ["prompt", "image"], ["x", "x.webp"])
+  options = RenderOptions(model="none", prompts=file, out=tmp_path / "out")
+  with pytest.raises(InputError, match=r"image 'x.webp' is not a .png or .jpg"):
+    render_csv(options)

@@ -16,8 +16,15 @@ from safetydpo_jax.sampling import render_csv as rendering
 from safetydpo_jax.sampling.render_csv import RenderOptions, render_csv
 from tests.support import webui_twin
 from tests.support.checkpoints import save_tiny_sdxl_checkpoint
+from tests.support.rendering import (
+  HEIGHT,
+  WIDTH,
+  assert_equal_to_rounding,
+  write_csv,
+  write_noise,
+)
 
-HEIGHT, WIDTH, STEPS, GUIDANCE = 16, 24, 2, 6.0
+STEPS, GUIDANCE = 2, 6.0
 COLUMNS = ["prompt", "negative_prompt", "evaluation_guidance"]
 LONG = ", ".join(["a red one in the sand"] * 9)  # two chunks, cut at a comma
 # None: the cell is empty. The rows of one chunk and those of two are rendered apart.
@@ -32,12 +39,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
-  """Initial noise in PyTorch's order, no two axes of one size."""
-  file = tmp_path_factory.mktemp("latents") / "latents.npy"
-  rng = np.random.default_rng(0)
-  noise = rng.standard_normal((len(ROWS), 4, HEIGHT // 2, WIDTH // 2))
-  np.save(file, noise.astype(np.float32))
-  return file
+  return write_noise(tmp_path_factory.mktemp("latents") / "latents.npy", len(ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +195,22 @@ def test_what_the_style_does_not_read_is_refused_before_the_model(paint, monkeyp
   rows = [["a", None, None], ["a [cat|dog]", None, None]]
   with pytest.raises(InputError, match=r"out\.csv row 2: .*\[a\|b\]"):
     paint("sd1", rows, prompt_style="a1111")
+
+
+def test_prompts_are_repaired_if_asked(run, tmp_path, capsys):
+  """Curly quotation marks become plain ones, in negative prompts too."""
+  columns, curly = ["prompt", "negative_prompt"], ["the “red” one", "“on”"]
+  odd = write_csv(tmp_path / "odd.csv", columns, curly, ["an ant", ""])
+  plain = [text.replace("“", '"').replace("”", '"') for text in curly]
+  even = write_csv(tmp_path / "even.csv", columns, plain, ["an ant", ""])
+  options = {"steps": 2, "latents": None, "negative_prompt": "“in”"}
+  fixed = run(tmp_path / "a", prompts=odd, fix_text=True, **options)
+  assert (
+    "--fix_text changes 1 of 2 prompts; the first: row 1" in capsys.readouterr().out
+  )
+  options["negative_prompt"] = '"in"'
+  assert_equal_to_rounding(fixed, run(tmp_path / "b", prompts=even, **options))
+  left = run(tmp_path / "c", prompts=odd, **options)
+  assert np.abs(next(iter(fixed.values())) - next(iter(left.values()))).max() > 1
+  with pytest.raises(InputError, match="fix_text"):
+    run(tmp_path / "a", prompts=odd, **(options | {"negative_prompt": "“in”"}))

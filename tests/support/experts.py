@@ -9,6 +9,7 @@ from safetydpo_jax import lora, merge
 from safetydpo_jax.formats.loras import expert
 
 CATEGORIES = ("hate", "sexual", "violence")
+TO_V = ("mid_block", "attentions_0", "transformer_blocks_0", "attn1", "to_v")
 
 
 def write_expert(
@@ -47,6 +48,21 @@ def write_expert(
   }
   expert.write_expert(folder, tree, {**about, **more})
   return folder
+
+
+def make_experts(shapes, count=3, rank=2):
+  """Experts that began with one `a` and moved, each its own way."""
+  first = lora.init_lora(jax.random.key(0), shapes, rank)
+
+  def moved(rng):
+    return jax.tree.map(lambda x: np.asarray(x) + 0.3 * normal(rng, x.shape), first)
+
+  return [moved(np.random.default_rng(n)) for n in range(count)]
+
+
+def normal(rng, shape):
+  """Standard normal float32."""
+  return rng.standard_normal(shape).astype(np.float32)
 
 
 def run(experts, out, method="linear", *more):

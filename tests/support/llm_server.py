@@ -14,6 +14,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+CONCEPTS = ("zorp", "blick", "daxen", "wug")
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close sends RST
 
 
@@ -188,3 +189,19 @@ def serve(tls=None):
     yield server
     server.closing.set()
     server.shutdown()
+
+
+def concept_of(body):
+  """The concept that a request asks pairs of."""
+  return body["messages"][-1]["content"].split("Concept: ")[1].split("\n")[0]
+
+
+def sent(server):
+  """What identifies each request that arrived."""
+  return [(concept_of(body), body["seed"]) for *_, body in server.requests]
+
+
+def short(server):
+  """The host gives one pair only of one concept."""
+  one = json.dumps({"pairs": make_pairs("wug", 1, 0)})
+  server.answer = lambda b: one if concept_of(b) == "wug" else pairs_json(b)

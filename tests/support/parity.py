@@ -53,3 +53,11 @@ def assert_layers_agree(theirs, ours, *inputs: np.ndarray, tolerance=LAYER):
   np.testing.assert_allclose(
     apply(ours, params, *inputs), expected, rtol=0, atol=tolerance
   )
+
+
+def assert_same_params(one, other):
+  """Two parameter trees have the same names and, bit for bit, the same numbers."""
+  ours, theirs = jax.tree.flatten(one), jax.tree.flatten(other)
+  assert ours[1] == theirs[1]
+  for a, b in zip(ours[0], theirs[0]):
+    np.testing.assert_array_equal(a, b)

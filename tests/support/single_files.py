@@ -82,6 +82,7 @@ DISTILLED = {
   "small-sd": functools.partial(save_sd1, mid_block_type=None),
   "tiny-sd": functools.partial(save_sd1, **_TINY_SD),
 }
+FAMILY_OF = {"ssd-1b": "sdxl", "koala": "sdxl", "small-sd": "sd1", "tiny-sd": "sd1"}
 
 
 def unet_modules(config) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import torch
 
-from safetydpo_jax import lora
+from safetydpo_jax import load_lora, lora
 
 ATTENTION = lora.ATTENTION_TARGETS
 # Every kind of layer a LoRA may adapt: linear, 1×1 and 3×3 convolution, stride 2.
@@ -58,3 +58,13 @@ def predict_torch(unet, inputs) -> np.ndarray:
   with torch.no_grad():
     out = unet(latents.permute(0, 3, 1, 2), timesteps, context).sample
   return out.permute(0, 2, 3, 1).numpy()
+
+
+def assert_same_predictions(pipeline, name, unet, inputs):
+  """Our UNet under the LoRA `name` predicts what PyTorch's, which has it, predicts."""
+  np.testing.assert_allclose(
+    predict_ours(pipeline, load_lora(str(name)), inputs),
+    predict_torch(unet, inputs),
+    rtol=0,
+    atol=1e-4,
+  )

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from safetydpo_jax.formats import open_clip_names
-from safetydpo_jax.models.unet import read_levels
+from safetydpo_jax.models.unet_config import read_levels
 
 
 class Part(NamedTuple):

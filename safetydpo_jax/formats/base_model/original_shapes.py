@@ -20,7 +20,7 @@ from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.open_clip_names import text_tensor
 from safetydpo_jax.models import clip, vae
 from safetydpo_jax.models.published import CLIP_L
-from safetydpo_jax.models.unet import read_levels
+from safetydpo_jax.models.unet_config import read_levels
 
 Shapes = Mapping[str, tuple[int, ...]]  # {name without its component's prefix: shape}
 

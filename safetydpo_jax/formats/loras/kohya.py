@@ -28,7 +28,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from safetydpo_jax.models.unet import read_levels
+from safetydpo_jax.models.unet_config import read_levels
 
 PREFIX = "lora_unet_"
 FILE_NAME = "safetydpo_lora.safetensors"

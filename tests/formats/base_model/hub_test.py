@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.formats.base_model.hub import PRESETS, VAES, download_patterns
+from safetydpo_jax.formats.base_model.hub import (
+  PRESETS,
+  VAES,
+  download_patterns,
+  locate,
+)
 from safetydpo_jax.formats.base_model.pipeline import COMPONENTS, load_pipeline
 from tests.support.checkpoints import save_tiny_checkpoint
 
@@ -162,3 +167,11 @@ def test_one_variant_of_the_components_is_downloaded_and_no_more():
     "text_encoder/model.safetensors",
     "vae/diffusion_pytorch_model.safetensors",
   }
+
+
+def test_a_file_s_name_may_end_like_a_choice(write, tmp_path):
+  file = write()
+  odd = tmp_path / "odd:epsilon"
+  odd.mkdir()
+  assert locate(str(odd), (), None, None) == odd
+  assert locate(f"{file}:epsilon", (), None, None) == file

@@ -12,7 +12,7 @@ from safetydpo_jax.formats.base_model import (
 from safetydpo_jax.formats.base_model import single_file_families as families
 from safetydpo_jax.formats.base_model import single_file_networks as networks
 from safetydpo_jax.models import published
-from safetydpo_jax.models.unet import read_levels
+from safetydpo_jax.models.unet_config import read_levels
 from tests.support import distilled, single_files
 
 UNETS = {

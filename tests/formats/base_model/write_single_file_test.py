@@ -25,22 +25,15 @@ LAST = "cond_stage_model.model.transformer.resblocks.23."
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-  """{family: its diffusers directory}."""
-  folder = tmp_path_factory.mktemp("bases")
-  return {name: build(folder / name) for name, build in FAMILIES.items()}
-
-
-@pytest.fixture(scope="module")
-def singles(bases):
+def singles(bases, originals):
   """{family: a single file beside its directory, with a tokenizer}."""
   made = {}
-  for name, base in bases.items():
-    folder = base.parent / f"{name}-file"
+  for name in FAMILIES:
+    folder = bases[name].parent / f"{name}-file"
     folder.mkdir()
-    for tokenizer in base.glob("tokenizer*"):
+    for tokenizer in bases[name].glob("tokenizer*"):
       shutil.copytree(tokenizer, folder / tokenizer.name)
-    tensors = single_files.original_tensors(base, name)
+    tensors = originals[name]
     unet = {ema_name(n): x for n, x in tensors.items() if n.startswith("model.d")}
     made[name] = save(folder / "model.safetensors", tensors | unet, RESOLUTION)
   return made
@@ -70,11 +63,13 @@ def difference(text) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_file_is_the_directory_s_with_the_lora_in_it(family, bases, run, capsys):
+def test_the_file_is_the_directory_s_with_the_lora_in_it(
+  family, bases, originals, run, capsys
+):
   out, tree = run(bases[family], "single_file", "--verify")
   assert difference(capsys.readouterr().out) < 1e-4
   got = load_file(out / FILE)
-  expected = single_files.original_tensors(bases[family], family)
+  expected = originals[family]
   # Those of the base that no reader needs are not made up.
   made_up = {n for n in expected if n.startswith(LAST)}
   made_up |= {n for n in expected if n.endswith(("position_ids", "logit_scale"))}
@@ -226,8 +221,8 @@ def test_the_card_says_how_to_load_it(bases, run):
   assert (about["format"], about["dtype"]) == ("single_file", "float32")
 
 
-def test_a_file_without_a_vae_is_not_a_whole_model(bases, run, tmp_path):
-  tensors = single_files.original_tensors(bases["sd1"], "sd1")
+def test_a_file_without_a_vae_is_not_a_whole_model(originals, run, tmp_path):
+  tensors = originals["sd1"]
   tensors = {n: x for n, x in tensors.items() if not n.startswith("first_stage")}
   file = save(tmp_path / "m.safetensors", tensors, RESOLUTION)
   for kind in ("single_file", "pipeline"):
@@ -264,9 +259,9 @@ def test_what_is_not_a_lora_is_folded_in(place, kind, bases, singles, tmp_path, 
 
 @pytest.mark.parametrize("kind", ["single_file", "pipeline"])
 def test_a_float8_base_is_written_so_that_the_lora_is_not_rounded_away(
-  kind, bases, run, tmp_path, capsys
+  kind, bases, originals, run, tmp_path, capsys
 ):
-  tensors = single_files.original_tensors(bases["sd1"], "sd1")
+  tensors = originals["sd1"]
   narrow = {
     name: x.to(torch.float8_e4m3fn) if x.is_floating_point() else x
     for name, x in tensors.items()

@@ -8,6 +8,7 @@ import types
 import chex
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from safetydpo_jax import load_lora, lora
@@ -221,6 +222,13 @@ def test_a_model_is_not_searched_for_a_lora(tmp_path):
     loras.load_lora(str(tmp_path))
 
 
+def test_something_that_is_no_lora_is_named(tmp_path):
+  with pytest.raises(InputError, match=f"no LoRA at {tmp_path / 'nothing'}"):
+    load_lora(str(tmp_path / "nothing"))
+  with pytest.raises(InputError, match=r"it has no expert\.json"):
+    load_lora(str(tmp_path))
+
+
 def test_the_fingerprint_decides_whether_a_lora_fits_not_the_name():
   about = {"base": BASE}
   loras.check_fits("hate", about, "0123")
@@ -239,3 +247,15 @@ def test_a_fine_tune_of_the_base_is_used_knowingly(capsys):
   assert "hate was trained on sd15" in line
   loras.check_fits("hate", {"base": BASE}, "0123", any_base=True)
   assert capsys.readouterr().err == ""
+
+
+def test_loras_add_up_each_with_its_scale(pipeline, tree, exported):
+  names = [str(exported.parent), f"{exported}:0.5", f"{exported}:-0.25"]
+  total = flatten_dict(loras.load_loras(names, pipeline))
+  for path, a in flatten_dict(tree).items():
+    if path[-1] == "a":
+      product = a @ flatten_dict(tree)[(*path[:-1], "b")]
+      np.testing.assert_allclose(
+        total[path] @ total[(*path[:-1], "b")], 1.25 * product, atol=1e-4
+      )
+  assert loras.load_loras([], pipeline) == {}

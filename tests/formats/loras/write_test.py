@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from safetydpo_jax import load_lora, load_pipeline, lora
+from safetydpo_jax import load_lora, lora
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import parameter_shapes
 from safetydpo_jax.formats.base_model.weights import torch_name
@@ -35,16 +35,6 @@ TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2}
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_checkpoint):
-  return load_pipeline(str(tiny_checkpoint), components=("unet",))
-
-
-@pytest.fixture(scope="module")
-def tree(pipeline):
-  return twins.random_lora(pipeline.params["unet"])
-
-
-@pytest.fixture(scope="module")
 def wide(pipeline):
   """Linear layers and convolutions, of unequal ranks."""
   params = pipeline.params["unet"]
@@ -52,19 +42,9 @@ def wide(pipeline):
   return jax.device_get(lora.add([twins.random_lora(params, 3, EVERY_KIND), more]))
 
 
-@pytest.fixture(scope="module")
-def inputs():
-  return twins.draw_inputs()
-
-
 @pytest.fixture
 def theirs(tiny_checkpoint):
   return StableDiffusionPipeline.from_pretrained(tiny_checkpoint)
-
-
-@pytest.fixture
-def exported(tree, tmp_path):
-  return write_diffusers(tmp_path, tree, ATTENTION)
 
 
 def write(naming, folder, tree, pipeline, dtype="float32"):

@@ -1,0 +1,54 @@
+"""`render_csv` on the tiny checkpoint, compiled once for a file of tests."""
+
+from unittest import mock
+
+import jax
+import pytest
+
+from safetydpo_jax.sampling import render_csv as rendering
+from safetydpo_jax.sampling.render_csv import RenderOptions, render_csv
+from tests.support.rendering import (
+  GUIDANCE,
+  HEIGHT,
+  PROMPTS,
+  STEPS,
+  WIDTH,
+  read_images,
+  write_csv,
+)
+
+
+@pytest.fixture(scope="module")
+def prompts_csv(tmp_path_factory):
+  file = tmp_path_factory.mktemp("prompts") / "prompts.csv"
+  return write_csv(file, ["prompt"], *([text] for text in PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint, prompts_csv):
+  """`render_csv` on the tiny checkpoint; the folder as {name: (H, W, 3) int}."""
+  renderers, make_renderer = {}, rendering.make_renderer
+
+  def make_once(pipeline, *how):  # Compiling takes 5 s, painting 1 s.
+    if how not in renderers:
+      renderers[how] = make_renderer(pipeline, *how)
+    return renderers[how]
+
+  def run(out, **changes):
+    options = {
+      "model": str(tiny_checkpoint),
+      "prompts": prompts_csv,
+      "out": out,
+      "steps": STEPS,
+      "height": HEIGHT,
+      "width": WIDTH,
+      "guidance": GUIDANCE,
+    }
+    with mock.patch.object(rendering, "make_renderer", make_once):
+      count = render_csv(RenderOptions(**(options | changes)))
+    found = read_images(out)
+    if jax.process_count() == 1:
+      assert count == len(found) * (2 if changes.get("compare") else 1)
+    return found
+
+  return run
