@@ -178,7 +178,7 @@ def test_tensors_that_overlap_or_leave_gaps_are_refused(second, tmp_path):
   header = json.dumps(entries).encode()
   file = tmp_path / "x.safetensors"
   file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(second[1]))
-  with pytest.raises(Exception, match="invalid offset for tensor `b`"):
+  with pytest.raises(Exception, match="invalid offset for tensor"):
     load_file(file)
   with pytest.raises(InputError, match=f"begins at byte {second[0]}, where 4"):
     open_safetensors(file)

@@ -75,11 +75,11 @@ def test_any_prompt_is_read_as_by_the_twin():
     ("a cat # and a dog", "comment"),
     ("(" * 101 + "cat", "more than 100 brackets"),
     ("[cat" * 101, "more than 100 brackets"),
-    ("a (cat:1000001)", "'1000001' is no weight; expected a number up to 1,000,000"),
-    ("a (cat:-1000001)", "is no weight"),
-    ("a (cat:1.2.3)", r"'1\.2\.3' is no weight"),
-    ("a (cat:" + "9" * 400 + ")", "is no weight"),
-    ("a ((cat:99999):99999)", r"'9999800001\.0' is no weight"),
+    ("a (cat:1000001)", "'1000001' is not a weight; expected a number up to 1,000,000"),
+    ("a (cat:-1000001)", "is not a weight"),
+    ("a (cat:1.2.3)", r"'1\.2\.3' is not a weight"),
+    ("a (cat:" + "9" * 400 + ")", "is not a weight"),
+    ("a ((cat:99999):99999)", r"'9999800001\.0' is not a weight"),
   ],
 )
 def test_what_is_not_read_is_refused(prompt, message):

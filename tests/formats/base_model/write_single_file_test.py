@@ -185,10 +185,10 @@ def test_what_predicts_v_is_marked(bases, tmp_path):
 
 
 REFUSED = {
-  "heads": ({"unet": {"attention_head_dim": 4}}, "unet has attention_head_dim = 4"),
+  "heads": ({"unet": {"attention_head_dim": 4}}, r"attention_head_dim = \[4, .* assume \[8, "),
   "groups": (
     {"vae": {"norm_num_groups": 8}},
-    "vae has norm_num_groups = 8, .* assume 4;",
+    "vae has norm_num_groups = 8, .* assume 32;",
   ),
   "scale": ({"vae": {"scaling_factor": 0.3}}, "vae has scaling_factor = 0.3"),
   "betas": ({"scheduler": {"beta_end": 0.02}}, "noise schedule"),
