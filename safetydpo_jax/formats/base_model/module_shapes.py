@@ -15,7 +15,7 @@ from safetydpo_jax.models.vae import AutoencoderKL
 Module = UNet2DCondition | AutoencoderKL | CLIPText
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=128)
 def parameter_shapes(module: Module) -> dict:
   """A module's parameter tree as `jax.ShapeDtypeStruct`; nothing is computed."""
   if isinstance(module, UNet2DCondition):
