@@ -2,11 +2,12 @@
 
 diffusers loads the base and the LoRA (`load_lora_weights`), or the fused pipeline
 (`from_pretrained`, or `from_single_file` with the base's configs), in float32, and
-predicts on random latents, timesteps and contexts;
-our UNet predicts with the LoRA as it was before the export, in full float32 on TPUs and
-GPUs too. Only one of the two models is in memory at a time.
+predicts on random latents, timesteps and contexts; our UNet predicts with the LoRA as
+it was before the export, in full float32 on TPUs and GPUs too. Only one of the two
+models is in memory at a time.
 """
 
+import functools
 import gc
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from flax.core import unfreeze
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.fused import component_names
 from safetydpo_jax.formats.base_model.pipeline import Pipeline, load_pipeline
-from safetydpo_jax.models.unet import example_inputs
+from safetydpo_jax.models.unet import UNet2DCondition, example_inputs
 from safetydpo_jax.runtime.manifest import write_json
 
 # The largest difference that rounding explains, relative to the predictions' standard
@@ -81,16 +82,22 @@ def compare(
   gc.collect()
   name = base.name if base.single else str(base.path)
   weights = load_pipeline(name, components=("unet",), variant=variant)
-  predict = jax.jit(weights.unet.apply)
-  variables = {"params": fold(weights.params["unet"]), "lora": lora}
+  silent = jax.tree.map(np.zeros_like, lora)  # so that one program does for both
   with jax.default_matmul_precision("highest"):
-    before = np.asarray(predict({"params": weights.params["unet"]}, *inputs))
-    ours = np.asarray(predict(variables, *inputs))
+    before = _predict(weights.unet, weights.params["unet"], silent, *inputs)
+    ours = _predict(weights.unet, fold(weights.params["unet"]), lora, *inputs)
   return Comparison(
-    difference=float(np.abs(theirs - ours).max()),
+    difference=float(np.abs(theirs - np.asarray(ours)).max()),
     effect=float(np.abs(ours - before).max()),
     deviation=float(ours.std()),
   )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(
+  unet: UNet2DCondition, params: Any, lora: Mapping[str, Any], *inputs: Any
+) -> Any:
+  return unet.apply({"params": params, "lora": lora}, *inputs)
 
 
 def check(comparison: Comparison, dtype: str) -> None:

@@ -6,6 +6,7 @@ key folded with i. So the batch and the number of devices change nothing but rou
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
@@ -22,6 +24,10 @@ from safetydpo_jax.formats.base_model import old_files
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.models import conditioning
+from safetydpo_jax.models.clip import CLIPText
+from safetydpo_jax.models.config import freeze
+from safetydpo_jax.models.unet import UNet2DCondition
+from safetydpo_jax.models.vae import AutoencoderKL
 from safetydpo_jax.runtime import files, sharding
 from safetydpo_jax.sampling.guidance import embed_scale, guided
 from safetydpo_jax.sampling.methods import Name, make_sampler
@@ -53,6 +59,23 @@ class Inputs(NamedTuple):
   negative_weights: tuple[np.ndarray, ...] = ()
 
 
+class Networks(NamedTuple):
+  """What a program that renders is made of; the weights are its arguments.
+
+  Attributes:
+    unet, vae, text_encoders: the modules.
+    schedule: scheduler_config.json.
+    vae_scale, scaling_factor: see `Pipeline`.
+  """
+
+  unet: UNet2DCondition
+  vae: AutoencoderKL
+  text_encoders: tuple[CLIPText, ...]
+  schedule: FrozenDict[str, Any]
+  vae_scale: int
+  scaling_factor: float
+
+
 def fix_schedule(pipeline: Pipeline) -> Pipeline:
   """Sets the scheduler's `steps_offset` to 1 and `clip_sample` to false.
 
@@ -82,17 +105,44 @@ def make_renderer(
   `clip_skips` and `time_ids` are those of the prompt and of the negative prompt; None:
   of the image's own size. Rows are split over the mesh. A UNet distilled with guidance
   is asked once per step, and neither negative prompts nor `rescale` count.
+
+  What was made for equal networks and settings is given again, with its compiled
+  program: a suite renders many sets, the toy world many folders.
   """
-  run = make_sampler(sampler, pipeline.schedule, steps)
-  distilled = pipeline.unet.config.get("time_cond_proj_dim")
-  unet = pipeline.unet.on_mesh(mesh, sharding.BATCH)
+  networks = Networks(
+    pipeline.unet,
+    pipeline.vae,
+    pipeline.text_encoders,
+    freeze(pipeline.schedule.config),
+    pipeline.vae_scale,
+    pipeline.scaling_factor,
+  )
+  return _make_renderer(networks, sampler, steps, rescale, mesh, clip_skips, time_ids)
+
+
+@functools.lru_cache(maxsize=8)
+def _make_renderer(
+  networks: Networks,
+  sampler: Name,
+  steps: int,
+  rescale: float,
+  mesh: Mesh,
+  clip_skips: tuple[int, int],
+  time_ids: tuple[TimeIds, TimeIds] | None,
+) -> Callable[[Params, LoraTree, Inputs], jax.Array]:
+  schedule = diffusion.Schedule.from_config(networks.schedule)
+  run = make_sampler(sampler, schedule, steps)
+  distilled = networks.unet.config.get("time_cond_proj_dim")
+  unet = networks.unet.on_mesh(mesh, sharding.BATCH)
 
   def render(params, lora, inputs):
     count, *shape = inputs.latents.shape
-    height, width = (pipeline.vae_scale * side for side in shape[:2])
+    height, width = (networks.vae_scale * side for side in shape[:2])
     sizes = time_ids or (conditioning.make_time_ids(height, width),) * 2
     tiled = [jnp.tile(jnp.array([ids], jnp.float32), (count, 1)) for ids in sizes]
-    context, null_context, added = _encode(pipeline, params, inputs, clip_skips, tiled)
+    context, null_context, added = _encode(
+      networks.text_encoders, params, inputs, clip_skips, tiled
+    )
     keys = jax.random.wrap_key_data(inputs.words, impl="threefry2x32")
 
     def predict(latents, timesteps, context, added=added, condition=None):
@@ -115,8 +165,8 @@ def make_renderer(
     else:
       with_guidance = guided(predict, context, null_context, inputs.guidance, rescale)
     clean = run(with_guidance, inputs.latents, noise)
-    images: Any = pipeline.vae.apply(
-      {"params": params["vae"]}, clean / pipeline.scaling_factor, method="decode"
+    images: Any = networks.vae.apply(
+      {"params": params["vae"]}, clean / networks.scaling_factor, method="decode"
     )
     return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
 
@@ -129,7 +179,7 @@ def make_renderer(
 
 
 def _encode(
-  pipeline: Pipeline,
+  text_encoders: Sequence[CLIPText],
   params: Params,
   inputs: Inputs,
   clip_skips: tuple[int, int],
@@ -137,7 +187,7 @@ def _encode(
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array] | None]:
   """Contexts of prompts and of negative prompts; `added_cond` of both, these first."""
   (context, added), (null_context, null_added) = (
-    conditioning.encode(pipeline.text_encoders, params, ids, time, weights, clip_skip)
+    conditioning.encode(text_encoders, params, ids, time, weights, clip_skip)
     for ids, time, weights, clip_skip in zip(
       (inputs.token_ids, inputs.negative_ids),
       time_ids,

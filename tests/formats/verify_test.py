@@ -15,7 +15,6 @@ from safetydpo_jax import load_lora, load_pipeline, lora
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import export_lora, verify
 from safetydpo_jax.formats.loras import kohya
-from safetydpo_jax.models.unet import UNet2DCondition
 from tests.support import dialects, drawn, exports, twins
 from tests.support.checkpoints import (
   SDXL,
@@ -37,15 +36,25 @@ def run(tiny_checkpoint, tmp_path):
 
 
 FAMILIES = {"sd1": save_tiny_checkpoint, "sdxl": save_tiny_sdxl_checkpoint}
+# One of each family, format and type; the other pairs of these are slow.
 KINDS = (
-  ("diffusers", None),
-  ("kohya", "float16"),
-  ("pipeline", None),
-  ("pipeline", "bfloat16"),
+  ("sd1", "diffusers", None),
+  ("sdxl", "kohya", "float16"),
+  ("sd1", "pipeline", "bfloat16"),
+  ("sdxl", "pipeline", None),
+  *(
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (
+      ("sdxl", "diffusers", None),
+      ("sd1", "kohya", "float16"),
+      ("sdxl", "pipeline", "bfloat16"),
+      ("sd1", "pipeline", None),
+    )
+  ),
 )
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def family(request, tmp_path_factory):
   """A checkpoint of each family, and a LoRA on every kind of its layers."""
   folder = tmp_path_factory.mktemp(request.param)
@@ -56,7 +65,7 @@ def family(request, tmp_path_factory):
   return base, make_expert(folder / "expert", tree, model.fingerprint)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+@pytest.mark.parametrize(("family", "kind", "dtype"), KINDS, indirect=["family"])
 def test_pytorch_predicts_with_every_export_what_we_predict(
   kind, dtype, family, run, tmp_path, capsys
 ):
@@ -122,11 +131,11 @@ def test_verify_multiplies_in_float32_wherever_it_runs(pipeline, monkeypatch):
   """TF32 and bf16, the defaults of GPUs and TPUs, would be taken for a wrong export."""
   seen = []
 
-  def look(module, variables, latents, *_):
+  def look(unet, params, lora, latents, *_):
     seen.append(jax.config.jax_default_matmul_precision)
     return latents
 
-  monkeypatch.setattr(UNet2DCondition, "apply", look)
+  monkeypatch.setattr(verify, "_predict", look)
   monkeypatch.setattr(verify, "_predict_torch", lambda *_: np.zeros(1))
   with jax.default_matmul_precision("bfloat16"):
     verify.compare(pipeline, {}, None, fused=False)

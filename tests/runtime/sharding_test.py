@@ -85,7 +85,7 @@ def step_on_all(pipeline, batch):
   return take
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_eight_devices_equal_one_with_a_single_all_reduce(
   pipeline, batch, step_on_all, accumulation
 ):
@@ -118,7 +118,9 @@ def whole(step_on_all):
   return step_on_all(1)[1]
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(4, 2), (2, 4)])
+@pytest.mark.parametrize(
+  ("data", "fsdp"), [(4, 2), pytest.param(2, 4, marks=pytest.mark.slow)]
+)
 def test_fsdp_gathers_each_split_weight_once_and_keeps_every_bit(
   pipeline, batch, whole, data, fsdp
 ):

@@ -97,7 +97,12 @@ def paint_with_diffusers(model, latents, rows=ROWS, **more):
 
 @pytest.mark.parametrize(
   ("family", "sampler", "rescale"),
-  [("sd1", "pndm", 0.0), ("sd2", "ddim", 0.7), ("sdxl", "euler", 0.0)],
+  [
+    # `render_csv_test.py` has this sampler on this family, with LoRAs.
+    pytest.param("sd1", "pndm", 0.0, marks=pytest.mark.slow),
+    ("sd2", "ddim", 0.7),
+    ("sdxl", "euler", 0.0),
+  ],
 )
 def test_pictures_equal_diffusers(family, sampler, rescale, models, latents, tmp_path):
   """Each row with its own guidance and negative prompt; for SDXL no negative prompt

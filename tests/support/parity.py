@@ -1,5 +1,7 @@
 """Comparing a Flax module with its PyTorch twin on the same random weights."""
 
+import functools
+
 import jax
 import numpy as np
 import torch
@@ -38,10 +40,12 @@ def params_of(theirs: torch.nn.Module, ours, *inputs, **options) -> dict:
 
 def apply(ours, params, *inputs, **options):
   """`ours.apply` under jit."""
-  run = jax.jit(
-    lambda params, *inputs: ours.apply({"params": params}, *inputs, **options)
-  )
-  return run(params, *inputs)
+  return _apply(ours, tuple(options.items()), params, *inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # one program for equal modules
+def _apply(ours, options, params, *inputs):
+  return ours.apply({"params": params}, *inputs, **dict(options))
 
 
 def assert_layers_agree(theirs, ours, *inputs: np.ndarray, tolerance=LAYER):

@@ -1,5 +1,7 @@
 """A UNet and its PyTorch twin under LoRAs: trees, inputs and predictions."""
 
+import functools
+
 import jax
 import numpy as np
 import torch
@@ -50,7 +52,12 @@ def draw_inputs(seed=1, width=24) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def predict_ours(pipeline, tree, inputs) -> np.ndarray:
   variables = {"params": pipeline.params["unet"], "lora": tree}
-  return np.asarray(jax.jit(pipeline.unet.apply)(variables, *inputs))
+  return np.asarray(_apply(pipeline.unet, variables, *inputs))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one program for equal UNets
+def _apply(unet, variables, *inputs):
+  return unet.apply(variables, *inputs)
 
 
 def predict_torch(unet, inputs) -> np.ndarray:

@@ -19,6 +19,7 @@ from safetydpo_jax.data.images import load_image
 from safetydpo_jax.data.sources.pairs import SLOTS, Image, SourcePair
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.base_model.pipeline import Pipeline
+from safetydpo_jax.models.vae import AutoencoderKL
 
 _THREADS = 4  # decode images while the devices compute
 
@@ -64,12 +65,7 @@ def make_encoder(pipeline: Pipeline, batch_size: int):
   params = jax.device_put(pipeline.params["vae"], NamedSharding(mesh, PartitionSpec()))
   unit = math.lcm(2, len(devices))
   size = -(-batch_size // unit) * unit
-
-  @functools.partial(jax.jit, out_shardings=rows)
-  def encode(params, images):
-    pixels = images.astype(jnp.float32) / 127.5 - 1
-    moments: Any = pipeline.vae.apply({"params": params}, pixels, method="encode")
-    return moments.astype(jnp.float16)
+  encode = _jit_encode(pipeline.vae, rows)
 
   def encode_both(images):
     padded = np.zeros((size, *images.shape[1:]), np.uint8)
@@ -81,6 +77,20 @@ def make_encoder(pipeline: Pipeline, batch_size: int):
     return np.stack([np.asarray(x)[: len(images)] for x in both], axis=1)
 
   return encode_both, size
+
+
+@functools.lru_cache(maxsize=4)  # one program for the toy world's many caches
+def _jit_encode(
+  vae: AutoencoderKL, rows: NamedSharding
+) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
+  """The jitted (params, pixels) → moments."""
+
+  def encode(params, images):
+    pixels = images.astype(jnp.float32) / 127.5 - 1
+    moments: Any = vae.apply({"params": params}, pixels, method="encode")
+    return moments.astype(jnp.float16)
+
+  return jax.jit(encode, out_shardings=rows)
 
 
 def encode_pairs(

@@ -89,7 +89,7 @@ def test_images_are_those_of_base_and_lora(tiny_checkpoint, pipeline, tree, tmp_
   inputs = twins.draw_inputs()
   ours = load_pipeline(str(out), components=("unet",))
   np.testing.assert_allclose(
-    ours.unet.apply({"params": ours.params["unet"]}, *inputs),
+    twins.predict_ours(ours, {}, inputs),
     twins.predict_ours(pipeline, tree, inputs),
     rtol=0,
     atol=1e-4,

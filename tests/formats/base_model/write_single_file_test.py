@@ -102,8 +102,18 @@ def test_the_header_leaves_nothing_open(bases, run, capsys):
   assert (again.resolution, again.path) == (16, out / FILE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["single_file", "pipeline", "diffusers"])
+# One of each; the other pairs are slow.
+AGAIN = {"sdxl": "single_file", "sd2": "pipeline", "sd1": "diffusers"}
+
+
+@pytest.mark.parametrize(
+  ("family", "kind"),
+  [
+    pytest.param(family, kind, marks=[] if AGAIN[family] == kind else pytest.mark.slow)
+    for family in FAMILIES
+    for kind in AGAIN.values()
+  ],
+)
 def test_a_single_file_is_exported_as_its_directory(kind, family, singles, run, capsys):
   """PyTorch predicts with the result what we predict, read by diffusers itself."""
   out, _ = run(singles[family], kind, "--verify")
@@ -185,7 +195,10 @@ def test_what_predicts_v_is_marked(bases, tmp_path):
 
 
 REFUSED = {
-  "heads": ({"unet": {"attention_head_dim": 4}}, r"attention_head_dim = \[4, .* assume \[8, "),
+  "heads": (
+    {"unet": {"attention_head_dim": 4}},
+    r"attention_head_dim = \[4, .* assume \[8, ",
+  ),
   "groups": (
     {"vae": {"norm_num_groups": 8}},
     "vae has norm_num_groups = 8, .* assume 32;",

@@ -126,6 +126,7 @@ def test_every_line_of_the_plan_gives_the_options_that_run(tmp_path):
       assert read == ran
 
 
+@pytest.mark.slow  # each stage's own tests resume it
 def test_a_second_call_draws_nothing_again_and_tells_that_its_time_is_of_a_rest(demo):
   out, _ = demo
 
@@ -160,6 +161,7 @@ def torch_pictures(pipeline, rows):
   return np.round(images * 255).astype(np.uint8)
 
 
+@pytest.mark.slow  # `formats/verify_test.py` has PyTorch's predictions
 @pytest.mark.parametrize("form", ["exported LoRA", "merged pipeline"])
 def test_pytorch_finds_the_same_rate(demo, figures, form, tmp_path):
   out, _ = demo
