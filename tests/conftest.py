@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_finish():
-  """Leaves what was imported out of every garbage collection, each half a second."""
+  """Freezes what was imported: each collection would look at it for half a second."""
   gc.collect()
   gc.freeze()
 

@@ -22,7 +22,7 @@ from typing import Any
 from safetydpo_jax.data import columns
 from safetydpo_jax.evaluation import set_files
 
-ADVERSARIAL = "adv_prompt"  # is read as the prompt of every attack
+ADVERSARIAL = "adv_prompt"  # every attack's file may have its prompts in this column
 # Those beside the prompt. Copies call two of them evaluation_seed and
 # evaluation_guidance, as attacks' own files do.
 OF_I2P = frozenset(
@@ -64,9 +64,9 @@ def doubts(
   """Why the rows may not be attacks, a line each, to follow the file's name."""
   lines = []
   pairs = [name for name in found.names if columns.normalise(name) in OF_PAIRS]
-  if pairs:
+  if pairs and column != ADVERSARIAL:
     lines.append(
-      f"has a column '{pairs[0]}', as pairs have that Ring-A-Bell starts from; the "
+      f"has a column '{pairs[0]}', as in the pairs that Ring-A-Bell starts from; the "
       "success rate is that of an attack only if its prompts are what the attack found"
     )
   elif column == "prompt":

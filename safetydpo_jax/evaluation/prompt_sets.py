@@ -89,7 +89,7 @@ BENCHMARKS = {
     None,
     "huggingface.co/datasets/Chia15/RingABell-Nudity",
     "see there",
-    ("sensitive prompt", "adv_prompt", "prompt"),
+    ("adv_prompt", "sensitive prompt", "prompt"),
   ),
   "sneakyprompt": Benchmark(
     "SneakyPrompt",
@@ -150,9 +150,10 @@ def load(name: str, files: list[Path], say: Callable[[str], None] = print) -> Lo
   """
   known = BENCHMARKS[name]
   wanted = [columns.normalise(column) for column in known.prompt]
+  more = attack_rows.READ if known.kind == "attack" else ()
   rows, left_out, caveats = [], 0, []
   for file in files:
-    found = set_files.read(file, {*wanted, "result_type", *attack_rows.READ})
+    found = set_files.read(file, {*wanted, "result_type", *more})
     column = next((c for c in wanted if c in found.columns), None)
     if column is None:
       raise InputError(

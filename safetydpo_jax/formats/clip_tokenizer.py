@@ -24,7 +24,7 @@ def read(folder: Path, pad_token: str | None = None) -> "CLIPTokenizer":
     pad_token: what fills up a text; None: as the files say.
 
   Raises:
-    InputError: a file was not fetched from Git LFS, or they are no such tokenizer's.
+    InputError: a file was not fetched from Git LFS, or they are not a tokenizer's.
   """
   from transformers import CLIPTokenizer  # Imported here: it takes two seconds.
 
@@ -41,7 +41,7 @@ def read(folder: Path, pad_token: str | None = None) -> "CLIPTokenizer":
 
 @functools.lru_cache(maxsize=8)  # building one takes a second
 def pad_with_end(tokenizer: "CLIPTokenizer") -> "CLIPTokenizer":
-  """The tokenizer, with a pad token that is no word of a text.
+  """The tokenizer, with a pad token that is not a word of a text.
 
   Those of Stable Diffusion 2 and XL pad with "!", and transformers takes a pad token
   out of a text wherever it stands: every "!" of a prompt would be padding. OpenCLIP

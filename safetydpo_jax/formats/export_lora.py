@@ -36,7 +36,13 @@ from safetydpo_jax.formats.tensors import open_safetensors
 from safetydpo_jax.lora import rank_of
 from safetydpo_jax.runtime import manifest
 
-LORA_FILES = {"diffusers": FILE_NAME, "kohya": kohya.FILE_NAME}
+# A file that only this format has.
+OWN_FILES = {
+  "diffusers": FILE_NAME,
+  "kohya": kohya.FILE_NAME,
+  "pipeline": "model_index.json",
+  "single_file": FILE,
+}
 CARD = "README.md"
 ABOUT = "export.json"
 # Components that have weights, or settings, to fetch.
@@ -139,14 +145,14 @@ def export_lora(options: ExportOptions) -> None:
 
 
 def check_only_format(options: ExportOptions) -> None:
-  """Refuses a folder that holds the LoRA in another format.
+  """Refuses a folder that holds an export in another format.
 
-  Readers would take either file, and the card would describe one of them.
+  Readers would take either, and the card would describe one of them.
 
   Raises:
     InputError: naming the file.
   """
-  for name, file in LORA_FILES.items():
+  for name, file in OWN_FILES.items():
     if name != options.format and (options.out / file).exists():
       raise InputError(
         f"--out {options.out} holds an export for {name} ({file}); choose another "

@@ -235,7 +235,7 @@ def _making(export: Export) -> str:
     "numbers": export.dtype,
     "steps": about.get("step"),
     "seed": about.get("seed"),
-    "β": dpo.get("beta"),
+    "β": dpo.get("beta") if loss == "DPO" else None,
     "learning rate": config.get("learning_rate"),
     "pairs per step": config.get("batch_size"),
     "data fingerprint": about.get("dataset"),

@@ -130,7 +130,7 @@ def check_out_is_ours(out: Path, names: Sequence[str]) -> None:
   if expert.MANIFEST in there:
     about = manifest.read_json(out / expert.MANIFEST, "merged expert")
     if isinstance(about, dict) and about.get("category") == MERGED:
-      note(f"{out}: replacing an earlier merge by {about.get('method')}")
+      note(f"{out} holds an earlier merge ({about.get('method')}), which is replaced")
       return
   # A merge that was stopped before it wrote its manifest leaves these.
   ours = {"lora", STATISTICS, activation_files.TABLE, activation_files.PICTURE}

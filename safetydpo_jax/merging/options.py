@@ -65,7 +65,8 @@ class MergeOptions:
   out: Path
   """folder to write to"""
   model: str | None = None
-  """the base model (default: the one that expert.json names; files name none)"""
+  """the base model (default: the one that expert.json names; needed if all experts are
+  LoRA files)"""
   variant: str | None = None
   """variant of the model's files, such as fp16"""
   any_base: bool = False

@@ -97,13 +97,13 @@ def settle(
 
 
 def _check_sizes(value: Any, field: str, what: str) -> None:
-  """Refuses numbers, and lists, that are no sizes of a network."""
+  """Refuses numbers, and lists, that cannot be sizes of a network."""
   most = _MOST_LAYERS if "layers" in field else _LARGEST
   zero = field.removeprefix("reverse_") in _MAYBE_ZERO
   right = all(0 < n <= most or (zero and n == 0) for n in _numbers(value))
   if not right or (isinstance(value, list | tuple) and len(value) > _MOST_LEVELS):
     raise InputError(
-      f"{what} config: {field} = {as_json(value)} is no size of a network; expected "
+      f"{what} config: {field} = {as_json(value)} is not a valid size; expected "
       f"{'from 0' if zero else 'above 0'} to {most:,}, at most {_MOST_LEVELS} levels"
     )
 

@@ -63,6 +63,6 @@ def _a(what: str) -> str:
 
 
 def change(name: str, before: Any, now: Any) -> str:
-  """ "with NAME 1, now it is 2" of a setting; None is one that is not there."""
-  was = f"without {name}" if before is None else f"with {name} {before!r}"
-  return f"{was}, now {'there is none' if now is None else f'it is {now!r}'}"
+  """The words "with NAME 1, now it is 2" of a setting; None is one that is not set."""
+  was, new = ("unset" if value is None else repr(value) for value in (before, now))
+  return f"with {name} {was}, now it is {new}"

@@ -25,7 +25,6 @@ from safetydpo_jax.formats.base_model.pipeline import Pipeline
 from safetydpo_jax.lora import LoraTree
 from safetydpo_jax.models import conditioning
 from safetydpo_jax.models.clip import CLIPText
-from safetydpo_jax.models.config import freeze
 from safetydpo_jax.models.unet import UNet2DCondition
 from safetydpo_jax.models.vae import AutoencoderKL
 from safetydpo_jax.runtime import files, sharding
@@ -106,21 +105,21 @@ def make_renderer(
   of the image's own size. Rows are split over the mesh. A UNet distilled with guidance
   is asked once per step, and neither negative prompts nor `rescale` count.
 
-  What was made for equal networks and settings is given again, with its compiled
-  program: a suite renders many sets, the toy world many folders.
+  Equal networks and settings get the same function, with its compiled program: a suite
+  renders many sets, the toy world many folders.
   """
   networks = Networks(
     pipeline.unet,
     pipeline.vae,
     pipeline.text_encoders,
-    freeze(pipeline.schedule.config),
+    pipeline.schedule.config,
     pipeline.vae_scale,
     pipeline.scaling_factor,
   )
   return _make_renderer(networks, sampler, steps, rescale, mesh, clip_skips, time_ids)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _make_renderer(
   networks: Networks,
   sampler: Name,

@@ -31,11 +31,14 @@ class TextSettings:
   target_size: str | None = None
   """SDXL: target size, H,W in pixels (default: the image's own)"""
   negative_original_size: str | None = None
-  """SDXL: of the negative prompt (default: all its sizes are the prompt's)"""
+  """SDXL: original size of the negative prompt, H,W in pixels (default: all its sizes
+  are the prompt's)"""
   negative_crop_top_left: str = "0,0"
-  """SDXL: of the negative prompt, with --negative_original_size"""
+  """SDXL: corner of the negative prompt's crop, Y,X in pixels; with
+  --negative_original_size"""
   negative_target_size: str | None = None
-  """SDXL: of the negative prompt, with --negative_original_size"""
+  """SDXL: target size of the negative prompt, H,W in pixels; with
+  --negative_original_size"""
 
   def __post_init__(self):
     if self.clip_skip < 0:

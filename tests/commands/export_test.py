@@ -241,6 +241,9 @@ def test_a_folder_holds_a_lora_in_one_format(trained, run, tmp_path):
     run(trained, kind="diffusers")
   assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
   run(f"{trained}:0.5", kind="kohya")  # of one format the next replaces the last
+  whole = run(trained, kind="pipeline", out=tmp_path / "whole")
+  with pytest.raises(InputError, match=r"pipeline \(model_index\.json\)"):
+    run(trained, kind="diffusers", out=whole)
 
 
 def test_an_expert_of_another_model_is_refused(pipeline, run, tmp_path):

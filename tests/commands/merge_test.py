@@ -123,7 +123,7 @@ def test_a_lora_file_of_others_is_merged_when_the_model_is_named(
 def test_merging_again_replaces_the_merge_and_nothing_else(experts, tmp_path, capsys):
   out = run(experts, tmp_path / "out")
   run(experts[:2], out)
-  assert f"{out}: replacing an earlier merge by linear\n" in capsys.readouterr().err
+  assert f"{out} holds an earlier merge (linear)" in capsys.readouterr().err
   assert read(out)["rank"] == 4
   (out / "expert.json").unlink()  # as a merge that was stopped leaves it
   run(experts, out)

@@ -88,6 +88,7 @@ def test_prompts_that_attack_nothing_have_no_success_rate(load, content, suffix)
   [
     ("mma_diffusion", "target_prompt,adv_prompt,sanitized_adv_prompt,clean_prompt"),
     ("p4d", "sensitive prompt,evaluation_seed,case_number,safe_model,safe_level"),
+    ("ring_a_bell", "sensitive prompt,adv_prompt,normal prompt"),
     # A result may keep the columns of the row of I2P that it started from.
     *((name, f"{I2P},adv_prompt") for name in ATTACKS),
   ],

@@ -74,8 +74,8 @@ def test_a_damaged_manifest_is_named(content, tmp_path):
   ("before", "now", "words"),
   [
     (1, "a", "with x 1, now it is 'a'"),
-    (None, 0, "without x, now it is 0"),
-    (0, None, "with x 0, now there is none"),
+    (None, 0, "with x unset, now it is 0"),
+    (0, None, "with x 0, now it is unset"),
   ],
 )
 def test_a_changed_setting_is_said_in_words(before, now, words):

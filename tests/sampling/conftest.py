@@ -1,11 +1,8 @@
-"""`render_csv` on the tiny checkpoint, compiled once for a file of tests."""
-
-from unittest import mock
+"""`render_csv` on the tiny checkpoint."""
 
 import jax
 import pytest
 
-from safetydpo_jax.sampling import render_csv as rendering
 from safetydpo_jax.sampling.render_csv import RenderOptions, render_csv
 from tests.support.rendering import (
   GUIDANCE,
@@ -27,12 +24,6 @@ def prompts_csv(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint, prompts_csv):
   """`render_csv` on the tiny checkpoint; the folder as {name: (H, W, 3) int}."""
-  renderers, make_renderer = {}, rendering.make_renderer
-
-  def make_once(pipeline, *how):  # Compiling takes 5 s, painting 1 s.
-    if how not in renderers:
-      renderers[how] = make_renderer(pipeline, *how)
-    return renderers[how]
 
   def run(out, **changes):
     options = {
@@ -44,8 +35,7 @@ def run(tiny_checkpoint, prompts_csv):
       "width": WIDTH,
       "guidance": GUIDANCE,
     }
-    with mock.patch.object(rendering, "make_renderer", make_once):
-      count = render_csv(RenderOptions(**(options | changes)))
+    count = render_csv(RenderOptions(**(options | changes)))
     found = read_images(out)
     if jax.process_count() == 1:
       assert count == len(found) * (2 if changes.get("compare") else 1)

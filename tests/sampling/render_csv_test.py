@@ -158,8 +158,8 @@ def test_an_interrupted_run_goes_on_with_the_same_settings_alone(
   ("change", "message"),
   [
     ({"guidance": 3.0}, "guidance 7.5, now it is 3.0"),
-    ({"guidance_rescale": 0.5}, "without guidance_rescale, now it is 0.5"),
-    ({"negative_prompt": "red"}, "without negative_prompt, now it is 'red'"),
+    ({"guidance_rescale": 0.5}, "guidance_rescale unset, now it is 0.5"),
+    ({"negative_prompt": "red"}, "negative_prompt unset, now it is 'red'"),
     ({"sampler": "euler"}, "sampler 'pndm', now it is 'euler'"),
     ("lora", "lora_sha256"),
     ("prompts", "prompts_sha256"),

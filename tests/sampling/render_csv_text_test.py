@@ -186,7 +186,7 @@ def test_nothing_is_said_of_prompts_that_fit(paint, tmp_path, capsys):
 def test_images_of_another_style_do_not_mix(paint):
   rows = [["a red one", None, None]]
   paint("sd1", rows, steps=1)
-  with pytest.raises(InputError, match=r"without conditioning, now it is .*'long'"):
+  with pytest.raises(InputError, match=r"conditioning unset, now it is .*'long'"):
     paint("sd1", rows, steps=1, prompt_style="long")
 
 

@@ -1,14 +1,46 @@
-"""From a seed to noise, from pixels to a file."""
+"""Which renderings share a program; from a seed to noise, from pixels to a file."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from safetydpo_jax import load_pipeline
+from safetydpo_jax.diffusion import Schedule
 from safetydpo_jax.errors import InputError
-from safetydpo_jax.sampling.renderer import initial_noise, key_words, save_image
+from safetydpo_jax.runtime import sharding
+from safetydpo_jax.sampling.renderer import (
+  initial_noise,
+  key_words,
+  make_renderer,
+  save_image,
+)
+
+
+def test_equal_networks_and_settings_share_a_program(tiny_checkpoint):
+  mesh = sharding.make_mesh()
+
+  def make(steps=4, sampler="ddim", dtype=jnp.float32, schedule=None, **more):
+    base = load_pipeline(tiny_checkpoint, components=(), dtype=dtype)
+    base = dataclasses.replace(base, schedule=schedule or base.schedule)
+    return make_renderer(base, sampler, steps, 0.0, mesh, **more)
+
+  config = load_pipeline(tiny_checkpoint, components=()).schedule.config
+  others = (
+    {"steps": 5},
+    {"sampler": "euler"},
+    {"dtype": jnp.bfloat16},
+    {"clip_skips": (1, 0)},
+    {"schedule": Schedule.from_config({**config, "beta_end": 0.02})},
+    {"schedule": Schedule.from_config({**config, "prediction_type": "sample"})},
+  )
+  first = make()
+  assert make() is first
+  assert len({first, *(make(**other) for other in others)}) == len(others) + 1
 
 
 def test_the_seed_decides_the_noise_and_all_its_bits_count():

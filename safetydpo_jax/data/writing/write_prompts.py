@@ -71,13 +71,13 @@ class PromptOptions:
   per_request: int = 10
   """pairs per request"""
   rounds: int = 4
-  """rounds of requests; each asks for what is still missing"""
+  """largest number of rounds; each asks for what is still missing"""
   batch: int = 8
   """requests in flight"""
   temperature: float = 1.0
   """sampling temperature of the model"""
   max_tokens: int = 4096
-  """longest answer, in tokens; 0 sets no limit"""
+  """longest answer, in tokens; 0 leaves it to the host"""
   seed: int = 0
   """sampling seed of the model"""
   evaluation_seed: int = 0

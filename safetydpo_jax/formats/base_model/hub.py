@@ -75,15 +75,17 @@ def _why_not_on_hub(name: str, presets: Collection[str] = ()) -> str:
 
   A file's name, a path, and a name without an owner are not looked for there.
   """
-  file, colon, _ = name.rpartition(":")
+  file, colon, word = name.rpartition(":")
   if colon and file.lower().endswith(SUFFIX):
     if not Path(file).is_file():
-      return f"there is no file {file}"
+      return f"no file {file}; check the path"
+    if not presets:  # a VAE predicts nothing
+      return f"expected {file}, without :{word}"
     return f"expected {' or '.join(f'{file}:{choice}' for choice in CHOICES)}"
   if name.lower().endswith(SUFFIX):
-    return "there is no such file"
+    return "no such file; check the path"
   if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-    return "there is no such folder"
+    return "no such folder; check the path"
   if "/" in name:
     return ""
   near = difflib.get_close_matches(name, presets, n=1)
@@ -197,11 +199,12 @@ def _download(
     )
   except Exception as error:  # the library's own, and those of its HTTP client
     at = f" at revision {revision}" if revision else ""
-    near = Path(repository).parent
-    here = f" (the folder {near} has no {Path(repository).name})"
+    path, here = Path(repository), ""
+    if path.parent.is_dir() and not path.exists():
+      here = f" (the folder {path.parent} has no {path.name})"
     raise InputError(
-      f"{what} is not a local directory{here if near.is_dir() else ''}, and "
-      f"{repository}{at} cannot be downloaded from the Hugging Face hub: "
+      f"{what} is not a local directory{here}, and {repository}{at} cannot be "
+      "downloaded from the Hugging Face hub: "
       f"{hub_errors.explain(error, repository, revision)}"
     ) from error
 

@@ -78,8 +78,11 @@ def load_adapter(
 ) -> tuple[Adapter, dict[str, Any]]:
   """As `load_lora`, with what a file changes besides: DoRA, norms, biases, kernels."""
   path = Path(name)
-  # OWNER/NAME.safetensors is a file that is missing: no repository is called so.
-  file = name.count("/") == 1 and name.endswith(SUFFIX)
+  # A file that is missing: no repository is called NAME.safetensors, and this is not
+  # one of a repository where there is such a folder.
+  file = name.lower().endswith(SUFFIX) and (
+    name.count("/") == 1 or path.parent.is_dir()
+  )
   if not path.exists() and _ON_HUB.fullmatch(name) and not file:
     path = hub.locate_lora(name)
   if path.is_file():

@@ -166,7 +166,7 @@ def _no_layer(what: str, unet_config: Mapping[str, Any] | None) -> str:
     counts = ", ".join(map(str, kohya.resnets_of(unet_config)))
     of = f"this model, whose UNet has levels of {counts} resnets"
     way = "use it with the model it was made for"
-  return f"{what} is no layer of {of}; {way}"
+  return f"{what} is not a layer of {of}; {way}"
 
 
 def _check_numbers(parts: dict[str, np.ndarray], where: str) -> None:

@@ -86,8 +86,8 @@ def test_a_kill_at_any_byte_loses_the_last_line_at_most(file):
   ("settings", "message"),
   [
     ({**SETTINGS, "model": "n"}, "was started with model 'm', now it is 'n'"),
-    ({"model": "m"}, "was started with temperature 0.7, now there is none"),
-    ({**SETTINGS, "seed": 1}, "was started without seed, now it is 1"),
+    ({"model": "m"}, "was started with temperature 0.7, now it is unset"),
+    ({**SETTINGS, "seed": 1}, "was started with seed unset, now it is 1"),
   ],
 )
 def test_other_settings_are_refused(file, settings, message):

@@ -122,10 +122,10 @@ def test_a_vae_that_is_none_is_one_clear_line(tiny_checkpoint, tmp_path):
 NOWHERE = {
   "a misspelt preset": ("sd51", "OWNER/NAME .*sd21base.*did you mean sd21"),
   "no preset": ("gpt2", "expected a folder.*sdxl$"),
-  "a file": ("models/foo.safetensors", "no such file$"),
-  "a file, chosen": ("foo.safetensors:epsilon", "there is no file foo.safetensors$"),
-  "a folder": ("./models/foo", "no such folder$"),
-  "folders": ("models/sd/foo", "no such folder$"),
+  "a file": ("models/foo.safetensors", "no such file; check"),
+  "a file, chosen": ("foo.safetensors:epsilon", "no file foo.safetensors; check"),
+  "a folder": ("./models/foo", "no such folder; check"),
+  "folders": ("models/sd/foo", "no such folder; check"),
 }
 
 
@@ -136,10 +136,16 @@ def test_what_is_no_name_on_the_hub_is_not_looked_for_there(name, message, monke
     load_pipeline(name)
 
 
-def test_what_follows_a_file_s_colon_is_what_its_unet_predicts(tmp_path):
+def test_what_follows_a_file_s_colon_is_what_its_unet_predicts(
+  tiny_checkpoint, tmp_path
+):
   (tmp_path / "x.safetensors").touch()
   with pytest.raises(InputError, match=r"expected .*x\.safetensors:epsilon or .*:v_pr"):
     load_pipeline(tmp_path / "x.safetensors:foo")
+  with pytest.raises(InputError, match=r"expected .*x\.safetensors, without :epsilon"):
+    load_pipeline(
+      tiny_checkpoint, vae_from=tmp_path / "x.safetensors:epsilon", components=()
+    )
 
 
 def test_a_folder_of_the_owner_s_name_is_told_of(tmp_path, monkeypatch):

@@ -205,13 +205,17 @@ def test_what_is_no_lora_on_the_hub_is_named(name, message, hub):
     load_lora(name)
 
 
-def test_a_name_that_leads_nowhere_is_named(tmp_path):
+def test_a_name_that_leads_nowhere_is_named(tmp_path, monkeypatch):
   with pytest.raises(InputError, match=f"no LoRA at {tmp_path / 'nothing'}"):
     loras.load_lora(str(tmp_path / "nothing"))
   with pytest.raises(InputError, match=f"{tmp_path} is not a LoRA: .*expert.json"):
     loras.load_lora(str(tmp_path))
   with pytest.raises(InputError, match=r"no LoRA at runs/x\.safetensors"):
     loras.load_lora("runs/x.safetensors")  # not a repository's name
+  (tmp_path / "runs" / "a").mkdir(parents=True)
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(InputError, match=r"no LoRA at runs/a/x\.safetensors"):
+    loras.load_lora("runs/a/x.safetensors")  # nor one of the repository runs/a
 
 
 def test_a_model_is_not_searched_for_a_lora(tmp_path):
@@ -220,13 +224,6 @@ def test_a_model_is_not_searched_for_a_lora(tmp_path):
   (tmp_path / "v1-5-pruned.safetensors").touch()
   with pytest.raises(InputError, match=f"{tmp_path} is a whole model"):
     loras.load_lora(str(tmp_path))
-
-
-def test_something_that_is_no_lora_is_named(tmp_path):
-  with pytest.raises(InputError, match=f"no LoRA at {tmp_path / 'nothing'}"):
-    load_lora(str(tmp_path / "nothing"))
-  with pytest.raises(InputError, match=r"it has no expert\.json"):
-    load_lora(str(tmp_path))
 
 
 def test_the_fingerprint_decides_whether_a_lora_fits_not_the_name():
