@@ -28,6 +28,7 @@ def pytest_collection_finish():
   """Freezes what was imported: each collection would look at it for half a second."""
   gc.collect()
   gc.freeze()
+  gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.fixture(scope="session")

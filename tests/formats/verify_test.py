@@ -161,7 +161,9 @@ def dora(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
-def test_what_is_not_a_lora_is_folded_into_a_pipeline(dtype, dora, run, capsys):
+def test_what_is_not_a_lora_is_folded_into_a_pipeline(
+  dtype, dora, run, tmp_path, capsys
+):
   base, file, merged = dora
   more = ("--dtype", dtype) if dtype else ()
   out = run(file, "--verify", *more, kind="pipeline", model=base)
@@ -174,4 +176,4 @@ def test_what_is_not_a_lora_is_folded_into_a_pipeline(dtype, dora, run, capsys):
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype else {"rtol": 0, "atol": 2e-6}
     torch.testing.assert_close(theirs[name].float(), tensor, **tolerance)
   with pytest.raises(InputError, match=r"DoRA magnitudes.*--format pipeline"):
-    run(file, kind="kohya", model=base)
+    run(file, kind="kohya", model=base, out=tmp_path / "kohya")

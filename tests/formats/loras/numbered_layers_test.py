@@ -76,7 +76,7 @@ def test_without_a_model_or_with_another_they_are_refused(koala, tmp_path):
   *_, numbered = koala
   with pytest.raises(InputError, match=r"blocks_\d.* two resnets on each level.*merge"):
     load_lora(numbered)
-  with pytest.raises(InputError, match=r"is no layer of this model.* 2, 2 resnets"):
+  with pytest.raises(InputError, match=r"is not a layer of this model.* 2, 2 resnets"):
     load_lora(numbered, dialects.TINY["SDXL"])
 
 
