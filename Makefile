@@ -17,7 +17,7 @@ test: environment lint  ## linters and the fast suite
 test-slow: environment  ## full-size models and long runs (10 GB of memory)
 	$(BIN)/python -m pytest -m slow
 
-demo: environment  ## the whole method in the toy world, and its report (9 minutes)
+demo: environment  ## the whole method in the toy world, and its report (11 minutes)
 	$(BIN)/python -m safetydpo_jax.toyworld.demo --out demo
 
 docs: environment  ## the documentation as a site, in site/
