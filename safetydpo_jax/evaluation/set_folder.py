@@ -27,8 +27,8 @@ def locate(
     say: what prints a line that a reader should know.
 
   Raises:
-    InputError: there is no such folder, none of the sets is in it, or one is there
-      twice: as two files, or a file and a folder.
+    InputError: the folder does not exist, holds none of the sets, or holds one twice:
+      as two files, or as a file and a folder.
   """
   if not folder.is_dir():
     trouble = "is not a folder" if folder.exists() else "does not exist"

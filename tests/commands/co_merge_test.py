@@ -8,13 +8,13 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
-from safetydpo_jax import encode, load_lora, lora
+from safetydpo_jax import load_lora, lora
 from safetydpo_jax.data import categories
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats.loras import expert
 from safetydpo_jax.formats.loras.write import write_diffusers
 from safetydpo_jax.merging import activation_files, activations, comerge, merge_experts
-from tests.support import buckets, lookalike, runs
+from tests.support import buckets, caches, lookalike, runs
 from tests.support.experts import read, run
 
 CO_MERGE = ("--batch_size", 1, "--pairs", 1, "--timesteps", "100,700")
@@ -24,8 +24,7 @@ CO_MERGE = ("--batch_size", 1, "--pairs", 1, "--timesteps", "100,700")
 def cache(tiny_checkpoint, tmp_path_factory):
   folder = tmp_path_factory.mktemp("calibration")
   pairs = lookalike.write_csv_layout(folder / "pairs", pairs=7)
-  arguments = ["--model", tiny_checkpoint, "--pairs", pairs, "--out", folder / "cache"]
-  encode.main([str(argument) for argument in arguments])
+  caches.run(tiny_checkpoint, pairs, folder / "cache")
   return folder / "cache"
 
 
@@ -211,9 +210,8 @@ def test_the_calibration_may_lie_in_a_store(experts, cache, tmp_path):
 def test_every_experts_category_must_be_in_the_calibration(
   experts, cache, tiny_checkpoint, tmp_path
 ):
-  arguments = ["--model", tiny_checkpoint, "--pairs", cache.parent / "pairs"]
-  arguments += ["--out", tmp_path / "cache", "--category", "hate"]
-  encode.main([str(argument) for argument in arguments])
+  pairs, hate = cache.parent / "pairs", ("--category", "hate")
+  caches.run(tiny_checkpoint, pairs, tmp_path / "cache", *hate)
   with pytest.raises(
     InputError, match=r"has no pairs of sexual, the category of .*; it"
   ):

@@ -15,12 +15,12 @@ from diffusers import StableDiffusionPipeline
 from flax.traverse_util import flatten_dict
 from huggingface_hub.utils import filter_repo_objects
 
-from safetydpo_jax import encode, load_lora, load_pipeline, lora, train
+from safetydpo_jax import load_lora, load_pipeline, lora, train
 from safetydpo_jax.errors import InputError
 from safetydpo_jax.formats import verify
 from safetydpo_jax.formats.loras import kohya
 from safetydpo_jax.formats.loras import write as lora_files
-from tests.support import exports, lookalike, runs
+from tests.support import caches, exports, lookalike, runs
 from tests.support.checkpoints import save_tiny_checkpoint
 from tests.support.exports import make_expert, read_card
 
@@ -35,8 +35,7 @@ def trained(tiny_checkpoint, tmp_path_factory):
   """5 steps on look-alikes of CoProV2's CSV and images: an expert's directory."""
   folder = tmp_path_factory.mktemp("spine")
   pairs = lookalike.write_csv_layout(folder / "pairs", pairs=12)
-  arguments = ["--model", tiny_checkpoint, "--pairs", pairs, "--out", folder / "cache"]
-  encode.main([str(argument) for argument in arguments])
+  caches.run(tiny_checkpoint, pairs, folder / "cache")
   changes = {"batch_size": 8, "accumulation": 1, "steps": 5, "learning_rate": 4e-4}
   train.main(
     runs.train_arguments(tiny_checkpoint, folder / "cache", folder / "run", **changes)

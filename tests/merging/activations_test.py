@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from safetydpo_jax import diffusion, encode
-from safetydpo_jax.data.cache import records
+from safetydpo_jax import diffusion
 from safetydpo_jax.data.cache.batches import Draw
 from safetydpo_jax.merging import activations, comerge
 from safetydpo_jax.merging.calibration import Batch
 from safetydpo_jax.models import attention
 from safetydpo_jax.models.clip import encode_text
 from safetydpo_jax.runtime import sharding
-from tests.support import lookalike
+from tests.support import caches, lookalike
 from tests.support.experts import TO_V, make_experts, normal
 
 TIMESTEPS = (100, 700)
@@ -31,9 +30,7 @@ METHODS = list(comerge.METHODS)
 def cache(tiny_checkpoint, tmp_path_factory):
   folder = tmp_path_factory.mktemp("pairs")
   pairs = lookalike.write_csv_layout(folder / "pairs", pairs=8)
-  arguments = ["--model", tiny_checkpoint, "--pairs", pairs, "--out", folder / "cache"]
-  encode.main([str(argument) for argument in arguments])
-  return records.open_cache(folder / "cache")
+  return caches.run(tiny_checkpoint, pairs, folder / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def test_what_follows_a_file_s_colon_is_what_its_unet_predicts(
 
 
 def test_a_folder_of_the_owner_s_name_is_told_of(tmp_path, monkeypatch):
-  """`models/foo` may be meant as a path, and is a hub id if there is no such folder."""
+  """`models/foo` is looked for on the hub, though a path may have been meant."""
   (tmp_path / "models").mkdir()
   monkeypatch.chdir(tmp_path)
   with pytest.raises(InputError, match=r"\(the folder models has no foo\), and"):
